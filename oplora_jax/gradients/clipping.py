@@ -1,0 +1,68 @@
+"""Norms and clipping for trees whose gradients are arrays, outer products or factor gradients."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from oplora_jax.matrix import OuterProduct, frobenius_norm, solve_dtype
+
+
+def global_norm(updates: Any) -> Float[Array, ""]:
+    """The norm of a whole tree of gradients, as if every `OuterProduct` were the matrix it stands for.
+
+    A `LowRank` node in a tree of gradients is the pair of factor gradients and counts as that pair.
+
+    Args:
+      updates: a tree of arrays, `OuterProduct` and `LowRank` nodes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from oplora_jax import OuterProduct, global_norm
+      >>> gradient = OuterProduct(x=jnp.ones((1, 2)), dy=jnp.ones((1, 2)))
+      >>> round(float(global_norm({"lora": gradient, "bias": jnp.zeros(3)})), 5)
+      2.0
+    """
+    nodes = jax.tree.leaves(updates, is_leaf=_is_outer)
+    norms = [frobenius_norm(g) if _is_outer(g) else g for g in nodes]
+    return optax.tree.norm([z.astype(solve_dtype(z)) for z in norms])
+
+
+def clip_by_global_norm(max_norm: Any) -> optax.GradientTransformationExtraArgs:
+    """`optax.clip_by_global_norm` for trees that hold `OuterProduct` gradients.
+
+    One side of an outer product is scaled, so the matrix is scaled by the same factor as every other
+    gradient.
+
+    Args:
+      max_norm: the largest `global_norm` that passes unchanged.
+
+    Example:
+      >>> import optax
+      >>> import oplora_jax
+      >>> tx = optax.chain(oplora_jax.clip_by_global_norm(1.0), oplora_jax.oplora(0.1))
+    """
+
+    def init_fn(params: Any) -> optax.EmptyState:
+        del params
+        return optax.EmptyState()
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
+        norm = global_norm(updates)
+        factor = jnp.where(norm < max_norm, 1.0, max_norm / norm)
+
+        def scale(gradient):
+            if _is_outer(gradient):
+                return OuterProduct(gradient.x, scale(gradient.dy))
+            return (gradient * factor).astype(gradient.dtype)
+
+        return jax.tree.map(scale, updates, is_leaf=_is_outer), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _is_outer(node: Any) -> bool:
+    return isinstance(node, OuterProduct)

@@ -1,0 +1,68 @@
+"""The full gradient as far as plain factor gradients know it."""
+
+import jax.numpy as jnp
+
+from oplora_jax.lorsum import inverse
+from oplora_jax.matrix import (
+    HIGHEST,
+    LowRank,
+    Matrix,
+    check_factors,
+    left_product,
+    matmul,
+    right_product,
+    solve_dtype,
+    transpose,
+)
+
+
+def tangent_gradient(param: LowRank, factor_gradients: LowRank) -> LowRank:
+    r"""The projection of the full gradient on the tangent space at s a b, from plain factor gradients.
+
+    With :math:`P_a = a (a^\top a)^+ a^\top` and :math:`P_b = b^\top (b b^\top)^+ b` the projection is
+    :math:`P_a G + G P_b - P_a G P_b`, which :math:`\partial a = s\,G b^\top` and
+    :math:`\partial b = s\,a^\top G` determine. It is exact to first order: a step along it is a Riemannian
+    gradient step.
+
+    Args:
+      param: the LoRA parameter, a (*batch, n, r) and b (*batch, r, m).
+      factor_gradients: what `jax.grad` returns at it.
+
+    Returns:
+      A matrix of rank 2r: a `LowRank` with factors (*batch, n, 2r) and (*batch, 2r, m), in float32 at least.
+
+    Raises:
+      ValueError: shapes that do not fit.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from oplora_jax import LowRank, tangent_gradient, to_dense
+      >>> param = LowRank(jnp.array([[1.0], [0.0]]), jnp.array([[0.0, 2.0]]))
+      >>> gradients = jax.grad(lambda p: to_dense(p).sum())(param)
+      >>> jnp.round(to_dense(tangent_gradient(param, gradients)), 4).tolist()
+      [[1.0, 1.0], [0.0, 1.0]]
+
+    References:
+      Riemannian optimization on fixed-rank matrices, https://arxiv.org/abs/1209.3834, section 2.
+    """
+    check_factors(param, "param")
+    shapes = [(jnp.shape(z.a), jnp.shape(z.b)) for z in (param, factor_gradients)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"the factor gradients have shapes {shapes[1]}, the factors {shapes[0]}")
+    dtype = solve_dtype(param.a, param.b)
+    a, b = param.a.astype(dtype), param.b.astype(dtype)
+    da, db = (z.astype(dtype) / param.scale for z in (factor_gradients.a, factor_gradients.b))
+    inverse_a = inverse(matmul(transpose(a), a, HIGHEST), None)
+    row_space = matmul(inverse(matmul(b, transpose(b), HIGHEST), None), b, HIGHEST)
+    both = matmul(matmul(transpose(a), da, HIGHEST), row_space, HIGHEST)
+    columns = matmul(inverse_a, db - both, HIGHEST)
+    return LowRank(jnp.concatenate([a, da], axis=-1), jnp.concatenate([columns, row_space], axis=-2))
+
+
+def factor_gradients(param: LowRank, gradient: Matrix) -> LowRank:
+    """What `jax.grad` would return at a LoRA parameter whose full gradient is given: (s G b^T, s a^T G)."""
+    return LowRank(
+        param.scale * right_product(gradient, transpose(param.b)),
+        param.scale * left_product(transpose(param.a), gradient),
+        param.scale,
+    )

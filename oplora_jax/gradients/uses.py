@@ -1,0 +1,186 @@
+"""Reads a traced program for where, how, and how often each LoRA parameter is used.
+
+The program is followed as data flows through it, sub-programs included. Counting with Python side effects
+while the loss runs would count a scan body as often as JAX happens to trace it.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxprs_in_params
+
+from oplora_jax.gradients.capture import lora_dot_p, to_dense_p
+
+# Operations that move a factor, or a part of it, without computing with it.
+_MOVES = frozenset(
+    [
+        *("broadcast_in_dim", "gather", "dynamic_slice", "slice", "squeeze", "reshape", "transpose"),
+        *("convert_element_type", "reduce_precision", "copy", "copy_p", "device_put", "name"),
+        *("optimization_barrier", "sharding_constraint", "reshard", "mesh_cast", "pvary"),
+    ]
+)
+
+
+class Use(NamedTuple):
+    """One place where a program multiplies by a LoRA parameter."""
+
+    kind: str  # "dot": through lora_dot; "dense": through to_dense or merge
+    times: int  # how often that place runs with the same factors
+    tokens: int  # N, the rows of x (0 for "dense")
+    dtypes: tuple[Any, ...]  # of x and dy
+
+
+class Uses(NamedTuple):
+    """What a program does with one LoRA parameter."""
+
+    places: tuple[Use, ...]
+    elsewhere: bool  # whether the first output depends on a factor in another way
+
+
+class _Flow(NamedTuple):
+    """What reaches a value: factors as they are, and parameters whose factors were computed with."""
+
+    origins: frozenset[int] = frozenset()
+    repeated: frozenset[int] = frozenset()  # those of the origins that may be there several times
+    computed: frozenset[int] = frozenset()
+
+
+_NOTHING = _Flow()
+
+
+def count_uses(program: ClosedJaxpr, factors: Sequence[int | None], count: int) -> list[Uses]:
+    """The uses of LoRA parameters in a program.
+
+    Args:
+      program: the traced loss; its first output is the loss itself.
+      factors: for each of its inputs, the index of the parameter it is a factor of, or None.
+      count: the number of parameters.
+    """
+    flows = [_NOTHING if i is None else _Flow(origins=frozenset([i])) for i in factors]
+    places: list[list[Use]] = [[] for _ in range(count)]
+    outputs = _walk(program.jaxpr, flows, 1, places)
+    elsewhere = outputs[0].computed | outputs[0].origins
+    return [Uses(tuple(places[i]), i in elsewhere) for i in range(count)]
+
+
+def _walk(jaxpr: Jaxpr, inputs: Sequence[_Flow], times: int, places: list[list[Use]]) -> list[_Flow]:
+    flows = dict(zip(jaxpr.invars, inputs, strict=True))
+    read = lambda atom: _NOTHING if isinstance(atom, Literal) else flows.get(atom, _NOTHING)
+    for eqn in jaxpr.eqns:
+        arguments = [read(v) for v in eqn.invars]
+        outputs = _step(eqn, arguments, times, places)
+        flows.update(zip(eqn.outvars, outputs, strict=True))
+    return [read(v) for v in jaxpr.outvars]
+
+
+def _step(eqn: Any, arguments: list[_Flow], times: int, places: list[list[Use]]) -> list[_Flow]:
+    """The flows out of one equation; records the uses in it."""
+    name = eqn.primitive.name
+    if eqn.primitive is lora_dot_p or eqn.primitive is to_dense_p:
+        return [_record(eqn, arguments, times, places)]
+    if not any(f.origins or f.computed for f in arguments) or name == "stop_gradient":
+        return [_NOTHING] * len(eqn.outvars)
+    if name == "scan":
+        return _scan(eqn, arguments, times, places)
+    if name == "while":
+        return _while(eqn, arguments, times, places)
+    if name == "cond":
+        return _cond(eqn, arguments, times, places)
+    inner = list(jaxprs_in_params(eqn.params))
+    if len(inner) == 1 and len(inner[0].invars) == len(arguments):  # jit, remat, custom rules, shard_map
+        return _walk(inner[0], arguments, times, places)
+    merged = _merge(arguments)
+    if name not in _MOVES:
+        merged = _Flow(computed=merged.computed | merged.origins)
+    elif _repeats(eqn):
+        merged = merged._replace(repeated=merged.origins)
+    # No derivative flows through integers and booleans.
+    flows_on = lambda v: jnp.issubdtype(getattr(v.aval, "dtype", jnp.int32), jnp.inexact)
+    return [merged if flows_on(v) else _NOTHING for v in eqn.outvars]
+
+
+def _repeats(eqn: Any) -> bool:
+    """Whether a move can put the same factor into its result several times."""
+    if eqn.primitive.name == "gather":
+        return math.prod(eqn.invars[1].aval.shape[:-1]) > 1
+    return eqn.outvars[0].aval.size > eqn.invars[0].aval.size
+
+
+def _record(eqn: Any, arguments: list[_Flow], times: int, places: list[list[Use]]) -> _Flow:
+    dot = eqn.primitive is lora_dot_p
+    x, a, b = arguments[:3] if dot else (_NOTHING, *arguments[:2])
+    out = _merge([x, _Flow(computed=a.computed | b.computed)])
+    if a.origins != b.origins or len(a.origins) != 1:
+        return _Flow(computed=out.computed | out.origins | a.origins | b.origins)
+    [parameter] = a.origins
+    if parameter in a.repeated | b.repeated:
+        times = 2 * times
+    tokens, dtypes = 0, ()
+    if dot:
+        x_aval, a_aval = eqn.invars[0].aval, eqn.invars[1].aval
+        tokens = math.prod(x_aval.shape[a_aval.ndim - 2 : -1])
+        dtypes = x_aval.dtype, eqn.outvars[0].aval.dtype
+    places[parameter].append(Use("dot" if dot else "dense", times, tokens, dtypes))
+    return _Flow(computed=out.computed | out.origins)
+
+
+def _merge(flows: Sequence[_Flow]) -> _Flow:
+    return _Flow(*(frozenset().union(*column) for column in zip(*flows, strict=True)))
+
+
+def _fixed_point(body: Any, carry: list[_Flow]) -> list[_Flow]:
+    """What a loop's carry holds once nothing new flows into it."""
+    while True:
+        wider = [_merge(pair) for pair in zip(carry, body(carry), strict=True)]
+        if wider == carry:
+            return carry
+        carry = wider
+
+
+def _scan(eqn, arguments, times, places):
+    params = eqn.params
+    body, consts, carries = params["jaxpr"].jaxpr, params["num_consts"], params["num_carry"]
+    head, carry, xs = (
+        arguments[:consts],
+        arguments[consts : consts + carries],
+        arguments[consts + carries :],
+    )
+    unrecorded = [[] for _ in places]
+    carry = _fixed_point(lambda carry: _walk(body, [*head, *carry, *xs], times, unrecorded)[:carries], carry)
+    # A slice of xs is used once; what every iteration sees is used as often as the loop runs.
+    sliced = frozenset().union(*(f.origins for f in xs)) - _merge([*head, *carry]).origins
+    found: list[list[Use]] = [[] for _ in places]
+    outputs = _walk(body, [*head, *carry, *xs], times, found)
+    for i, uses in enumerate(found):
+        often = 1 if i in sliced else params["length"]
+        places[i].extend(use._replace(times=use.times * often) for use in uses)
+    return [*carry, *outputs[carries:]]
+
+
+def _while(eqn, arguments, times, places):
+    params = eqn.params
+    skip, consts = params["cond_nconsts"], params["body_nconsts"]
+    head, carry = arguments[skip : skip + consts], arguments[skip + consts :]
+    body = params["body_jaxpr"].jaxpr
+    unrecorded = [[] for _ in places]
+    carry = _fixed_point(lambda carry: _walk(body, [*head, *carry], times, unrecorded), carry)
+    # The number of rounds is not known: more than one.
+    _walk(body, [*head, *carry], 2 * times, places)
+    return carry
+
+
+def _cond(eqn, arguments, times, places):
+    outputs, found = [], []
+    for branch in eqn.params["branches"]:
+        uses: list[list[Use]] = [[] for _ in places]
+        outputs.append(_walk(branch.jaxpr, arguments[1:], times, uses))
+        found.append(uses)
+    for i, into in enumerate(places):
+        branches = [uses[i] for uses in found if uses[i]]
+        if branches and all(b == branches[0] for b in branches):  # one branch runs
+            into.extend(branches[0])
+        else:  # captures of different shapes: counted as several uses
+            into.extend(use for b in branches for use in b)
+    return [_merge(column) for column in zip(*outputs, strict=True)]

@@ -1,0 +1,330 @@
+"""Matrices that are never formed: low-rank, outer product, or dense.
+
+A *matrix* is a `LowRank`, an `OuterProduct` or a plain array. The rest of the library asks two things of
+it, its products with a thin matrix from the right and from the left, and looks inside no kind.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+# Products of rank-sized matrices decide how well conditioned a solve is. TPUs, and GPUs with TF32, would
+# multiply float32 in 8 to 11 bits of mantissa unless told otherwise.
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class LowRank:
+    r"""The matrix :math:`s\,a\,b`, kept as its two factors: a LoRA parameter, or a momentum.
+
+    Leading axes are batch axes: the layers of a scanned model, or the experts of a mixture. In a tree of
+    gradients or updates, a `LowRank` node is the pair of factor derivatives or increments instead, which is
+    what `jax.grad` and `optax.apply_updates` make of it.
+
+    Args:
+      a: the left factor, `Float[Array, "*batch n r"]`.
+      b: the right factor, `Float[Array, "*batch r m"]`.
+      scale: a static positive number, LoRA's alpha / r.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from oplora_jax import LowRank, to_dense
+      >>> matrix = LowRank(jnp.ones((3, 1)), jnp.ones((1, 2)), scale=2.0)
+      >>> matrix.shape
+      (3, 2)
+      >>> to_dense(matrix).tolist()
+      [[2.0, 2.0], [2.0, 2.0], [2.0, 2.0]]
+    """
+
+    # Any, because a pytree node also holds whatever jax.tree.map puts there: specs, masks, labels.
+    a: Any  # Float[Array, "*batch n r"]
+    b: Any  # Float[Array, "*batch r m"]
+    scale: float = dataclasses.field(default=1.0, metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the matrix, (*batch, n, m)."""
+        return (*self.a.shape[:-1], self.b.shape[-1])
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return jnp.result_type(self.a, self.b)
+
+    def to_dense(self) -> Float[Array, "*batch n m"]:
+        return (self.scale * matmul(self.a, self.b, HIGHEST)).astype(self.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class OuterProduct:
+    r"""The matrix :math:`x^\top dy`, never formed: the exact gradient of a dense layer's weight.
+
+    Args:
+      x: the layer's inputs, `Float[Array, "*batch N n"]`, one row a token.
+      dy: the gradient at its outputs, `Float[Array, "*batch N m"]`.
+    """
+
+    x: Any  # Float[Array, "*batch N n"]
+    dy: Any  # Float[Array, "*batch N m"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the matrix, (*batch, n, m)."""
+        return (*self.x.shape[:-2], self.x.shape[-1], self.dy.shape[-1])
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return jnp.result_type(self.x, self.dy)
+
+    def to_dense(self) -> Float[Array, "*batch n m"]:
+        return matmul(transpose(self.x), self.dy).astype(self.dtype)
+
+
+Matrix: TypeAlias = LowRank | OuterProduct | Array
+Terms: TypeAlias = Sequence[tuple[Any, Matrix]]
+
+
+def is_low_rank(node: Any) -> bool:
+    """Whether a node of a tree is a LoRA parameter: the `is_leaf` to walk a tree of parameters with.
+
+    False for a node that `optax.masked` or `optax.partition` has emptied.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from oplora_jax import LowRank, is_low_rank
+      >>> params = {"lora": LowRank(jnp.ones((3, 1)), jnp.ones((1, 2))), "bias": jnp.zeros(2)}
+      >>> jax.tree.map(lambda p: "lora" if is_low_rank(p) else "rest", params, is_leaf=is_low_rank)
+      {'bias': 'rest', 'lora': 'lora'}
+    """
+    return isinstance(node, LowRank) and bool(jax.tree.leaves(node.a))
+
+
+def is_matrix(node: Any) -> bool:
+    """Whether a node of a tree of gradients stands at a LoRA parameter without being a plain array."""
+    return isinstance(node, OuterProduct) or is_low_rank(node)
+
+
+def transpose(x: Float[Array, "*batch n m"]) -> Float[Array, "*batch m n"]:
+    """The transposed matrix, batch axes left alone."""
+    return jnp.swapaxes(x, -1, -2)
+
+
+def solve_dtype(*arrays: Any) -> jnp.dtype:
+    """The type to accumulate and solve in: that of the arrays, float32 at least."""
+    return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+
+
+def matmul(x: Array, y: Array, precision: Any = None) -> Array:
+    """x @ y over batch axes, accumulated and returned in float32 at least."""
+    return jnp.matmul(x, y, precision=precision, preferred_element_type=solve_dtype(x, y))
+
+
+def right_product(matrix: Matrix, right: Float[Array, "*#batch m k"]) -> Float[Array, "*batch n k"]:
+    """matrix @ right, in float32 at least."""
+    if isinstance(matrix, LowRank):
+        return matrix.scale * matmul(matrix.a, matmul(matrix.b, right, HIGHEST), HIGHEST)
+    if isinstance(matrix, OuterProduct):
+        # A gradient is multiplied in its own precision: casting it up would copy all of it.
+        inner = matmul(matrix.dy, right.astype(matrix.dy.dtype))
+        return matmul(transpose(matrix.x), inner.astype(matrix.x.dtype))
+    return matmul(matrix, right.astype(matrix.dtype))
+
+
+def left_product(left: Float[Array, "*#batch k n"], matrix: Matrix) -> Float[Array, "*batch k m"]:
+    """left @ matrix, in float32 at least."""
+    if isinstance(matrix, LowRank):
+        return matrix.scale * matmul(matmul(left, matrix.a, HIGHEST), matrix.b, HIGHEST)
+    if isinstance(matrix, OuterProduct):
+        inner = matmul(matrix.x, transpose(left).astype(matrix.x.dtype))
+        return matmul(transpose(inner.astype(matrix.dy.dtype)), matrix.dy)
+    return matmul(left.astype(matrix.dtype), matrix)
+
+
+def to_dense(matrix: Matrix) -> Float[Array, "*batch n m"]:
+    """Forms the matrix.
+
+    Args:
+      matrix: a `LowRank`, an `OuterProduct` or an array, of shape (*batch, n, m).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from oplora_jax import OuterProduct, to_dense
+      >>> to_dense(OuterProduct(x=jnp.array([[1.0, 2.0]]), dy=jnp.array([[3.0, 4.0]]))).tolist()
+      [[3.0, 4.0], [6.0, 8.0]]
+    """
+    return matrix.to_dense() if isinstance(matrix, LowRank | OuterProduct) else matrix
+
+
+def _thin_factors(matrix: LowRank | OuterProduct) -> tuple[Array, Array]:
+    """(left, right), of shapes (*batch, k, n) and (*batch, k, m), with matrix = left^T right."""
+    if isinstance(matrix, OuterProduct):
+        return matrix.x, matrix.dy
+    return matrix.scale * transpose(matrix.a), matrix.b
+
+
+def inner_product(first: Matrix, second: Matrix) -> Float[Array, "*batch"]:
+    """The Frobenius inner product of two matrices, one number a batch entry, without forming either.
+
+    The rounding error is relative to the product of the factors' norms. Nothing better is promised for
+    matrices that nearly cancel: the distance of two nearly equal matrices, computed as
+    <A, A> - 2 <A, B> + <B, B>, is lost below sqrt(eps) |A|, which is 3e-4 |A| in float32.
+
+    Args:
+      first: a `LowRank`, an `OuterProduct` or an array, of shape (*batch, n, m).
+      second: another of the same shape.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from oplora_jax import LowRank, inner_product
+      >>> ones = LowRank(jnp.ones((3, 1)), jnp.ones((1, 2)))
+      >>> float(inner_product(ones, 2 * jnp.ones((3, 2))))
+      12.0
+    """
+    if not isinstance(first, LowRank | OuterProduct):
+        first, second = second, first
+    if isinstance(first, LowRank | OuterProduct):
+        left, right = _thin_factors(first)
+        return _sum_of_products(left_product(left, second), right)
+    return _sum_of_products(first, second)
+
+
+def _sum_of_products(x: Array, y: Array) -> Array:
+    dtype = solve_dtype(x, y)
+    return jnp.sum(x.astype(dtype) * y.astype(dtype), axis=(-2, -1))
+
+
+def frobenius_norm(matrix: Matrix) -> Float[Array, "*batch"]:
+    """The Frobenius norm, one number a batch entry.
+
+    A low-rank matrix goes through the triangular factors of a and b, so its error is eps |a| |b| even where
+    its rank-one parts nearly cancel. An outer product of few tokens goes through its N x N Gram matrices,
+    whose error in the square is eps |x|^2 |dy|^2; of many tokens, N (n + m) > n m, it is the smaller to form.
+
+    Args:
+      matrix: a `LowRank`, an `OuterProduct` or an array, of shape (*batch, n, m).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from oplora_jax import LowRank, frobenius_norm
+      >>> round(float(frobenius_norm(LowRank(jnp.ones((2, 1)), jnp.ones((1, 2)), scale=3.0))), 5)
+      6.0
+    """
+    if isinstance(matrix, LowRank):
+        dtype = solve_dtype(matrix.a, matrix.b)
+        left = jnp.linalg.qr(matrix.a.astype(dtype), mode="r")
+        right = jnp.linalg.qr(transpose(matrix.b.astype(dtype)), mode="r")
+        dense = matrix.scale * matmul(left, transpose(right), HIGHEST)
+    elif isinstance(matrix, OuterProduct):
+        tokens, (n, m) = matrix.x.shape[-2], matrix.shape[-2:]
+        if tokens * (n + m) <= n * m:
+            grams = (matmul(z, transpose(z), HIGHEST) for z in (matrix.x, matrix.dy))
+            return jnp.sqrt(jnp.maximum(_sum_of_products(*grams), 0.0))
+        dense = matmul(transpose(matrix.x), matrix.dy)
+    else:
+        dense = matrix
+    return jnp.sqrt(_sum_of_products(dense, dense))
+
+
+def svd(terms: Terms, rank: int, scale: float = 1.0) -> LowRank:
+    r"""The best approximation of a sum of matrices by one of rank r, with balanced factors.
+
+    The truncated singular value decomposition :math:`U S V^\top` of :math:`\sum_i c_i T_i`, as
+    :math:`a = U S^{1/2} s^{-1/2}` and :math:`b = s^{-1/2} S^{1/2} V^\top`. A sum whose factors are thin
+    together is not formed: it goes through a QR of the stacked factors.
+
+    Args:
+      terms: pairs of a coefficient and a matrix of shape (*batch, n, m).
+      rank: r, at most min(n, m).
+      scale: the scale s of the result.
+
+    Returns:
+      A `LowRank` of the terms' type.
+
+    Raises:
+      ValueError: no terms, shapes that differ, or a rank that is not between 1 and min(n, m).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from oplora_jax import svd, to_dense
+      >>> best = svd([(1.0, jnp.diag(jnp.array([3.0, 2.0, 1.0])))], rank=2)
+      >>> jnp.round(jnp.diag(to_dense(best)), 4).tolist()
+      [3.0, 2.0, 0.0]
+    """
+    shape = common_shape(terms)
+    if not 1 <= rank <= min(shape[-2:]):
+        raise ValueError(f"rank is {rank}; matrices of shape {shape} need 1 to {min(shape[-2:])}")
+    dtype = solve_dtype(*(leaf for _, t in terms for leaf in jax.tree.leaves(t)))
+    factored = all(isinstance(t, LowRank | OuterProduct) for _, t in terms)
+    if factored and sum(_thin_factors(t)[0].shape[-2] for _, t in terms) < min(shape[-2:]):
+        lefts, rights = zip(*(_thin_factors(t) for _, t in terms), strict=True)
+        scaled = [(c * x).astype(dtype) for (c, _), x in zip(terms, lefts, strict=True)]
+        q_left, r_left = jnp.linalg.qr(transpose(jnp.concatenate(scaled, axis=-2)))
+        stacked = jnp.concatenate([y.astype(dtype) for y in rights], axis=-2)
+        q_right, r_right = jnp.linalg.qr(transpose(stacked))
+        core = matmul(r_left, transpose(r_right), HIGHEST)
+        u, s, vt = jnp.linalg.svd(core, full_matrices=False)
+        u, vt = matmul(q_left, u, HIGHEST), matmul(vt, transpose(q_right), HIGHEST)
+    else:
+        dense = sum(c * to_dense(t).astype(dtype) for c, t in terms)
+        u, s, vt = jnp.linalg.svd(dense, full_matrices=False)
+    if s.shape[-1] < rank:  # fewer stacked columns than the rank asked for: the rest is zero
+        missing = [(0, 0)] * (s.ndim - 1)
+        pad = (0, rank - s.shape[-1])
+        s = jnp.pad(s, [*missing, pad])
+        u = jnp.pad(u, [*missing, (0, 0), pad])
+        vt = jnp.pad(vt, [*missing, pad, (0, 0)])
+    root = jnp.sqrt(s[..., :rank] / scale)
+    out = jnp.result_type(*(t.dtype for _, t in terms))
+    return LowRank(
+        (u[..., :rank] * root[..., None, :]).astype(out),
+        (root[..., :, None] * vt[..., :rank, :]).astype(out),
+        scale,
+    )
+
+
+def common_shape(terms: Terms) -> tuple[int, ...]:
+    """The shape that all terms of a sum have, checked."""
+    if not terms:
+        raise ValueError("a sum needs at least one term, a pair of a coefficient and a matrix")
+    for index, (_, term) in enumerate(terms):
+        if isinstance(term, LowRank):
+            check_factors(term, f"term {index}")
+        if term.shape != terms[0][1].shape:
+            raise ValueError(
+                f"the terms of a sum must have one shape; term {index} is {term.shape}, "
+                f"term 0 is {terms[0][1].shape}"
+            )
+    return terms[0][1].shape
+
+
+def check_factors(matrix: LowRank, name: str) -> None:
+    """Raises ValueError unless a (*batch, n, r) and b (*batch, r, m) fit together."""
+    a, b = jnp.shape(matrix.a), jnp.shape(matrix.b)
+    if len(a) < 2 or len(b) != len(a) or a[:-2] != b[:-2] or a[-1] != b[-2] or a[-1] == 0:
+        raise ValueError(
+            f"{name}: factors a {a} and b {b} do not fit; expected a (*batch, n, r) and b (*batch, r, m) "
+            "with the same batch axes and the same rank r >= 1"
+        )
+    if not matrix.scale > 0:
+        raise ValueError(f"{name}: scale is {matrix.scale}; expected a positive number, alpha / r")
+
+
+def absorb_scale(matrix: LowRank) -> LowRank:
+    """The same matrix with scale 1, the scale shared between the factors (math of every product space)."""
+    if matrix.scale == 1:
+        return matrix
+    root = math.sqrt(matrix.scale)
+    return LowRank(root * matrix.a, root * matrix.b)
+
+
+def share_scale(matrix: LowRank, like: LowRank) -> LowRank:
+    """Undoes `absorb_scale`: a matrix of scale 1, with the scale and the types of `like`."""
+    root = math.sqrt(like.scale)
+    a, b = (matrix.a, matrix.b) if root == 1 else (matrix.a / root, matrix.b / root)
+    return LowRank(a.astype(like.a.dtype), b.astype(like.b.dtype), like.scale)

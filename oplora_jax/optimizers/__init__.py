@@ -1,0 +1,7 @@
+"""The optimizers, one file each."""
+
+from oplora_jax.optimizers.oplora import oplora
+from oplora_jax.optimizers.scaled import scaled_adamw, scaled_gd
+from oplora_jax.optimizers.svdlora import svdlora
+
+__all__ = ["oplora", "scaled_adamw", "scaled_gd", "svdlora"]

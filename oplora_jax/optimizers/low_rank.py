@@ -1,0 +1,174 @@
+"""What every LoRA optimizer shares: the walk over a tree's LoRA parameters, and what guards it."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from oplora_jax.gradients.tangent import tangent_gradient
+from oplora_jax.matrix import LowRank, Matrix, OuterProduct, check_factors, is_low_rank
+
+
+class LoRAState(NamedTuple):
+    """State of an optimizer for trees of LoRA parameters and other leaves."""
+
+    lora: optax.OptState
+    others: optax.OptState
+    skipped: Array  # int32 (): updates of single LoRA parameters left out for a non-finite value
+
+
+def for_lora(
+    lora: optax.GradientTransformation, others: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+    """`lora` for the `LowRank` nodes of the parameters, `others` for the rest.
+
+    `lora` sees trees with an `optax.MaskedNode` in the place of every other leaf. A LoRA parameter whose
+    update or new state would not be finite keeps its old value and state, and is counted in `skipped`.
+
+    Args:
+      lora: takes, at each `LowRank` parameter, a matrix or the `LowRank` of its factor gradients; returns a
+        `LowRank` of increments.
+      others: any transformation.
+
+    Raises:
+      ValueError: at the first update, for params=None or a gradient that does not fit its parameter.
+    """
+    lora, others = (optax.with_extra_args_support(tx) for tx in (lora, others))
+
+    def init_fn(params):
+        for path, node in jax.tree.leaves_with_path(params, is_leaf=is_low_rank):
+            if is_low_rank(node):
+                check_factors(node, jax.tree_util.keystr(path) or "the LoRA parameter")
+        of_lora, of_others = _split(params, params)
+        return LoRAState(lora.init(of_lora), others.init(of_others), skipped=jnp.zeros((), jnp.int32))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        if params is None:
+            raise ValueError(
+                "a LoRA optimizer's step depends on the parameters: call update(updates, state, params)"
+            )
+        _check_gradients(updates, params)
+        lora_params, other_params = _split(params, params)
+        lora_updates, other_updates = _split(updates, params)
+        lora_updates, lora_state = lora.update(lora_updates, state.lora, lora_params, **extra_args)
+        lora_updates, lora_state, skipped = _keep_finite(lora, lora_updates, lora_state, state.lora)
+        other_updates, other_state = others.update(other_updates, state.others, other_params, **extra_args)
+        updates = jax.tree.map(
+            lambda p, u, v: u if is_low_rank(p) else v,
+            params,
+            lora_updates,
+            other_updates,
+            is_leaf=is_low_rank,
+        )
+        return updates, LoRAState(lora_state, other_state, state.skipped + skipped)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def map_lora(function: Callable[..., tuple], num_outputs: int, params: Any, *rest: Any) -> tuple:
+    """Maps a function with several results over the LoRA parameters of a tree; one tree for each result."""
+    nodes, treedef = jax.tree.flatten(params, is_leaf=is_low_rank)
+    rest = [treedef.flatten_up_to(tree) for tree in rest]
+    results = [function(*arguments) for arguments in zip(nodes, *rest, strict=True)]
+    columns = zip(*results, strict=True) if results else [()] * num_outputs
+    return tuple(treedef.unflatten(column) for column in columns)
+
+
+def full_gradient(param: LowRank, gradient: Matrix) -> Matrix:
+    """The gradient of the full weight: exact, or projected on the tangent space from factor gradients."""
+    return tangent_gradient(param, gradient) if isinstance(gradient, LowRank) else gradient
+
+
+def at_step(learning_rate: optax.ScalarOrSchedule, count: Array) -> Array:
+    """The learning rate of a step, a float32 scalar at least."""
+    value = jnp.asarray(learning_rate(count) if callable(learning_rate) else learning_rate)
+    if value.ndim != 0:
+        raise ValueError(f"learning_rate has shape {value.shape}; expected a scalar or a schedule of one")
+    return value.astype(jnp.promote_types(value.dtype, jnp.float32))
+
+
+def is_zero(value: Any) -> bool:
+    """Whether a hyperparameter is known to be zero, and what it multiplies need not exist."""
+    return isinstance(value, int | float) and value == 0
+
+
+def _split(tree: Any, params: Any) -> tuple[Any, Any]:
+    """(the LoRA parameters' part, the others' part) of a tree, each with the rest masked."""
+    nodes, treedef = jax.tree.flatten(params, is_leaf=is_low_rank)
+    parts = treedef.flatten_up_to(tree)
+    pick = lambda lora: treedef.unflatten(
+        part if is_low_rank(node) == lora else optax.MaskedNode()
+        for node, part in zip(nodes, parts, strict=True)
+    )
+    return pick(True), pick(False)
+
+
+def _check_gradients(updates: Any, params: Any) -> None:
+    paths_and_nodes, treedef = jax.tree.flatten_with_path(params, is_leaf=is_low_rank)
+    try:
+        gradients = treedef.flatten_up_to(updates)
+    except ValueError as error:
+        raise ValueError(f"the tree of gradients does not have the parameters' structure: {error}") from error
+    for (path, param), gradient in zip(paths_and_nodes, gradients, strict=True):
+        if not is_low_rank(param):
+            continue
+        name = jax.tree_util.keystr(path) or "the LoRA parameter"
+        check_factors(param, name)
+        if isinstance(gradient, LowRank):
+            got = jnp.shape(gradient.a), jnp.shape(gradient.b)
+            expected = param.a.shape, param.b.shape
+        elif isinstance(gradient, OuterProduct) or hasattr(gradient, "shape"):
+            got, expected = gradient.shape, param.shape
+        else:
+            raise ValueError(
+                f"{name}: the gradient is {type(gradient).__name__}; expected an OuterProduct or an array "
+                f"of shape {param.shape} (oplora_jax.value_and_grad), or a LowRank of factor gradients "
+                "(jax.grad)"
+            )
+        if got != expected:
+            raise ValueError(f"{name}: the gradient has shape {got}; the parameter needs {expected}")
+
+
+def _keep_finite(tx: Any, updates: Any, state: Any, old_state: Any) -> tuple[Any, Any, Array]:
+    """Zero updates and the old state for the LoRA parameters with a non-finite update or state."""
+    nodes, treedef = jax.tree.flatten(updates, is_leaf=is_low_rank)
+    owners = treedef.unflatten(range(len(nodes)))
+    # Which parameter each array of the state belongs to; None for counters and the like.
+    owner_of = optax.tree.map_params(
+        tx,
+        lambda node, owner: jax.tree.map(lambda _: _Owner(owner), node),
+        state,
+        owners,
+        transform_non_params=lambda _: _Owner(None),
+        is_leaf=is_low_rank,
+    )
+    owned = jax.tree.leaves(owner_of, is_leaf=lambda node: isinstance(node, _Owner))
+    finite = [_all_finite(node) for node in nodes]
+    for owner, array in zip(owned, jax.tree.leaves(state), strict=True):
+        if owner.index is not None:
+            finite[owner.index] &= _all_finite(array)
+    keep = lambda index, new, old: new if index is None else jnp.where(finite[index], new, old)
+    kept = [
+        keep(owner.index, new, old)
+        for owner, new, old in zip(owned, jax.tree.leaves(state), jax.tree.leaves(old_state), strict=True)
+    ]
+    updates = treedef.unflatten(
+        jax.tree.map(lambda u, i=i: keep(i, u, jnp.zeros_like(u)), node) for i, node in enumerate(nodes)
+    )
+    skipped = sum((1 - f.astype(jnp.int32) for f in finite), jnp.zeros((), jnp.int32))
+    return updates, jax.tree.unflatten(jax.tree.structure(state), kept), skipped
+
+
+class _Owner:
+    """A leaf that names the parameter an array of the state belongs to."""
+
+    def __init__(self, index: int | None):
+        self.index = index
+
+
+def _all_finite(tree: Any) -> Array:
+    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
+    return jnp.all(jnp.stack(finite))

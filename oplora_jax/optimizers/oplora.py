@@ -1,0 +1,227 @@
+"""OPLoRA: SGD with momentum on the full weight, with LoRSum in the place of addition."""
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from oplora_jax.lorsum import Sum, inverse, joint_lorsum, lorsum
+from oplora_jax.matrix import (
+    HIGHEST,
+    LowRank,
+    absorb_scale,
+    is_low_rank,
+    left_product,
+    matmul,
+    right_product,
+    share_scale,
+    transpose,
+)
+from oplora_jax.optimizers.low_rank import at_step, for_lora, full_gradient, is_zero, map_lora
+
+
+class OPLoRAState(NamedTuple):
+    """State of `oplora` at the LoRA parameters."""
+
+    count: Array  # int32 ()
+    momentum: Any  # LowRank at each LoRA parameter: a (*batch, n, k), b (*batch, k, m); None without momentum
+    previous: Any = None  # "projected" alone: the factors that its buffers belong to
+
+
+def oplora(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    momentum: Any = 0.9,
+    dampening: Any = 0.0,
+    num_iters: Any = 1,
+    regularization: Any = 1e-3,
+    momentum_regularization: Any = None,
+    momentum_rank: int | None = None,
+    momentum_kind: Literal["low_rank", "projected", "extrapolated"] = "low_rank",
+    weight_decay: Any = 0.0,
+    others: optax.GradientTransformation | None = None,
+    seed: Any = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""OPLoRA: each step is the full heavy-ball step, brought back to rank r by `lorsum`.
+
+    With P = s a b the increment, G the gradient of the full weight and M the low-rank momentum,
+
+    .. math::
+      P &\leftarrow \mathrm{LoRSum}[(1, P), (-\eta (1 - d), G), (-\eta \mu, M)] \\
+      M &\leftarrow \mathrm{LoRSum}[(\mu, M), (1 - d, G)],
+
+    both in one pass over G. The state is one more low-rank matrix per parameter. G is taken from whatever
+    stands at the parameter in the updates: an `OuterProduct` or an array (`oplora_jax.value_and_grad`,
+    exact), or the `LowRank` of factor gradients (`jax.grad`; the step is then the Riemannian one).
+
+    Args:
+      learning_rate: eta, a scalar or a schedule. It is a step in the full weight: of SGD's size.
+      momentum: mu. With 0 no momentum is kept.
+      dampening: d.
+      num_iters: alternating iterations of each LoRSum; 0 is the Jacobi step, preconditioned LoRA.
+      regularization: of the solves for the weights; multiplied by the learning rate.
+      momentum_regularization: of the solves for the momentum, likewise; as `regularization` if None.
+      momentum_rank: k, the rank of the momentum; the parameter's if None.
+      momentum_kind: "low_rank" as above; "projected" keeps the products of the gradients with the factors'
+        pseudo-inverses and carries them from one pair of factors to the next; "extrapolated" is
+        heavy-ball extrapolation, Z = LoRSum[(1, P), (-eta, G)], P = LoRSum[(1 + mu, Z), (-mu, Z_old)].
+      weight_decay: decoupled, multiplied by the learning rate: the anchor's coefficient is 1 - eta * decay.
+      others: for the leaves that are no LoRA parameters; by default the plain counterpart, SGD with the
+        same learning rate, momentum, dampening and decay. `optax.set_to_zero()` freezes them.
+      seed: of the random start of the momentum's left factor.
+
+    Returns:
+      An Optax transformation. Its state has a field `momentum`, a tree with a `LowRank` at each LoRA
+      parameter, for `optax.tree.get` and `optax.tree.set`.
+
+    Raises:
+      ValueError: an argument out of range.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import oplora_jax
+      >>> target = jnp.outer(jnp.arange(3.0), jnp.ones(2))
+      >>> params = oplora_jax.LowRank(jnp.ones((3, 1)), jnp.zeros((1, 2)))
+      >>> tx = oplora_jax.oplora(0.1, momentum=0.5)
+      >>> state = tx.init(params)
+      >>> def loss_fn(params):
+      ...   return jnp.sum((oplora_jax.to_dense(params) - target) ** 2)
+      >>> for _ in range(50):
+      ...   gradients = oplora_jax.grad(loss_fn)(params)
+      ...   updates, state = tx.update(gradients, state, params)
+      ...   params = optax.apply_updates(params, updates)
+      >>> bool(loss_fn(params) < 1e-6)
+      True
+
+    References:
+      OPLoRA, https://arxiv.org/abs/2509.19977.
+    """
+    if momentum_kind not in ("low_rank", "projected", "extrapolated"):
+        raise ValueError(
+            f"momentum_kind is {momentum_kind!r}; expected 'low_rank', 'projected' or 'extrapolated'"
+        )
+    if momentum_rank is not None and (momentum_kind != "low_rank" or momentum_rank < 1):
+        raise ValueError(
+            f"momentum_rank is {momentum_rank} with momentum_kind={momentum_kind!r}; expected a positive "
+            "number, and only with momentum_kind='low_rank'"
+        )
+    if momentum_kind == "extrapolated" and not is_zero(dampening):
+        raise ValueError("momentum_kind='extrapolated' has no dampening; leave it at 0")
+    kind = "none" if is_zero(momentum) else momentum_kind
+
+    def init_fn(params):
+        count = jnp.zeros((), jnp.int32)
+        if kind == "none":
+            return OPLoRAState(count, momentum=None)
+        if kind == "projected":
+            zeros = jax.tree.map(jnp.zeros_like, params)
+            return OPLoRAState(count, momentum=zeros, previous=jax.tree.map(jnp.array, params))
+        if kind == "extrapolated":
+            return OPLoRAState(count, momentum=jax.tree.map(jnp.array, params))
+        number = len(jax.tree.leaves(params, is_leaf=is_low_rank))
+        keys = iter(jax.random.split(jax.random.key(seed), number or 1))
+        start = lambda param: (_random_start(next(keys), param, momentum_rank),)
+        return OPLoRAState(count, momentum=map_lora(start, 1, params)[0])
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        lr = at_step(learning_rate, state.count)
+        weight = 1 - lr * weight_decay
+        ridge = 0.0 if is_zero(regularization) else lr * regularization
+        ridge_m = ridge
+        if momentum_regularization is not None:
+            ridge_m = 0.0 if is_zero(momentum_regularization) else lr * momentum_regularization
+        # The authors' code adds 1e-6 to the diagonal of every Gram matrix. It shows in the momentum alone,
+        # which starts at zero: at most 0.2 % of the regularization, so that a step of size 0 changes nothing.
+        shrinkage = 0.0 if is_zero(ridge_m) else jnp.minimum(1e-6, 2e-3 * ridge_m)
+        share = 1 - dampening
+
+        def low_rank(param, gradient, old):
+            g = full_gradient(param, gradient)
+            weights = Sum(weight, param, [-lr * share, -lr * momentum], ridge)
+            moments = Sum(momentum, old, [share, None], ridge_m, shrinkage)
+            new, moment = joint_lorsum([g, old], [weights, moments], num_iters=num_iters)
+            return _difference(new, param), moment
+
+        def plain(param, gradient):
+            g = full_gradient(param, gradient)
+            terms = [(weight, param), (-lr, g)]
+            new = lorsum(terms, num_iters=num_iters, regularization=ridge)
+            return (_difference(new, param),)
+
+        def extrapolated(param, gradient, old):
+            g = full_gradient(param, gradient)
+            settings = {"num_iters": num_iters, "regularization": ridge}
+            z = lorsum([(weight, param), (-lr, g)], **settings)
+            new = lorsum([(1 + momentum, z), (-momentum, old)], **settings)
+            return _difference(new, param), z
+
+        def projected(param, gradient, buffers, previous):
+            g = full_gradient(param, gradient)
+            terms = [(weight, param), (-lr * share, g)]
+            z = lorsum(terms, num_iters=num_iters, regularization=ridge)
+            step, moment = _transport(z, g, buffers, previous, momentum, share, ridge)
+            new = jax.tree.map(lambda old, u: old - (lr * momentum * u).astype(old.dtype), z, step)
+            return _difference(new, param), moment, z
+
+        count = optax.safe_increment(state.count)
+        if kind == "none":
+            [updates] = map_lora(plain, 1, params, updates)
+            return updates, OPLoRAState(count, momentum=None)
+        if kind == "projected":
+            trees = map_lora(projected, 3, params, updates, state.momentum, state.previous)
+            return trees[0], OPLoRAState(count, *trees[1:])
+        step = low_rank if kind == "low_rank" else extrapolated
+        updates, moment = map_lora(step, 2, params, updates, state.momentum)
+        return updates, OPLoRAState(count, moment)
+
+    if others is None:
+        others = _heavy_ball(learning_rate, momentum, dampening, weight_decay)
+    return for_lora(optax.GradientTransformation(init_fn, update_fn), others)
+
+
+def _random_start(key, param, rank):
+    """A zero momentum whose left factor is normal, at scale 1 of unit variance."""
+    (*batch, n, m), rank = param.shape, param.a.shape[-1] if rank is None else rank
+    # Built on zeros made from the parameter, for its sharding.
+    like = lambda factor, shape: (
+        jnp.zeros_like(factor) if shape == factor.shape else jnp.zeros(shape, factor.dtype)
+    )
+    a = like(param.a, (*batch, n, rank)) + jax.random.normal(key, (*batch, n, rank), param.a.dtype)
+    return share_scale(LowRank(a, like(param.b, (*batch, rank, m))), param)
+
+
+def _difference(new: LowRank, old: LowRank) -> LowRank:
+    return LowRank(new.a - old.a, new.b - old.b, old.scale)
+
+
+def _transport(z, g, buffers, previous, momentum, share, ridge):
+    """The projected momentum at the new factors z, before and after the gradient g is added to it."""
+    at, before = absorb_scale(z), absorb_scale(previous)
+    ridge = None if is_zero(ridge) else ridge
+    to_a = matmul(inverse(matmul(transpose(at.a), at.a, HIGHEST), ridge), transpose(at.a), HIGHEST)
+    to_b = matmul(transpose(at.b), inverse(matmul(at.b, transpose(at.b), HIGHEST), ridge), HIGHEST)
+    gradient = right_product(g, to_b), left_product(to_a, g)
+    old = absorb_scale(buffers)
+    carried = (
+        matmul(old.a, matmul(before.b, to_b, HIGHEST), HIGHEST),
+        matmul(matmul(to_a, before.a, HIGHEST), old.b, HIGHEST),
+    )
+    # The first gradient enters whole: nothing has been gathered yet.
+    started = jnp.any(buffers.a != 0) | jnp.any(buffers.b != 0)
+    share = jnp.where(started, share, 1.0)
+    new = (momentum * p + share * q for p, q in zip(carried, gradient, strict=True))
+    return share_scale(LowRank(*carried), buffers), share_scale(LowRank(*new), buffers)
+
+
+def _heavy_ball(learning_rate, momentum, dampening, weight_decay):
+    """SGD on plain arrays, with the same hyperparameters."""
+    parts = [
+        optax.scale(1 - dampening),
+        optax.identity() if is_zero(momentum) else optax.trace(momentum),
+        optax.identity() if is_zero(weight_decay) else optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(learning_rate),
+    ]
+    return optax.chain(*parts)

@@ -1,0 +1,136 @@
+"""Preconditioned LoRA: each factor's gradient is divided by the other factor's Gram matrix."""
+
+import math
+from typing import Any
+
+import optax
+
+from oplora_jax.gradients.tangent import factor_gradients
+from oplora_jax.lorsum import inverse
+from oplora_jax.matrix import (
+    HIGHEST,
+    LowRank,
+    absorb_scale,
+    matmul,
+    share_scale,
+    solve_dtype,
+    transpose,
+)
+from oplora_jax.optimizers.low_rank import for_lora, is_zero, map_lora
+
+
+def scaled_gd(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    momentum: Any = None,
+    regularization: Any = 1e-2,
+    weight_decay: Any = 0.0,
+    others: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""ScaledGD, preconditioned LoRA with SGD.
+
+    Both factors step from the old ones,
+    :math:`a \leftarrow a - \eta\,G b^\top (b b^\top + \lambda I)^{-1}` and
+    :math:`b \leftarrow b - \eta\,(a^\top a + \lambda I)^{-1} a^\top G`, written for scale 1: with another
+    scale the increment s a b takes the same path. It is `oplora` with num_iters=0 and no momentum.
+
+    Args:
+      learning_rate: eta, a scalar or a schedule.
+      momentum: of a heavy ball on the preconditioned gradients; none if None.
+      regularization: lambda, of the solves. Unlike that of `oplora` it is not multiplied by eta.
+      weight_decay: decoupled, of the factors, multiplied by the learning rate.
+      others: for the leaves that are no LoRA parameters; SGD with the same settings if None.
+
+    Returns:
+      An Optax transformation for any kind of gradient.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import oplora_jax
+      >>> params = oplora_jax.LowRank(jnp.ones((3, 1)), jnp.ones((1, 2)))
+      >>> tx = oplora_jax.scaled_gd(0.1, regularization=0.0)
+      >>> gradients = jax.grad(lambda p: oplora_jax.to_dense(p).sum())(params)
+      >>> updates, _ = tx.update(gradients, tx.init(params), params)
+      >>> jnp.round(updates.a.T, 4).tolist()
+      [[-0.10000000149011612, -0.10000000149011612, -0.10000000149011612]]
+
+    References:
+      Riemannian preconditioned LoRA, https://arxiv.org/abs/2402.02347.
+    """
+    plain = optax.chain(
+        optax.identity() if momentum is None else optax.trace(momentum),
+        optax.identity() if is_zero(weight_decay) else optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+    return _preconditioned(plain, regularization, others)
+
+
+def scaled_adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    b1: Any = 0.9,
+    b2: Any = 0.999,
+    eps: Any = 1e-8,
+    regularization: Any = 1e-2,
+    weight_decay: Any = 0.0,
+    others: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Preconditioned LoRA with AdamW: AdamW on the gradients that `scaled_gd` steps along.
+
+    Both gradients are preconditioned with the old factors (the Jacobi form).
+
+    Args:
+      learning_rate: a scalar or a schedule.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the root of the second moment.
+      regularization: of the solves.
+      weight_decay: decoupled, of the factors, multiplied by the learning rate.
+      others: for the leaves that are no LoRA parameters; AdamW with the same settings if None.
+
+    Returns:
+      An Optax transformation for any kind of gradient.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import oplora_jax
+      >>> params = oplora_jax.LowRank(jnp.ones((3, 1)), jnp.ones((1, 2)))
+      >>> tx = oplora_jax.scaled_adamw(0.5)
+      >>> gradients = jax.grad(lambda p: oplora_jax.to_dense(p).sum())(params)
+      >>> updates, _ = tx.update(gradients, tx.init(params), params)
+      >>> jnp.round(updates.a.T, 4).tolist()
+      [[-0.5, -0.5, -0.5]]
+
+    References:
+      Riemannian preconditioned LoRA, https://arxiv.org/abs/2402.02347.
+    """
+    plain = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    return _preconditioned(plain, regularization, others)
+
+
+def _preconditioned(plain, regularization, others):
+    lora = optax.chain(precondition(regularization), plain)
+    return for_lora(lora, plain if others is None else others)
+
+
+def precondition(regularization: Any) -> optax.GradientTransformation:
+    """Turns any kind of gradient at LoRA parameters into preconditioned factor gradients."""
+
+    def update_fn(updates, state, params=None):
+        def one(param, gradient):
+            if not isinstance(gradient, LowRank):
+                gradient = factor_gradients(param, gradient)
+            at = absorb_scale(param)
+            dtype = solve_dtype(at.a, at.b)
+            a, b = at.a.astype(dtype), at.b.astype(dtype)
+            # The derivative by the factors at scale 1: s G b^T / sqrt(s).
+            root = math.sqrt(param.scale)
+            da, db = gradient.a.astype(dtype) / root, gradient.b.astype(dtype) / root
+            ridge = None if is_zero(regularization) else regularization
+            da = matmul(da, inverse(matmul(b, transpose(b), HIGHEST), ridge), HIGHEST)
+            db = matmul(inverse(matmul(transpose(a), a, HIGHEST), ridge), db, HIGHEST)
+            return (share_scale(LowRank(da, db), param),)
+
+        return map_lora(one, 1, params, updates)[0], state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update_fn)

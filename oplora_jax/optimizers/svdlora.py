@@ -1,0 +1,83 @@
+"""SVDLoRA: the full step, then the best approximation of rank r. The gold standard, at full cost."""
+
+from typing import Any
+
+import jax
+import optax
+
+from oplora_jax.matrix import LowRank, is_low_rank, svd, to_dense
+from oplora_jax.optimizers.low_rank import for_lora, full_gradient, map_lora
+
+
+def svdlora(
+    base: optax.GradientTransformation,
+    rank: int | None = None,
+    *,
+    others: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """SVDLoRA: steps of any optimizer on the dense increment, truncated by an SVD after each.
+
+    It forms every n x m matrix, decomposes it, and keeps the dense state of the base optimizer: for
+    comparison, not for large models.
+
+    Args:
+      base: the full step, such as `optax.sgd(0.1, momentum=0.9)`, learning rate included.
+      rank: the rank after each step; that of each parameter if None. At most that of the parameter.
+      others: for the leaves that are no LoRA parameters; `base` if None.
+
+    Returns:
+      An Optax transformation. After a step the factors are balanced, a^T a = b b^T.
+
+    Raises:
+      ValueError: a rank larger than a parameter's.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import oplora_jax
+      >>> params = oplora_jax.LowRank(jnp.ones((3, 1)), jnp.zeros((1, 2)))
+      >>> tx = oplora_jax.svdlora(optax.sgd(1.0))
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update(-jnp.ones((3, 2)), state, params)
+      >>> new = optax.apply_updates(params, updates)
+      >>> jnp.round(oplora_jax.to_dense(new), 4).tolist()
+      [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
+
+    References:
+      OPLoRA, https://arxiv.org/abs/2509.19977, section 2.
+    """
+    dense_base = optax.with_extra_args_support(base)
+
+    def init_fn(params):
+        return dense_base.init(_dense(params))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        gradients, increments = map_lora(
+            lambda param, gradient: (
+                to_dense(full_gradient(param, gradient)).astype(param.dtype),
+                to_dense(param),
+            ),
+            2,
+            params,
+            updates,
+        )
+        steps, state = dense_base.update(gradients, state, increments, **extra_args)
+
+        def truncate(param, increment, step):
+            r = param.a.shape[-1]
+            if rank is not None and not 1 <= rank <= r:
+                raise ValueError(f"rank is {rank}; a parameter of rank {r} takes 1 to {r}")
+            new = svd([(1.0, increment), (1.0, step)], r if rank is None else rank, param.scale)
+            kept = new.a.shape[-1]
+            delta_a = (-param.a).at[..., :kept].add(new.a)
+            delta_b = (-param.b).at[..., :kept, :].add(new.b)
+            return (LowRank(delta_a, delta_b, param.scale),)
+
+        [updates] = map_lora(truncate, 1, params, increments, steps)
+        return updates, state
+
+    lora = optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return for_lora(lora, base if others is None else others)
+
+
+def _dense(params: Any) -> Any:
+    return jax.tree.map(lambda p: to_dense(p), params, is_leaf=is_low_rank)
