@@ -103,7 +103,7 @@ def _captured_dot_bwd(scale, taps, residuals, dy):
     x, a, b = residuals
     dx = _thin_dot(dy, transpose(b), transpose(a), scale=scale)
     x, dy = (z.reshape(*a.shape[:-2], -1, z.shape[-1]) for z in (x, dy))
-    cotangents = (x, dy) if len(taps) == 2 else (matmul(transpose(x), dy),)
+    cotangents = (x, dy) if len(taps) == 2 else (matmul(transpose(x), dy),)[: len(taps)]
     cotangents = (c.reshape(t.shape).astype(t.dtype) for c, t in zip(cotangents, taps, strict=True))
     return dx.reshape(residuals[0].shape), jnp.zeros_like(a), jnp.zeros_like(b), *cotangents
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
+from oplora_jax.gradients.capture import lora_dot
 from oplora_jax.matrix import LowRank, to_dense
 
 
@@ -61,21 +62,40 @@ def init_lora(
         raise ValueError(
             f"no kernel matches {targets!r}; the paths of the kernels are: {', '.join(kernels) or 'none'}"
         )
-    scale = 1.0 if alpha is None else alpha / rank
     lora = {}
     for path, one_key in zip(chosen, jax.random.split(key, len(chosen)), strict=True):
         kernel = chosen[path]
-        n, m = math.prod(kernel.shape[:-1]), kernel.shape[-1]
-        if not 1 <= rank <= min(n, m):
-            raise ValueError(f"{path}: rank is {rank}; a kernel {kernel.shape} takes 1 to {min(n, m)}")
-        lora[path] = init_low_rank(one_key, n, m, rank, scale, kernel.dtype)
+        shape = math.prod(kernel.shape[:-1]), kernel.shape[-1]
+        try:
+            lora[path] = init_low_rank(one_key, shape, rank, alpha, kernel.dtype)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
     return lora
 
 
-def init_low_rank(key: PRNGKeyArray, n: int, m: int, rank: int, scale: float, dtype: Any) -> LowRank:
-    """LoRA's usual start: a uniform as in He's initialisation, b zero."""
+def init_low_rank(
+    key: PRNGKeyArray, shape: tuple[int, int], rank: int, alpha: float | None, dtype: Any
+) -> LowRank:
+    """LoRA's usual start for a kernel (n, m): a uniform as in He's initialisation, b zero."""
+    n, m = shape
+    if not 1 <= rank <= min(n, m):
+        raise ValueError(f"rank is {rank}; a kernel ({n}, {m}) takes 1 to {min(n, m)}")
     a = jax.nn.initializers.he_uniform()(key, (n, rank), dtype)
-    return LowRank(a, jnp.zeros((rank, m), dtype), scale)
+    return LowRank(a, jnp.zeros((rank, m), dtype), 1.0 if alpha is None else alpha / rank)
+
+
+def dense_with_lora(
+    x: Float[Array, "*tokens n"],
+    kernel: Float[Array, "n m"],
+    lora: LowRank,
+    bias: Float[Array, " m"] | None,
+    dtype: Any = None,
+) -> Float[Array, "*tokens m"]:
+    """What every dense layer with LoRA computes, in `dtype` or in the type of x and the kernel."""
+    if dtype is not None:
+        x, kernel = x.astype(dtype), kernel.astype(dtype)
+    y = lora_dot(x, kernel, lora)
+    return y if bias is None else y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
 
 
 def merge(params: Any, lora: dict[str, LowRank]) -> Any:

@@ -89,7 +89,8 @@ def _step(eqn: Any, arguments: list[_Flow], times: int, places: list[list[Use]])
     if name == "cond":
         return _cond(eqn, arguments, times, places)
     inner = list(jaxprs_in_params(eqn.params))
-    if len(inner) == 1 and len(inner[0].invars) == len(arguments):  # jit, remat, custom rules, shard_map
+    sizes = [(len(j.invars), len(j.outvars)) for j in inner]
+    if sizes == [(len(eqn.invars), len(eqn.outvars))]:  # jit, remat, custom rules, shard_map
         return _walk(inner[0], arguments, times, places)
     merged = _merge(arguments)
     if name not in _MOVES:

@@ -51,8 +51,8 @@ def scaled_gd(
       >>> tx = oplora_jax.scaled_gd(0.1, regularization=0.0)
       >>> gradients = jax.grad(lambda p: oplora_jax.to_dense(p).sum())(params)
       >>> updates, _ = tx.update(gradients, tx.init(params), params)
-      >>> jnp.round(updates.a.T, 4).tolist()
-      [[-0.10000000149011612, -0.10000000149011612, -0.10000000149011612]]
+      >>> bool(jnp.allclose(updates.a, -0.1))
+      True
 
     References:
       Riemannian preconditioned LoRA, https://arxiv.org/abs/2402.02347.
@@ -98,8 +98,8 @@ def scaled_adamw(
       >>> tx = oplora_jax.scaled_adamw(0.5)
       >>> gradients = jax.grad(lambda p: oplora_jax.to_dense(p).sum())(params)
       >>> updates, _ = tx.update(gradients, tx.init(params), params)
-      >>> jnp.round(updates.a.T, 4).tolist()
-      [[-0.5, -0.5, -0.5]]
+      >>> bool(jnp.allclose(updates.a, -0.5))
+      True
 
     References:
       Riemannian preconditioned LoRA, https://arxiv.org/abs/2402.02347.
