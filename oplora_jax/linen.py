@@ -39,7 +39,7 @@ class LoRADense(nn.Module):
 
     features: int
     rank: int
-    alpha: float | None = None
+    alpha: float | int | None = None
     use_bias: bool = True
     dtype: Any = None
     param_dtype: Any = jnp.float32

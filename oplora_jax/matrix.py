@@ -45,7 +45,7 @@ class LowRank:
     # Any, because a pytree node also holds whatever jax.tree.map puts there: specs, masks, labels.
     a: Any  # Float[Array, "*batch n r"]
     b: Any  # Float[Array, "*batch r m"]
-    scale: float = dataclasses.field(default=1.0, metadata={"static": True})
+    scale: float | int = dataclasses.field(default=1.0, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -231,7 +231,7 @@ def frobenius_norm(matrix: Matrix) -> Float[Array, "*batch"]:
     return jnp.sqrt(_sum_of_products(dense, dense))
 
 
-def svd(terms: Terms, rank: int, scale: float = 1.0) -> LowRank:
+def svd(terms: Terms, rank: int, scale: float | int = 1.0) -> LowRank:
     r"""The best approximation of a sum of matrices by one of rank r, with balanced factors.
 
     The truncated singular value decomposition :math:`U S V^\top` of :math:`\sum_i c_i T_i`, as

@@ -49,7 +49,7 @@ class LoRALinear(nnx.Module):
         out_features: int,
         rank: int,
         *,
-        alpha: float | None = None,
+        alpha: float | int | None = None,
         use_bias: bool = True,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,

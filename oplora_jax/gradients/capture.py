@@ -102,10 +102,18 @@ def _captured_dot_fwd(scale, taps, x, a, b, *tap):
 def _captured_dot_bwd(scale, taps, residuals, dy):
     x, a, b = residuals
     dx = _thin_dot(dy, transpose(b), transpose(a), scale=scale)
-    x, dy = (z.reshape(*a.shape[:-2], -1, z.shape[-1]) for z in (x, dy))
-    cotangents = (x, dy) if len(taps) == 2 else (matmul(transpose(x), dy),)[: len(taps)]
-    cotangents = (c.reshape(t.shape).astype(t.dtype) for c, t in zip(cotangents, taps, strict=True))
-    return dx.reshape(residuals[0].shape), jnp.zeros_like(a), jnp.zeros_like(b), *cotangents
+    rows_x, rows_dy = (z.reshape(*a.shape[:-2], -1, z.shape[-1]) for z in (x, dy))
+    captured = (rows_x, rows_dy) if len(taps) == 2 else (matmul(transpose(rows_x), rows_dy),)[: len(taps)]
+    captured = [
+        _over_devices(c.reshape(tap.shape).astype(tap.dtype), jnp.zeros(tap.shape, tap.dtype))
+        for c, tap in zip(captured, taps, strict=True)
+    ]
+    return _over_devices(dx, x), jnp.zeros_like(a), jnp.zeros_like(b), *captured
+
+
+def _over_devices(cotangent: Array, primal: Array) -> Array:
+    """The sum over the devices of a `jax.shard_map` that see the same primal; otherwise the cotangent."""
+    return jax.vjp(lambda p: p + jnp.zeros_like(cotangent), primal)[1](cotangent)[0]
 
 
 _captured_dot.defvjp(_captured_dot_fwd, _captured_dot_bwd)

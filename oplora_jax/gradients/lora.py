@@ -20,7 +20,7 @@ def init_lora(
     rank: int,
     targets: str | Sequence[str],
     *,
-    alpha: float | None = None,
+    alpha: float | int | None = None,
 ) -> dict[str, LowRank]:
     """LoRA parameters for the kernels of a model whose path matches a pattern.
 
@@ -74,7 +74,7 @@ def init_lora(
 
 
 def init_low_rank(
-    key: PRNGKeyArray, shape: tuple[int, int], rank: int, alpha: float | None, dtype: Any
+    key: PRNGKeyArray, shape: tuple[int, int], rank: int, alpha: float | int | None, dtype: Any
 ) -> LowRank:
     """LoRA's usual start for a kernel (n, m): a uniform as in He's initialisation, b zero."""
     n, m = shape

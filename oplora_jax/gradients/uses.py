@@ -88,6 +88,8 @@ def _step(eqn: Any, arguments: list[_Flow], times: int, places: list[list[Use]])
         return _while(eqn, arguments, times, places)
     if name == "cond":
         return _cond(eqn, arguments, times, places)
+    if name == "shard_map":  # what every device sees is used by every device
+        arguments = [f._replace(repeated=f.origins) for f in arguments]
     inner = list(jaxprs_in_params(eqn.params))
     sizes = [(len(j.invars), len(j.outvars)) for j in inner]
     if sizes == [(len(eqn.invars), len(eqn.outvars))]:  # jit, remat, custom rules, shard_map

@@ -62,7 +62,7 @@ def value_and_grad(
         paths_and_nodes, treedef = jax.tree.flatten_with_path(params, is_leaf=is_low_rank)
         nodes = [node for _, node in paths_and_nodes]
         loss = lambda nodes: loss_fn(treedef.unflatten(nodes), *args, **kwargs)
-        taps = _taps(loss, paths_and_nodes, gradient)
+        taps = _taps(lambda nodes: loss(nodes)[0] if has_aux else loss(nodes), paths_and_nodes, gradient)
 
         def tapped_loss(at):
             nodes_at = [

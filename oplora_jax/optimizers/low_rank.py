@@ -1,6 +1,6 @@
 """What every LoRA optimizer shares: the walk over a tree's LoRA parameters, and what guards it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -53,8 +53,14 @@ def for_lora(
         _check_gradients(updates, params)
         lora_params, other_params = _split(params, params)
         lora_updates, other_updates = _split(updates, params)
-        lora_updates, lora_state = lora.update(lora_updates, state.lora, lora_params, **extra_args)
-        lora_updates, lora_state, skipped = _keep_finite(lora, lora_updates, lora_state, state.lora)
+        old_state = optax.tree.map_params(
+            lora, _restore_nodes, state.lora, lora_params, is_leaf=lambda _: True
+        )
+        step = lambda *arguments: lora.update(*arguments, **extra_args)
+        lora_updates, lora_state = _in_auto_axes(
+            step, (lora_params, old_state), lora_updates, old_state, lora_params
+        )
+        lora_updates, lora_state, skipped = _keep_finite(lora, lora_updates, lora_state, old_state)
         other_updates, other_state = others.update(other_updates, state.others, other_params, **extra_args)
         updates = jax.tree.map(
             lambda p, u, v: u if is_low_rank(p) else v,
@@ -93,6 +99,31 @@ def at_step(learning_rate: optax.ScalarOrSchedule, count: Array) -> Array:
 def is_zero(value: Any) -> bool:
     """Whether a hyperparameter is known to be zero, and what it multiplies need not exist."""
     return isinstance(value, int | float) and value == 0
+
+
+def _restore_nodes(like_params: Any, params: Any) -> Any:
+    """`LowRank` nodes where a container that knows only dicts has taken them apart, as `nnx.Optimizer` does."""
+    nodes, treedef = jax.tree.flatten(params, is_leaf=is_low_rank)
+    parts = treedef.flatten_up_to(like_params)
+    return treedef.unflatten(
+        LowRank(part["a"], part["b"], node.scale)
+        if isinstance(part, Mapping) and set(part) == {"a", "b"}
+        else part
+        for node, part in zip(nodes, parts, strict=True)
+    )
+
+
+def _in_auto_axes(function: Callable[..., Any], like: Any, *arguments: Any) -> Any:
+    """Calls a function with the compiler in charge of sharding; the results are sharded as `like`.
+
+    A step contracts axes that may be sharded. On a mesh with explicit axes every such product would need
+    an output sharding of its own.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not mesh.are_all_axes_explicit:
+        return function(*arguments)
+    shardings = jax.tree.map(lambda array: jax.typeof(array).sharding, like)
+    return jax.sharding.auto_axes(function, out_sharding=shardings)(*arguments)
 
 
 def _split(tree: Any, params: Any) -> tuple[Any, Any]:

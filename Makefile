@@ -1,0 +1,39 @@
+# `make test` and `make demo` set up a virtual environment in .venv and then run.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help test demo lint clean
+
+help:
+	@echo "make test   run the linter, the tests and the examples in the docstrings"
+	@echo "make demo   train LeNet-5 on MNIST with six LoRA optimizers; a table and outputs/demo/*.png"
+	@echo "make lint   run the linter alone"
+	@echo "make clean  remove the virtual environment and the caches"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("oplora-jax needs Python 3.11 or newer; set PYTHON=python3.x")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.experiments: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[experiments]'
+	@touch $@
+
+$(VENV)/.test: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@
+
+test: lint
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+demo: $(VENV)/.experiments
+	$(BIN)/python -m experiments demo
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

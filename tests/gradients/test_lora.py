@@ -1,0 +1,88 @@
+"""LoRA parameters beside a model that stays untouched."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import oplora_jax
+from oplora_jax import LowRank, init_lora, merge, to_dense
+
+PARAMS = {
+    "layer_0": {"query": {"kernel": jnp.ones((4, 6)), "bias": jnp.zeros(6)}},
+    "layer_1": {"query": {"kernel": jnp.ones((4, 6)), "bias": jnp.zeros(6)}},
+    "conv": {"kernel": jnp.ones((3, 3, 2, 8), jnp.bfloat16)},
+    "steps": jnp.zeros((2, 2), jnp.int32),
+}
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ("query", ["layer_0/query/kernel", "layer_1/query/kernel"]),
+        ("layer_0/*", ["layer_0/query/kernel"]),
+        ("*/kernel", ["conv/kernel", "layer_0/query/kernel", "layer_1/query/kernel"]),
+        (r"layer_\d+/query", ["layer_0/query/kernel", "layer_1/query/kernel"]),
+        (["conv", "layer_1"], ["conv/kernel", "layer_1/query/kernel"]),
+    ],
+)
+def test_patterns(targets, expected):
+    lora = init_lora(jax.random.key(0), PARAMS, 2, targets)
+    assert sorted(lora) == expected
+
+
+def test_start_shapes_scale_and_types():
+    lora = init_lora(jax.random.key(0), PARAMS, 2, "kernel", alpha=8)
+    assert lora["conv/kernel"].shape == (18, 8)  # all axes but the last are inputs
+    assert lora["conv/kernel"].a.dtype == jnp.bfloat16
+    assert {p.scale for p in lora.values()} == {4.0}
+    assert not any(p.b.any() for p in lora.values())
+    chex.assert_trees_all_equal(merge(PARAMS, lora), PARAMS)
+    first, second = (lora[f"layer_{i}/query/kernel"].a for i in range(2))
+    assert (first != second).any()
+
+
+def test_merge_adds_the_increment():
+    p = LowRank(jnp.ones((18, 1)), jnp.arange(8.0)[None], 0.5)
+    merged = merge(PARAMS, {"conv/kernel": p})
+    expected = 1 + to_dense(p).reshape(3, 3, 2, 8)
+    np.testing.assert_array_equal(merged["conv"]["kernel"].astype(jnp.float32), expected)  # halves are exact
+    chex.assert_trees_all_equal_shapes_and_dtypes(merged, PARAMS)
+
+
+def test_gradients_through_a_model_that_knows_nothing_of_lora():
+    """A convolution and a dense layer, in float64: the gradient is that of the kernels."""
+    with jax.enable_x64(True):
+        keys = jax.random.split(jax.random.key(0), 4)
+        params = {
+            "conv": jax.random.normal(keys[0], (3, 3, 2, 4)),
+            "dense": jax.random.normal(keys[1], (4, 5)),
+        }
+        x = jax.random.normal(keys[2], (2, 6, 6, 2))
+
+        def model(params):
+            y = jax.lax.conv_general_dilated(
+                x, params["conv"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+            return jnp.sum(jnp.sin(jnp.tanh(y) @ params["dense"]))
+
+        lora = init_lora(keys[3], params, 2, ["conv", "dense"])
+        got = oplora_jax.grad(lambda lora: model(merge(params, lora)))(lora)
+        expected = jax.grad(model)(params)
+        for name, gradient in got.items():
+            chex.assert_trees_all_close(gradient, expected[name].reshape(gradient.shape), rtol=1e-10)
+        with pytest.raises(ValueError, match=r"\['conv'\].*merged into a weight"):
+            oplora_jax.grad(lambda lora: model(merge(params, lora)), "outer")(lora)
+
+
+def test_errors_name_the_paths():
+    with pytest.raises(ValueError, match=r"no kernel matches 'key'.*layer_0/query/kernel"):
+        init_lora(jax.random.key(0), PARAMS, 2, "key")
+    with pytest.raises(ValueError, match=r"layer_0/query/kernel: rank is 5.*\(4, 6\).*1 to 4"):
+        init_lora(jax.random.key(0), PARAMS, 5, "layer_0")
+    p = LowRank(jnp.ones((4, 1)), jnp.ones((1, 6)))
+    with pytest.raises(ValueError, match=r"layer_2/kernel: no such kernel.*layer_0/query/kernel"):
+        merge(PARAMS, {"layer_2/kernel": p})
+    with pytest.raises(ValueError, match=r"conv/kernel: the kernel is \(3, 3, 2, 8\).*\(4, 6\)"):
+        merge(PARAMS, {"conv/kernel": p})

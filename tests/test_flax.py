@@ -1,0 +1,203 @@
+"""The Flax layers: the same numbers as Flax's own, and training steps in both APIs."""
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx, serialization
+from flax.training.train_state import TrainState
+
+import oplora_jax
+from oplora_jax import LowRank, OuterProduct, is_low_rank, to_dense
+from oplora_jax.linen import LoRADense
+from oplora_jax.nnx import LoRALinear, value_and_grad
+
+X = jnp.asarray(np.random.default_rng(0).standard_normal((8, 4)), jnp.float32)
+Y = jnp.asarray(np.random.default_rng(1).standard_normal((8, 3)), jnp.float32)
+
+
+class MLP(nn.Module):
+    """Two LoRA layers."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.tanh(LoRADense(6, rank=2, alpha=4.0)(x))
+        return LoRADense(3, rank=2, use_bias=False)(x)
+
+
+class Deep(nn.Module):
+    """A scan over rematerialised LoRA layers."""
+
+    @nn.compact
+    def __call__(self, x):
+        class Block(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                return nn.tanh(LoRADense(4, rank=2)(x)), None
+
+        scanned = nn.scan(nn.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        return scanned()(x, None)[0]
+
+
+def random_lora(params):
+    """Factors that are all at work: b is zero at the start."""
+    rng = np.random.default_rng(2)
+    fill = lambda p: jax.tree.map(lambda z: jnp.asarray(rng.standard_normal(z.shape), z.dtype), p)
+    return jax.tree.map(lambda p: fill(p) if is_low_rank(p) else p, params, is_leaf=is_low_rank)
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+def test_layers_compute_what_flax_does_with_merged_weights(dtype):
+    layer = LoRADense(6, rank=2, alpha=4.0, dtype=dtype, bias_init=nn.initializers.normal())
+    params = random_lora(layer.init(jax.random.key(0), X)["params"])
+    kernel = params["kernel"] + to_dense(params["lora"])
+    expected = nn.Dense(6, dtype=dtype).apply({"params": {"kernel": kernel, "bias": params["bias"]}}, X)
+    nnx_layer = LoRALinear(4, 6, 2, alpha=4.0, dtype=dtype, rngs=nnx.Rngs(0))
+    for name in ("kernel", "bias", "lora"):
+        getattr(nnx_layer, name).set_value(params[name])
+    for y in (layer.apply({"params": params}, X), nnx_layer(X)):
+        assert y.dtype == (dtype or jnp.float32) and params["lora"].scale == 2.0
+        # bfloat16 rounds each of the two products to 8 bits; float32 sums 4 terms.
+        chex.assert_trees_all_close(y, expected, rtol=3e-2 if dtype else 1e-5, atol=3e-2 if dtype else 1e-6)
+
+
+def test_layers_start_like_flax_without_lora():
+    params = LoRADense(6, rank=2).init(jax.random.key(0), X)["params"]
+    assert set(params) == {"kernel", "bias", "lora"}
+    assert not params["lora"].b.any() and params["lora"].a.any()
+    with pytest.raises(ValueError, match=r"rank is 5.*\(4, 6\)"):
+        LoRADense(6, rank=5).init(jax.random.key(0), X)
+    with pytest.raises(ValueError, match=r"rank is 5.*\(4, 6\)"):
+        LoRALinear(4, 6, 5, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("kind", ["outer", "dense"])
+def test_gradients_under_scan_and_remat(kind, x64):
+    """float64: those of an unrolled model with merged weights."""
+    x = jnp.asarray(X, jnp.float64)
+    params = random_lora(Deep().init(jax.random.key(0), x)["params"])
+    params = jax.tree.map(lambda z: z.astype(jnp.float64), params)
+    loss = lambda p: jnp.sum(Deep().apply({"params": p}, x) ** 2)
+    gradient = jax.jit(oplora_jax.grad(loss, kind))(params)
+    [(path, lora)] = [z for z in jax.tree.leaves_with_path(params, is_leaf=is_low_rank) if is_low_rank(z[1])]
+    [block] = [z for z in params.values()]
+    block = block["LoRADense_0"]
+
+    def unrolled(dense):
+        h = x
+        for i in range(3):
+            h = jnp.tanh(h @ (block["kernel"][i] + dense[i]) + block["bias"][i][None])
+        return jnp.sum(h**2)
+
+    [got] = [
+        g
+        for p, g in jax.tree.leaves_with_path(gradient, is_leaf=lambda z: isinstance(z, OuterProduct))
+        if p == path
+    ]
+    assert got.shape == (3, 4, 4)
+    chex.assert_trees_all_close(to_dense(got), jax.grad(unrolled)(to_dense(lora)), rtol=1e-9, atol=1e-9)
+
+
+def freeze_all_but_lora(tx, params):
+    labels = jax.tree.map(lambda p: "lora" if is_low_rank(p) else "frozen", params, is_leaf=is_low_rank)
+    return optax.partition({"lora": tx, "frozen": optax.set_to_zero()}, labels)
+
+
+@pytest.mark.parametrize("gradient", ["outer", "dense", "factors"])
+def test_train_state(gradient):
+    """TrainState.apply_gradients with each kind of gradient; the base stays as it is."""
+    params = MLP().init(jax.random.key(0), X)["params"]
+    tx = freeze_all_but_lora(oplora_jax.oplora(0.3), params)
+    state = TrainState.create(apply_fn=MLP().apply, params=params, tx=tx)
+
+    @jax.jit
+    def step(state):
+        loss_fn = lambda p: jnp.mean((state.apply_fn({"params": p}, X) - Y) ** 2)
+        grad_fn = (
+            jax.value_and_grad(loss_fn)
+            if gradient == "factors"
+            else oplora_jax.value_and_grad(loss_fn, gradient)
+        )
+        loss, gradients = grad_fn(state.params)
+        return state.apply_gradients(grads=gradients), loss
+
+    losses = []
+    for _ in range(60):
+        state, loss = step(state)
+        losses.append(float(loss))
+    assert losses[-1] < 0.6 * losses[0]
+    for name in params:
+        chex.assert_trees_all_equal(state.params[name]["kernel"], params[name]["kernel"])
+        assert (state.params[name]["lora"].b != 0).any()
+
+
+class Model(nnx.Module):
+    def __init__(self, rngs):
+        self.first = LoRALinear(4, 6, 2, alpha=4.0, rngs=rngs)
+        self.norm = nnx.BatchNorm(6, rngs=rngs)
+        self.second = LoRALinear(6, 3, 2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.second(nnx.tanh(self.norm(self.first(x))))
+
+
+def mean_squared_error(model, x, y):
+    return jnp.mean((model(x) - y) ** 2)
+
+
+@pytest.mark.parametrize("gradient", ["outer", "dense", "factors"])
+def test_nnx_optimizer(gradient):
+    """nnx.Optimizer trains the LoRA parameters alone; batch statistics move, base weights do not."""
+    model = Model(nnx.Rngs(0))
+    kernel, mean = model.first.kernel[...], model.norm.mean[...]
+    optimizer = nnx.Optimizer(model, oplora_jax.oplora(0.3), wrt=nnx.LoRAParam)
+
+    @nnx.jit
+    def step(model, optimizer):
+        wrt = nnx.DiffState(0, nnx.LoRAParam)
+        grad_fn = (
+            nnx.value_and_grad(mean_squared_error, argnums=wrt)
+            if gradient == "factors"
+            else value_and_grad(mean_squared_error, gradient)
+        )
+        loss, gradients = grad_fn(model, X, Y)
+        optimizer.update(model, gradients)
+        return loss
+
+    losses = [float(step(model, optimizer)) for _ in range(60)]
+    assert losses[-1] < 0.6 * losses[0]
+    chex.assert_trees_all_equal(model.first.kernel[...], kernel)
+    assert (model.norm.mean[...] != mean).any()
+    assert isinstance(model.first.lora.get_value(), LowRank)
+    momentum = optax.tree.get(optimizer.opt_state, "momentum")
+    assert momentum is not None
+
+
+def test_nnx_gradients_by_other_variables_and_aux():
+    model = Model(nnx.Rngs(0))
+    loss_fn = lambda model, x: (jnp.sum(model(x) ** 2), "aux")
+    expected = nnx.grad(lambda m, x: loss_fn(m, x)[0], argnums=nnx.DiffState(0, nnx.Param))(
+        Model(nnx.Rngs(0)), X
+    )
+    (loss, aux), gradients = value_and_grad(loss_fn, has_aux=True, wrt=nnx.Param)(model, X)
+    assert aux == "aux" and loss > 0
+    # float32 through two layers and a batch norm
+    chex.assert_trees_all_close(
+        nnx.to_pure_dict(gradients)["first"]["kernel"],
+        nnx.to_pure_dict(expected)["first"]["kernel"],
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_flax_serialization_keeps_a_train_state():
+    params = random_lora(MLP().init(jax.random.key(0), X)["params"])
+    tx = oplora_jax.oplora(0.1)
+    state = TrainState.create(apply_fn=MLP().apply, params=params, tx=tx)
+    other = TrainState.create(apply_fn=MLP().apply, params=jax.tree.map(jnp.zeros_like, params), tx=tx)
+    restored = serialization.from_bytes(other, serialization.to_bytes(state))
+    chex.assert_trees_all_equal(restored.params, state.params)
+    chex.assert_trees_all_equal(restored.opt_state, state.opt_state)
