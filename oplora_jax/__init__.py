@@ -20,7 +20,7 @@ from oplora_jax.matrix import (
     svd,
     to_dense,
 )
-from oplora_jax.optimizers import oplora, scaled_adamw, scaled_gd, svdlora
+from oplora_jax.optimizers import oplora, scaled_adamw, scaled_gd, set_to_zero, svdlora
 
 __version__ = "0.1.0"
 
@@ -40,6 +40,7 @@ __all__ = [
     "oplora",
     "scaled_adamw",
     "scaled_gd",
+    "set_to_zero",
     "svd",
     "svdlora",
     "tangent_gradient",

@@ -219,16 +219,14 @@ def inverse(gram: Float[Array, "*batch r r"], regularization: Any) -> Float[Arra
         kept = values > jnp.maximum(r * eps * values[..., -1:], tiny)
         reciprocals = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
         return matmul(vectors * reciprocals[..., None, :], transpose(vectors), HIGHEST)
-    eye = jnp.eye(r, dtype=gram.dtype)
+    eye = jnp.broadcast_to(jnp.eye(r, dtype=gram.dtype), gram.shape)
     matrix = gram + jnp.asarray(regularization, gram.dtype) * eye
     diagonal = jnp.diagonal(matrix, axis1=-2, axis2=-1)
     # Not `diagonal > tiny`, so that a NaN stays one and is seen.
     root = jnp.where(diagonal <= tiny, 0, jax.lax.rsqrt(jnp.where(diagonal <= tiny, 1, diagonal)))
     unit = matrix * root[..., :, None] * root[..., None, :]
     factor = jnp.linalg.cholesky(unit + 8 * r * eps * eye)
-    half = jax.lax.linalg.triangular_solve(
-        factor, jnp.broadcast_to(eye, unit.shape), left_side=True, lower=True
-    )
+    half = jax.lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
     guess = matmul(transpose(half), half, HIGHEST)
     guess = guess + matmul(guess, eye - matmul(unit, guess, HIGHEST), HIGHEST)
     return guess * root[..., :, None] * root[..., None, :]

@@ -268,11 +268,11 @@ def svd(terms: Terms, rank: int, scale: float | int = 1.0) -> LowRank:
         stacked = jnp.concatenate([y.astype(dtype) for y in rights], axis=-2)
         q_right, r_right = jnp.linalg.qr(transpose(stacked))
         core = matmul(r_left, transpose(r_right), HIGHEST)
-        u, s, vt = jnp.linalg.svd(core, full_matrices=False)
+        u, s, vt = _dense_svd(core)
         u, vt = matmul(q_left, u, HIGHEST), matmul(vt, transpose(q_right), HIGHEST)
     else:
         dense = sum(c * to_dense(t).astype(dtype) for c, t in terms)
-        u, s, vt = jnp.linalg.svd(dense, full_matrices=False)
+        u, s, vt = _dense_svd(dense)
     if s.shape[-1] < rank:  # fewer stacked columns than the rank asked for: the rest is zero
         missing = [(0, 0)] * (s.ndim - 1)
         pad = (0, rank - s.shape[-1])
@@ -286,6 +286,12 @@ def svd(terms: Terms, rank: int, scale: float | int = 1.0) -> LowRank:
         (root[..., :, None] * vt[..., :rank, :]).astype(out),
         scale,
     )
+
+
+def _dense_svd(matrix: Array) -> tuple[Array, Array, Array]:
+    # LAPACK does not return from a matrix with an infinity; from one with a NaN it returns NaNs.
+    matrix = jnp.where(jnp.isfinite(matrix), matrix, jnp.nan)
+    return jnp.linalg.svd(matrix, full_matrices=False)
 
 
 def common_shape(terms: Terms) -> tuple[int, ...]:

@@ -43,25 +43,24 @@ def lora_adamw():
     return compile_step(optax.adamw(1e-3), jax.value_and_grad(stack_loss))
 
 
-def ratios(compiled, baseline):
+@pytest.mark.parametrize(
+    ("gradient", "memory_limit", "flops_limit"),
+    [
+        ("outer", 1.2, 1.05),
+        # One more product a layer, half as much arithmetic again, for less memory than x and dy.
+        ("dense", 1.1, 1.6),
+    ],
+)
+def test_a_step_costs_about_as_much_as_plain_lora(lora_adamw, gradient, memory_limit, flops_limit):
+    """Next to LoRA with AdamW. XLA counts the body of a loop once, so K = 1 alone is counted right."""
+    tx = oplora_jax.oplora(0.1)
+    compiled = compile_step(tx, oplora_jax.value_and_grad(stack_loss, gradient))
     temporary = lambda z: z.memory_analysis().temp_size_in_bytes
     flops = lambda z: z.cost_analysis()["flops"]
-    return temporary(compiled) / temporary(baseline), flops(compiled) / flops(baseline)
-
-
-def test_a_step_costs_about_as_much_as_plain_lora(lora_adamw):
-    grad_fn = oplora_jax.value_and_grad(stack_loss, "outer")
-    memory, flops = ratios(compile_step(oplora_jax.oplora(0.1), grad_fn), lora_adamw)
-    assert memory < 1.2
-    assert flops < 1.05
-
-
-def test_dense_gradients_need_no_more_memory(lora_adamw):
-    """One more product a layer, 50 % of the arithmetic, for less memory than x and dy."""
-    grad_fn = oplora_jax.value_and_grad(stack_loss, "dense")
-    memory, flops = ratios(compile_step(oplora_jax.oplora(0.1), grad_fn), lora_adamw)
-    assert memory < 1.1
-    assert 1.4 < flops < 1.6
+    memory, arithmetic = (f(compiled) / f(lora_adamw) for f in (temporary, flops))
+    print(f"\n{gradient}: temporary memory {memory:.3f}, flops {arithmetic:.3f} of LoRA-AdamW's")
+    assert memory < memory_limit
+    assert arithmetic < flops_limit
 
 
 OPTIMIZERS = {

@@ -122,7 +122,7 @@ _captured_dot.defvjp(_captured_dot_fwd, _captured_dot_bwd)
 def _lora_dot_jvp(primals, tangents, *, scale):
     x, a, b, *tap = primals
     dx, da, db, *dtap = tangents
-    out = lora_dot_p.bind(*primals, scale=scale)
+    out = lora_dot_p.bind(x, a, b, scale=scale)  # without the taps: no loop carries zeros around
     parts = []
     if any(not isinstance(t, ad.Zero) for t in (dx, *dtap)):
         taps = tuple(jax.ShapeDtypeStruct(t.shape, t.dtype) for t in tap)
@@ -163,7 +163,7 @@ def _dense(a: Array, b: Array, *tap: Array, scale: float) -> Array:
 def _to_dense_jvp(primals, tangents, *, scale):
     a, b, *_ = primals
     da, db, *dtap = tangents
-    out = to_dense_p.bind(*primals, scale=scale)
+    out = to_dense_p.bind(a, b, scale=scale)
     outs = [t.astype(out.dtype) for t in dtap if not isinstance(t, ad.Zero)]
     if any(not isinstance(t, ad.Zero) for t in (da, db)):
         along = tuple(map(ad.instantiate_zeros, (da, db)))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxprs_in_params
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from oplora_jax.gradients.capture import lora_dot_p, to_dense_p
 
@@ -60,7 +60,7 @@ def count_uses(program: ClosedJaxpr, factors: Sequence[int | None], count: int) 
     """
     flows = [_NOTHING if i is None else _Flow(origins=frozenset([i])) for i in factors]
     places: list[list[Use]] = [[] for _ in range(count)]
-    outputs = _walk(program.jaxpr, flows, 1, places)
+    outputs = _walk(_open(program), flows, 1, places)
     elsewhere = outputs[0].computed | outputs[0].origins
     return [Uses(tuple(places[i]), i in elsewhere) for i in range(count)]
 
@@ -90,7 +90,7 @@ def _step(eqn: Any, arguments: list[_Flow], times: int, places: list[list[Use]])
         return _cond(eqn, arguments, times, places)
     if name == "shard_map":  # what every device sees is used by every device
         arguments = [f._replace(repeated=f.origins) for f in arguments]
-    inner = list(jaxprs_in_params(eqn.params))
+    inner = [_open(value) for value in eqn.params.values() if isinstance(value, ClosedJaxpr | Jaxpr)]
     sizes = [(len(j.invars), len(j.outvars)) for j in inner]
     if sizes == [(len(eqn.invars), len(eqn.outvars))]:  # jit, remat, custom rules, shard_map
         return _walk(inner[0], arguments, times, places)
@@ -102,6 +102,10 @@ def _step(eqn: Any, arguments: list[_Flow], times: int, places: list[list[Use]])
     # No derivative flows through integers and booleans.
     flows_on = lambda v: jnp.issubdtype(getattr(v.aval, "dtype", jnp.int32), jnp.inexact)
     return [merged if flows_on(v) else _NOTHING for v in eqn.outvars]
+
+
+def _open(jaxpr: ClosedJaxpr | Jaxpr) -> Jaxpr:
+    return jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
 
 
 def _repeats(eqn: Any) -> bool:
@@ -143,13 +147,12 @@ def _fixed_point(body: Any, carry: list[_Flow]) -> list[_Flow]:
 
 
 def _scan(eqn, arguments, times, places):
-    params = eqn.params
-    body, consts, carries = params["jaxpr"].jaxpr, params["num_consts"], params["num_carry"]
-    head, carry, xs = (
-        arguments[:consts],
-        arguments[consts : consts + carries],
-        arguments[consts + carries :],
-    )
+    body = _open(eqn.params["jaxpr"])
+    # What is sliced or stacked has an axis less inside. JAX's own counts go by other names in each version.
+    whole = lambda outer, inner: sum(o.aval.ndim == i.aval.ndim for o, i in zip(outer, inner, strict=True))
+    unsliced, carries = whole(eqn.invars, body.invars), whole(eqn.outvars, body.outvars)
+    consts = unsliced - carries
+    head, carry, xs = arguments[:consts], arguments[consts:unsliced], arguments[unsliced:]
     unrecorded = [[] for _ in places]
     carry = _fixed_point(lambda carry: _walk(body, [*head, *carry, *xs], times, unrecorded)[:carries], carry)
     # A slice of xs is used once; what every iteration sees is used as often as the loop runs.
@@ -157,7 +160,7 @@ def _scan(eqn, arguments, times, places):
     found: list[list[Use]] = [[] for _ in places]
     outputs = _walk(body, [*head, *carry, *xs], times, found)
     for i, uses in enumerate(found):
-        often = 1 if i in sliced else params["length"]
+        often = 1 if i in sliced else eqn.params["length"]
         places[i].extend(use._replace(times=use.times * often) for use in uses)
     return [*carry, *outputs[carries:]]
 
@@ -166,7 +169,7 @@ def _while(eqn, arguments, times, places):
     params = eqn.params
     skip, consts = params["cond_nconsts"], params["body_nconsts"]
     head, carry = arguments[skip : skip + consts], arguments[skip + consts :]
-    body = params["body_jaxpr"].jaxpr
+    body = _open(params["body_jaxpr"])
     unrecorded = [[] for _ in places]
     carry = _fixed_point(lambda carry: _walk(body, [*head, *carry], times, unrecorded), carry)
     # The number of rounds is not known: more than one.
@@ -178,7 +181,7 @@ def _cond(eqn, arguments, times, places):
     outputs, found = [], []
     for branch in eqn.params["branches"]:
         uses: list[list[Use]] = [[] for _ in places]
-        outputs.append(_walk(branch.jaxpr, arguments[1:], times, uses))
+        outputs.append(_walk(_open(branch), arguments[1:], times, uses))
         found.append(uses)
     for i, into in enumerate(places):
         branches = [uses[i] for uses in found if uses[i]]

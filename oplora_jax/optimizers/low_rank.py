@@ -74,6 +74,31 @@ def for_lora(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def set_to_zero() -> optax.GradientTransformationExtraArgs:
+    """`optax.set_to_zero` for any kind of gradient: the updates look like the parameters.
+
+    Freezes LoRA parameters under `optax.partition`, where the zeros of an `OuterProduct` would not be
+    increments of the factors.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import oplora_jax
+      >>> params = oplora_jax.LowRank(jnp.ones((3, 1)), jnp.ones((1, 2)))
+      >>> tx = oplora_jax.set_to_zero()
+      >>> updates, _ = tx.update(jnp.ones((3, 2)), tx.init(params), params)
+      >>> updates.b.tolist()
+      [[0.0, 0.0]]
+    """
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del updates, extra_args
+        if params is None:
+            raise ValueError("set_to_zero makes updates like the parameters: pass params to update")
+        return jax.tree.map(jnp.zeros_like, params), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update_fn)
+
+
 def map_lora(function: Callable[..., tuple], num_outputs: int, params: Any, *rest: Any) -> tuple:
     """Maps a function with several results over the LoRA parameters of a tree; one tree for each result."""
     nodes, treedef = jax.tree.flatten(params, is_leaf=is_low_rank)
@@ -102,7 +127,7 @@ def is_zero(value: Any) -> bool:
 
 
 def _restore_nodes(like_params: Any, params: Any) -> Any:
-    """`LowRank` nodes where a container that knows only dicts has taken them apart, as `nnx.Optimizer` does."""
+    """`LowRank` nodes where a container has made dicts of them, as `nnx.Optimizer` does."""
     nodes, treedef = jax.tree.flatten(params, is_leaf=is_low_rank)
     parts = treedef.flatten_up_to(like_params)
     return treedef.unflatten(

@@ -17,6 +17,7 @@ from oplora_jax.matrix import (
     matmul,
     right_product,
     share_scale,
+    solve_dtype,
     transpose,
 )
 from oplora_jax.optimizers.low_rank import at_step, for_lora, full_gradient, is_zero, map_lora
@@ -38,7 +39,7 @@ def oplora(
     num_iters: Any = 1,
     regularization: Any = 1e-3,
     momentum_regularization: Any = None,
-    momentum_rank: int | None = None,
+    momentum_rank: Any = None,
     momentum_kind: Literal["low_rank", "projected", "extrapolated"] = "low_rank",
     weight_decay: Any = 0.0,
     others: optax.GradientTransformation | None = None,
@@ -66,7 +67,8 @@ def oplora(
       momentum_rank: k, the rank of the momentum; the parameter's if None.
       momentum_kind: "low_rank" as above; "projected" keeps the products of the gradients with the factors'
         pseudo-inverses and carries them from one pair of factors to the next; "extrapolated" is
-        heavy-ball extrapolation, Z = LoRSum[(1, P), (-eta, G)], P = LoRSum[(1 + mu, Z), (-mu, Z_old)].
+        heavy-ball extrapolation, Z = LoRSum[(1, P), (-eta (1 - d), G)] and then
+        P = LoRSum[(1 + mu, Z), (-mu, Z_old)].
       weight_decay: decoupled, multiplied by the learning rate: the anchor's coefficient is 1 - eta * decay.
       others: for the leaves that are no LoRA parameters; by default the plain counterpart, SGD with the
         same learning rate, momentum, dampening and decay. `optax.set_to_zero()` freezes them.
@@ -74,7 +76,8 @@ def oplora(
 
     Returns:
       An Optax transformation. Its state has a field `momentum`, a tree with a `LowRank` at each LoRA
-      parameter, for `optax.tree.get` and `optax.tree.set`.
+      parameter, for `optax.tree.get` and `optax.tree.set`. (Under `optax.inject_hyperparams` a
+      hyperparameter has the same name: pass static_args="momentum", and "momentum_rank" if it is given.)
 
     Raises:
       ValueError: an argument out of range.
@@ -102,13 +105,12 @@ def oplora(
         raise ValueError(
             f"momentum_kind is {momentum_kind!r}; expected 'low_rank', 'projected' or 'extrapolated'"
         )
-    if momentum_rank is not None and (momentum_kind != "low_rank" or momentum_rank < 1):
+    too_small = isinstance(momentum_rank, int) and momentum_rank < 1
+    if momentum_rank is not None and (momentum_kind != "low_rank" or too_small):
         raise ValueError(
             f"momentum_rank is {momentum_rank} with momentum_kind={momentum_kind!r}; expected a positive "
             "number, and only with momentum_kind='low_rank'"
         )
-    if momentum_kind == "extrapolated" and not is_zero(dampening):
-        raise ValueError("momentum_kind='extrapolated' has no dampening; leave it at 0")
     kind = "none" if is_zero(momentum) else momentum_kind
 
     def init_fn(params):
@@ -143,7 +145,7 @@ def oplora(
             weights = Sum(weight, param, [-lr * share, -lr * momentum], ridge)
             moments = Sum(momentum, old, [share, None], ridge_m, shrinkage)
             new, moment = joint_lorsum([g, old], [weights, moments], num_iters=num_iters)
-            return _difference(new, param), moment
+            return _difference(new, param), _rebalance(moment)
 
         def plain(param, gradient):
             g = full_gradient(param, gradient)
@@ -154,7 +156,7 @@ def oplora(
         def extrapolated(param, gradient, old):
             g = full_gradient(param, gradient)
             settings = {"num_iters": num_iters, "regularization": ridge}
-            z = lorsum([(weight, param), (-lr, g)], **settings)
+            z = lorsum([(weight, param), (-lr * share, g)], **settings)
             new = lorsum([(1 + momentum, z), (-momentum, old)], **settings)
             return _difference(new, param), z
 
@@ -184,13 +186,26 @@ def oplora(
 
 def _random_start(key, param, rank):
     """A zero momentum whose left factor is normal, at scale 1 of unit variance."""
-    (*batch, n, m), rank = param.shape, param.a.shape[-1] if rank is None else rank
+    (*batch, n, _), rank = param.shape, param.a.shape[-1] if rank is None else int(rank)
     # Built on zeros made from the parameter, for its sharding.
-    like = lambda factor, shape: (
-        jnp.zeros_like(factor) if shape == factor.shape else jnp.zeros(shape, factor.dtype)
-    )
-    a = like(param.a, (*batch, n, rank)) + jax.random.normal(key, (*batch, n, rank), param.a.dtype)
-    return share_scale(LowRank(a, like(param.b, (*batch, rank, m))), param)
+    column, row = jnp.zeros_like(param.a[..., :1]), jnp.zeros_like(param.b[..., :1, :])
+    a = column + jax.random.normal(key, (*batch, n, rank), param.a.dtype)
+    b = row + jnp.zeros((*batch, rank, 1), param.b.dtype)
+    return share_scale(LowRank(a, b), param)
+
+
+def _rebalance(moment: LowRank) -> LowRank:
+    """The same matrix, with the norm of a not below that of b.
+
+    The decay by mu falls on the factor that is solved first, and the other one grows in return. Left alone,
+    a would vanish like mu^k, until the regularization outweighed it and froze b.
+    """
+    norm = lambda z: jnp.linalg.norm(z.astype(solve_dtype(z)), axis=(-2, -1), keepdims=True)
+    left, right = norm(moment.a), norm(moment.b)
+    smaller = (left > 0) & (left < right)
+    root = jnp.sqrt(jnp.where(smaller, right / jnp.where(smaller, left, 1), 1))
+    balanced = LowRank(moment.a * root, moment.b / root, moment.scale)
+    return jax.tree.map(lambda new, old: new.astype(old.dtype), balanced, moment)
 
 
 def _difference(new: LowRank, old: LowRank) -> LowRank:

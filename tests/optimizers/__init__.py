@@ -1,0 +1,1 @@
+"""Tests of oplora_jax.optimizers."""

@@ -1,0 +1,99 @@
+"""The table of all optimizers, and the small problem that every property is tested on."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import oplora_jax
+from oplora_jax import LowRank, lora_dot, oplora, scaled_adamw, scaled_gd, svdlora
+
+
+class Case(NamedTuple):
+    """One optimizer with its settings."""
+
+    factory: Callable[..., optax.GradientTransformation]  # a learning rate, the settings; `others` if ours
+    settings: dict[str, Any]
+    learning_rate: float  # for the problem below
+    ours: bool = True  # takes every kind of gradient, and skips non-finite ones
+    mirrors: bool = True  # the state at a LoRA parameter has the parameter's structure
+
+
+def _svdlora(learning_rate, others=None):
+    return svdlora(optax.sgd(learning_rate, momentum=0.5), others=others)
+
+
+CASES = {
+    "oplora": Case(oplora, {"momentum": 0.5}, 0.2),
+    "oplora_projected": Case(oplora, {"momentum": 0.5, "momentum_kind": "projected"}, 0.2),
+    "oplora_extrapolated": Case(oplora, {"momentum": 0.5, "momentum_kind": "extrapolated"}, 0.2),
+    "oplora_no_momentum": Case(oplora, {"momentum": 0}, 0.3),
+    "oplora_two_iterations": Case(oplora, {"momentum": 0.5, "num_iters": 2, "momentum_rank": 4}, 0.2),
+    "svdlora": Case(_svdlora, {}, 0.2, mirrors=False),
+    "scaled_gd": Case(scaled_gd, {"momentum": 0.5}, 0.2),
+    "scaled_adamw": Case(scaled_adamw, {}, 0.03),
+    # Plain optimizers of the factors, which check the properties themselves.
+    "sgd": Case(optax.sgd, {"momentum": 0.5}, 0.1, ours=False),
+    "adamw": Case(optax.adamw, {"weight_decay": 0.0}, 0.03, ours=False),
+}
+OURS = [name for name, case in CASES.items() if case.ours]
+KINDS = ("outer", "dense", "factors")
+
+N, M, R, TOKENS = 8, 6, 2, 40
+
+
+def make(name, learning_rate=None, **more):
+    """An optimizer of the table; at its own learning rate if None."""
+    case = CASES[name]
+    learning_rate = case.learning_rate if learning_rate is None else learning_rate
+    return case.factory(learning_rate, **case.settings, **more)
+
+
+def problem(dtype=jnp.float32, layers=("first",), b_zero=False):
+    """(params, loss_fn): LoRA layers and a bias, whose targets are of rank R each."""
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)
+    params, data = {"bias": jnp.zeros((M,), dtype)}, {}
+    for name in layers:
+        params[name] = LowRank(0.3 * normal(N, R), (0 if b_zero else 0.3) * normal(R, M), scale=2.0)
+        x, w = normal(TOKENS, N), normal(N, M)
+        data[name] = x, w, x @ (w + 0.3 * normal(N, R) @ normal(R, M))
+
+    def loss_fn(params):
+        # Mean over tokens, sum over outputs: the Hessian by an increment is about the identity.
+        squares = [jnp.sum((lora_dot(x, w, params[k]) - y) ** 2) for k, (x, w, y) in data.items()]
+        return sum(squares) / (2 * TOKENS) + jnp.sum((params["bias"] - 1) ** 2) / 2
+
+    return params, loss_fn
+
+
+def gradient_of(loss_fn, kind):
+    """The gradient function of a kind of gradient."""
+    return jax.grad(loss_fn) if kind == "factors" else oplora_jax.grad(loss_fn, kind)
+
+
+def run(tx, params, gradient, num_steps, state=None) -> tuple[Any, Any]:
+    """(params, state) after some steps, in one compiled scan."""
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = tx.update(gradient(params), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    scan = jax.jit(lambda carry: jax.lax.scan(step, carry, length=num_steps)[0])
+    return scan((params, tx.init(params) if state is None else state))
+
+
+def dense_tree(params):
+    """The tree with its increments formed."""
+    form = lambda p: oplora_jax.to_dense(p) if oplora_jax.is_low_rank(p) else p
+    return jax.tree.map(form, params, is_leaf=oplora_jax.is_low_rank)
+
+
+def signature(tree):
+    """What `lax.scan`, `lax.cond` and the compilation cache want unchanged between steps."""
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef, [(z.shape, z.dtype, getattr(z, "weak_type", False)) for z in leaves]
