@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 
 help:
 	@echo "make test   run the linter, the tests and the examples in the docstrings"
-	@echo "make demo   train LeNet-5 on MNIST with six LoRA optimizers; a table and outputs/demo/*.png"
+	@echo "make demo   train LeNet-5 on MNIST with six LoRA optimizers; a table and outputs/demo/curves.png"
 	@echo "make lint   run the linter alone"
 	@echo "make clean  remove the virtual environment and the caches"
 
@@ -32,7 +32,8 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check
 
 demo: $(VENV)/.experiments
-	$(BIN)/python -m experiments demo
+	$(BIN)/python -m experiments compare mnist --epochs 10 --seeds 0 1 --output outputs/demo \
+		--methods svdlora lora_sgd lora_adamw scaled_gd oplora_1 oplora_2
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
