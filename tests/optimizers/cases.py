@@ -1,5 +1,6 @@
 """The table of all optimizers, and the small problem that every property is tested on."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -29,6 +30,12 @@ def _svdlora(learning_rate, others=None):
     return svdlora(optax.sgd(learning_rate, momentum=0.5), others=others)
 
 
+@functools.wraps(scaled_oplora)
+def _scaled_oplora(learning_rate, **settings):
+    """With one learning rate for all leaves, as the other optimizers have."""
+    return scaled_oplora(learning_rate, **settings | {"others_learning_rate": learning_rate})
+
+
 CASES = {
     "oplora": Case(oplora, {"momentum": 0.5}, 0.2),
     "oplora_projected": Case(oplora, {"momentum": 0.5, "momentum_kind": "projected"}, 0.2),
@@ -39,22 +46,22 @@ CASES = {
     "scaled_gd": Case(scaled_gd, {"momentum": 0.5}, 0.2),
     "scaled_adamw": Case(scaled_adamw, {}, 0.03),
     "scaled_oplora": Case(
-        scaled_oplora,
-        {"b1": 0.5, "others_learning_rate": 0.1},
+        _scaled_oplora,
+        {"b1": 0.5},
         0.2,
         kinds=("outer", "diagonal moments", "dense moments"),
         mirrors=False,
     ),
     "scaled_oplora_dense": Case(
-        scaled_oplora,
-        {"b1": 0.5, "structure": "dense", "metric_every": 2, "num_iters": 2, "others_learning_rate": 0.1},
+        _scaled_oplora,
+        {"b1": 0.5, "structure": "dense", "metric_every": 2, "num_iters": 2},
         0.2,
         kinds=("outer", "dense moments"),
         mirrors=False,
     ),
     "scaled_oplora_shampoo": Case(
-        scaled_oplora,
-        {"b1": 0.5, "metric": "shampoo", "power": 0.25, "others_learning_rate": 0.1},
+        _scaled_oplora,
+        {"b1": 0.5, "metric": "shampoo", "power": 0.25},
         0.2,
         mirrors=False,
     ),
