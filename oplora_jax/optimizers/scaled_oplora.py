@@ -96,20 +96,22 @@ def scaled_oplora(
         gradient whose second moments are not known, with the parameter's path.
 
     Example:
-      >>> import jax.numpy as jnp, optax
+      >>> import jax, jax.numpy as jnp, optax
       >>> import oplora_jax
-      >>> x, target = jnp.diag(jnp.array([10.0, 1.0, 0.1])), jnp.outer(jnp.arange(3.0), jnp.ones(2))
+      >>> x, y = jnp.eye(3), jnp.outer(jnp.arange(3.0), jnp.ones(2))
       >>> params = oplora_jax.LowRank(jnp.ones((3, 1)), jnp.zeros((1, 2)))
-      >>> tx = oplora_jax.scaled_oplora(0.5, b1=0, power=1, bias_correction=True)
+      >>> tx = oplora_jax.scaled_oplora(0.3, b1=0.5)
       >>> state = tx.init(params)
       >>> def loss_fn(params):
-      ...   y = oplora_jax.lora_dot(x, jnp.zeros((3, 2)), params)
-      ...   return jnp.mean((y - x @ target) ** 2)
-      >>> for _ in range(50):
+      ...   return jnp.mean((oplora_jax.lora_dot(x, jnp.zeros((3, 2)), params) - y) ** 2)
+      >>> @jax.jit
+      ... def step(params, state):
       ...   gradients = oplora_jax.grad(loss_fn, moments="diagonal")(params)
       ...   updates, state = tx.update(gradients, state, params)
-      ...   params = optax.apply_updates(params, updates)
-      >>> bool(loss_fn(params) < 1e-3)
+      ...   return optax.apply_updates(params, updates), state
+      >>> for _ in range(100):
+      ...   params, state = step(params, state)
+      >>> bool(loss_fn(params) < 1e-5)
       True
 
     References:
