@@ -12,6 +12,7 @@ from oplora_jax.gradients import (
 )
 from oplora_jax.lorsum import lorsum
 from oplora_jax.matrix import (
+    DenseGradient,
     LowRank,
     OuterProduct,
     frobenius_norm,
@@ -20,11 +21,14 @@ from oplora_jax.matrix import (
     svd,
     to_dense,
 )
-from oplora_jax.optimizers import oplora, scaled_adamw, scaled_gd, set_to_zero, svdlora
+from oplora_jax.metrics import KroneckerMetric
+from oplora_jax.optimizers import oplora, scaled_adamw, scaled_gd, scaled_oplora, set_to_zero, svdlora
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DenseGradient",
+    "KroneckerMetric",
     "LowRank",
     "OuterProduct",
     "clip_by_global_norm",
@@ -40,6 +44,7 @@ __all__ = [
     "oplora",
     "scaled_adamw",
     "scaled_gd",
+    "scaled_oplora",
     "set_to_zero",
     "svd",
     "svdlora",

@@ -22,6 +22,7 @@ from oplora_jax.matrix import (
     solve_dtype,
     transpose,
 )
+from oplora_jax.metrics import KroneckerMetric, as_type, check_metric, powers, times_input, times_output
 
 
 def lorsum(
@@ -29,6 +30,7 @@ def lorsum(
     *,
     num_iters: Any = 1,
     regularization: Any = 0.0,
+    metric: KroneckerMetric | None = None,
     first: Literal["a", "b"] = "a",
 ) -> LowRank:
     r"""Approximates :math:`S = \sum_i c_i T_i` by proximal alternating least squares on two factors.
@@ -44,12 +46,20 @@ def lorsum(
     rank-deficient solve (b = 0, LoRA's usual start) takes the solution closest to the anchor, the limit
     :math:`\lambda \to 0`.
 
+    With a metric every term but the anchor is preconditioned, :math:`S = c_0 T_0 + \sum_{i>0} c_i\,
+    D_{in}^{-1} T_i D_{out}^{-1}`, and S is approximated in the metric's norm:
+
+    .. math::
+      a \leftarrow (\lambda a_0 + S D_{out} b^\top)(b D_{out} b^\top + \lambda I)^{-1}, \qquad
+      b \leftarrow (a^\top D_{in} a + \lambda I)^{-1} (\lambda b_0 + a^\top D_{in} S).
+
     Args:
       terms: pairs of a coefficient (a scalar) and a matrix (`LowRank`, `OuterProduct` or array) of shape
         (*batch, n, m). The first matrix, the anchor, is a `LowRank`; its rank is that of the result.
       num_iters: alternating iterations. 0 is the Jacobi step: both factors from the old ones, which
         for terms (1, P), (-lr, G) is preconditioned LoRA.
       regularization: lambda, non-negative, in the units of the squared factors of the anchor at scale 1.
+      metric: a `KroneckerMetric`; the Frobenius norm if None.
       first: the factor that is solved first.
 
     Returns:
@@ -67,13 +77,18 @@ def lorsum(
       [[-1.0, 2.0], [-1.0, 2.0]]
 
     References:
-      OPLoRA, https://arxiv.org/abs/2509.19977, section 3.
+      OPLoRA, https://arxiv.org/abs/2509.19977, section 3; the metric, https://arxiv.org/abs/2602.16456.
     """
     if not terms or not isinstance(terms[0][1], LowRank):
         raise ValueError("terms must begin with the anchor, a pair of a coefficient and a LowRank")
-    common_shape(terms)
+    shape = common_shape(terms)
     (weight, anchor), *rest = terms
     total = Sum(weight, anchor, [coefficient for coefficient, _ in rest], regularization)
+    if metric is not None:
+        check_metric(metric, shape)
+        metric = as_type(metric, solve_dtype(anchor.a, anchor.b))
+        forward, backward = powers(metric, 1, batch_ndim=len(shape) - 2)
+        total = total._replace(metric=forward, inverse_metric=backward)
     [result] = joint_lorsum([matrix for _, matrix in rest], [total], num_iters=num_iters, first=first)
     return result
 
@@ -86,6 +101,8 @@ class Sum(NamedTuple):
     coefficients: Sequence[Any]  # one for each of the matrices; None where the sum lacks it
     regularization: Any = 0.0
     shrinkage: Any = 0.0  # added to the Gram matrices as well, but pulls towards zero, not the anchor
+    metric: KroneckerMetric | None = None
+    inverse_metric: KroneckerMetric | None = None
 
 
 def joint_lorsum(
@@ -164,7 +181,11 @@ def _at_scale_one(total: Sum) -> Sum:
     """The sum with its anchor at scale 1 and in the type of the solves."""
     dtype = solve_dtype(total.anchor.a, total.anchor.b)
     anchor = absorb_scale(jax.tree.map(lambda factor: factor.astype(dtype), total.anchor))
-    return total._replace(weight=jnp.asarray(total.weight, dtype), anchor=anchor)
+    total = total._replace(weight=jnp.asarray(total.weight, dtype), anchor=anchor)
+    if total.metric is None:
+        return total
+    metric, inverse_metric = (as_type(z, dtype) for z in (total.metric, total.inverse_metric))
+    return total._replace(metric=metric, inverse_metric=inverse_metric)
 
 
 def _weighted_products(matrices, sums, thins, *, from_right):
@@ -184,21 +205,27 @@ def _weighted_products(matrices, sums, thins, *, from_right):
 
 
 def _new_a(total: Sum, b: Array, right: Array) -> Array:
-    anchor = total.anchor
-    drift = matmul(b - total.weight * anchor.b, transpose(b), HIGHEST)
+    anchor, measured = total.anchor, b
+    if total.metric is not None:
+        measured = times_output(b, total.metric.output)
+        right = times_input(total.inverse_metric.input, right)
+    drift = matmul(b - total.weight * anchor.b, transpose(measured), HIGHEST)
     residual = right - matmul(anchor.a, drift, HIGHEST) - total.shrinkage * anchor.a
-    return anchor.a + matmul(residual, _gram_inverse(total, b), HIGHEST)
+    return anchor.a + matmul(residual, _gram_inverse(total, b, transpose(measured)), HIGHEST)
 
 
 def _new_b(total: Sum, a: Array, left: Array) -> Array:
-    anchor = total.anchor
-    drift = matmul(transpose(a), a - total.weight * anchor.a, HIGHEST)
+    anchor, measured = total.anchor, a
+    if total.metric is not None:
+        measured = times_input(total.metric.input, a)
+        left = times_output(left, total.inverse_metric.output)
+    drift = matmul(transpose(measured), a - total.weight * anchor.a, HIGHEST)
     residual = left - matmul(drift, anchor.b, HIGHEST) - total.shrinkage * anchor.b
-    return anchor.b + matmul(_gram_inverse(total, transpose(a)), residual, HIGHEST)
+    return anchor.b + matmul(_gram_inverse(total, transpose(a), measured), residual, HIGHEST)
 
 
-def _gram_inverse(total: Sum, thin: Array) -> Array:
-    gram = matmul(thin, transpose(thin), HIGHEST)
+def _gram_inverse(total: Sum, thin: Array, measured: Array) -> Array:
+    gram = matmul(thin, measured, HIGHEST)
     if total.regularization is None:
         return inverse(gram, None)
     return inverse(gram, total.regularization + total.shrinkage)

@@ -1,7 +1,7 @@
 """Matrices that are never formed: low-rank, outer product, or dense.
 
-A *matrix* is a `LowRank`, an `OuterProduct` or a plain array. The rest of the library asks two things of
-it, its products with a thin matrix from the right and from the left, and looks inside no kind.
+A *matrix* is a `LowRank`, an `OuterProduct`, a `DenseGradient` or a plain array. The rest of the library asks
+two things of it, its products with a thin matrix from the right and from the left, and looks inside no kind.
 """
 
 import dataclasses
@@ -86,7 +86,40 @@ class OuterProduct:
         return matmul(transpose(self.x), self.dy).astype(self.dtype)
 
 
-Matrix: TypeAlias = LowRank | OuterProduct | Array
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class DenseGradient:
+    r"""A gradient x^T dy that is formed, with the second moments of the N tokens it is a sum over.
+
+    `value_and_grad` returns it where moments are asked for. A moment is the sum of the squares over tokens,
+    or the whole matrix :math:`x^\top x`.
+
+    Args:
+      gradient: `Float[Array, "*batch n m"]`.
+      x_moment: of the layer's inputs, `Float[Array, "*batch n"]` or `Float[Array, "*batch n n"]`.
+      dy_moment: of the gradient at its outputs, (*batch, m) or (*batch, m, m).
+      tokens: N, `Float[Array, "*batch"]`.
+    """
+
+    gradient: Any
+    x_moment: Any
+    dy_moment: Any
+    tokens: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the matrix, (*batch, n, m)."""
+        return self.gradient.shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.gradient.dtype
+
+    def to_dense(self) -> Float[Array, "*batch n m"]:
+        return self.gradient
+
+
+Matrix: TypeAlias = LowRank | OuterProduct | DenseGradient | Array
 Terms: TypeAlias = Sequence[tuple[Any, Matrix]]
 
 
@@ -107,7 +140,7 @@ def is_low_rank(node: Any) -> bool:
 
 def is_matrix(node: Any) -> bool:
     """Whether a node of a tree of gradients stands at a LoRA parameter without being a plain array."""
-    return isinstance(node, OuterProduct) or is_low_rank(node)
+    return isinstance(node, OuterProduct | DenseGradient) or is_low_rank(node)
 
 
 def transpose(x: Float[Array, "*batch n m"]) -> Float[Array, "*batch m n"]:
@@ -133,7 +166,8 @@ def right_product(matrix: Matrix, right: Float[Array, "*#batch m k"]) -> Float[A
         # A gradient is multiplied in its own precision: casting it up would copy all of it.
         inner = matmul(matrix.dy, right.astype(matrix.dy.dtype))
         return matmul(transpose(matrix.x), inner.astype(matrix.x.dtype))
-    return matmul(matrix, right.astype(matrix.dtype))
+    dense = to_dense(matrix)
+    return matmul(dense, right.astype(dense.dtype))
 
 
 def left_product(left: Float[Array, "*#batch k n"], matrix: Matrix) -> Float[Array, "*batch k m"]:
@@ -143,14 +177,15 @@ def left_product(left: Float[Array, "*#batch k n"], matrix: Matrix) -> Float[Arr
     if isinstance(matrix, OuterProduct):
         inner = matmul(matrix.x, transpose(left).astype(matrix.x.dtype))
         return matmul(transpose(inner.astype(matrix.dy.dtype)), matrix.dy)
-    return matmul(left.astype(matrix.dtype), matrix)
+    dense = to_dense(matrix)
+    return matmul(left.astype(dense.dtype), dense)
 
 
 def to_dense(matrix: Matrix) -> Float[Array, "*batch n m"]:
     """Forms the matrix.
 
     Args:
-      matrix: a `LowRank`, an `OuterProduct` or an array, of shape (*batch, n, m).
+      matrix: a `LowRank`, an `OuterProduct`, a `DenseGradient` or an array, of shape (*batch, n, m).
 
     Example:
       >>> import jax.numpy as jnp
@@ -158,10 +193,10 @@ def to_dense(matrix: Matrix) -> Float[Array, "*batch n m"]:
       >>> to_dense(OuterProduct(x=jnp.array([[1.0, 2.0]]), dy=jnp.array([[3.0, 4.0]]))).tolist()
       [[3.0, 4.0], [6.0, 8.0]]
     """
-    return matrix.to_dense() if isinstance(matrix, LowRank | OuterProduct) else matrix
+    return matrix.to_dense() if isinstance(matrix, LowRank | OuterProduct | DenseGradient) else matrix
 
 
-def _thin_factors(matrix: LowRank | OuterProduct) -> tuple[Array, Array]:
+def thin_factors(matrix: LowRank | OuterProduct) -> tuple[Array, Array]:
     """(left, right), of shapes (*batch, k, n) and (*batch, k, m), with matrix = left^T right."""
     if isinstance(matrix, OuterProduct):
         return matrix.x, matrix.dy
@@ -189,9 +224,9 @@ def inner_product(first: Matrix, second: Matrix) -> Float[Array, "*batch"]:
     if not isinstance(first, LowRank | OuterProduct):
         first, second = second, first
     if isinstance(first, LowRank | OuterProduct):
-        left, right = _thin_factors(first)
+        left, right = thin_factors(first)
         return _sum_of_products(left_product(left, second), right)
-    return _sum_of_products(first, second)
+    return _sum_of_products(to_dense(first), to_dense(second))
 
 
 def _sum_of_products(x: Array, y: Array) -> Array:
@@ -207,7 +242,7 @@ def frobenius_norm(matrix: Matrix) -> Float[Array, "*batch"]:
     whose error in the square is eps |x|^2 |dy|^2; of many tokens, N (n + m) > n m, it is the smaller to form.
 
     Args:
-      matrix: a `LowRank`, an `OuterProduct` or an array, of shape (*batch, n, m).
+      matrix: a `LowRank`, an `OuterProduct`, a `DenseGradient` or an array, of shape (*batch, n, m).
 
     Example:
       >>> import jax.numpy as jnp
@@ -227,7 +262,7 @@ def frobenius_norm(matrix: Matrix) -> Float[Array, "*batch"]:
             return jnp.sqrt(jnp.maximum(_sum_of_products(*grams), 0.0))
         dense = matmul(transpose(matrix.x), matrix.dy)
     else:
-        dense = matrix
+        dense = to_dense(matrix)
     return jnp.sqrt(_sum_of_products(dense, dense))
 
 
@@ -261,8 +296,8 @@ def svd(terms: Terms, rank: int, scale: float | int = 1.0) -> LowRank:
         raise ValueError(f"rank is {rank}; matrices of shape {shape} need 1 to {min(shape[-2:])}")
     dtype = solve_dtype(*(leaf for _, t in terms for leaf in jax.tree.leaves(t)))
     factored = all(isinstance(t, LowRank | OuterProduct) for _, t in terms)
-    if factored and sum(_thin_factors(t)[0].shape[-2] for _, t in terms) < min(shape[-2:]):
-        lefts, rights = zip(*(_thin_factors(t) for _, t in terms), strict=True)
+    if factored and sum(thin_factors(t)[0].shape[-2] for _, t in terms) < min(shape[-2:]):
+        lefts, rights = zip(*(thin_factors(t) for _, t in terms), strict=True)
         scaled = [(c * x).astype(dtype) for (c, _), x in zip(terms, lefts, strict=True)]
         q_left, r_left = jnp.linalg.qr(transpose(jnp.concatenate(scaled, axis=-2)))
         stacked = jnp.concatenate([y.astype(dtype) for y in rights], axis=-2)
@@ -289,9 +324,12 @@ def svd(terms: Terms, rank: int, scale: float | int = 1.0) -> LowRank:
 
 
 def _dense_svd(matrix: Array) -> tuple[Array, Array, Array]:
-    # LAPACK does not return from a matrix with an infinity; from one with a NaN it returns NaNs.
-    matrix = jnp.where(jnp.isfinite(matrix), matrix, jnp.nan)
-    return jnp.linalg.svd(matrix, full_matrices=False)
+    return jnp.linalg.svd(finite_or_nan(matrix), full_matrices=False)
+
+
+def finite_or_nan(matrix: Array) -> Array:
+    """LAPACK does not return from a matrix with an infinity; from one with a NaN it returns NaNs."""
+    return jnp.where(jnp.isfinite(matrix), matrix, jnp.nan)
 
 
 def common_shape(terms: Terms) -> tuple[int, ...]:

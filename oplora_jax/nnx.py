@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from oplora_jax.gradients.lora import dense_with_lora, init_low_rank
 from oplora_jax.gradients.value_and_grad import Kind
 from oplora_jax.gradients.value_and_grad import value_and_grad as tree_value_and_grad
+from oplora_jax.metrics import Structure
 
 _KERNEL_INIT = nnx.initializers.lecun_normal()
 _BIAS_INIT = nnx.initializers.zeros_init()
@@ -75,6 +76,7 @@ def value_and_grad(
     has_aux: bool = False,
     *,
     wrt: Any = nnx.LoRAParam,
+    moments: Structure | None = None,
 ) -> Callable[..., Any]:
     """`oplora_jax.value_and_grad` for a loss of an NNX module.
 
@@ -86,6 +88,7 @@ def value_and_grad(
       gradient: as for `oplora_jax.value_and_grad`.
       has_aux: whether the loss returns auxiliary data.
       wrt: an NNX filter, the variables to differentiate by; the same as the optimizer's.
+      moments: as for `oplora_jax.value_and_grad`.
 
     Returns:
       A function of (model, *args, **kwargs) that returns (value, gradients), the gradients an `nnx.State`
@@ -115,7 +118,8 @@ def value_and_grad(
             loss, aux = out if has_aux else (out, None)
             return loss, (aux, nnx.state(inner, nnx.Not(wrt)))
 
-        (loss, (aux, rest_after)), grads = tree_value_and_grad(pure_loss, gradient, has_aux=True)(params)
+        differentiate = tree_value_and_grad(pure_loss, gradient, has_aux=True, moments=moments)
+        (loss, (aux, rest_after)), grads = differentiate(params)
         nnx.update(model, rest_after)
         return ((loss, aux) if has_aux else loss), grads
 

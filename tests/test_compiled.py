@@ -69,22 +69,32 @@ OPTIMIZERS = {
     "oplora_projected": oplora_jax.oplora(0.1, momentum_kind="projected"),
     "oplora_extrapolated": oplora_jax.oplora(0.1, momentum_kind="extrapolated"),
     "oplora_unregularized": oplora_jax.oplora(0.1, regularization=0.0),
+    "scaled_oplora": oplora_jax.scaled_oplora(0.1),
+    "scaled_oplora_dense": oplora_jax.scaled_oplora(0.1, structure="dense", metric_every=2),
+    "scaled_oplora_shampoo": oplora_jax.scaled_oplora(0.1, metric="shampoo"),
     "scaled_gd": oplora_jax.scaled_gd(0.1),
     "scaled_adamw": oplora_jax.scaled_adamw(0.1),
     "svdlora": oplora_jax.svdlora(optax.sgd(0.1)),
 }
+# What K-FAC takes: the second moments beside a dense gradient, and no factor gradients.
+MOMENTS = {"scaled_oplora": "diagonal", "scaled_oplora_dense": "dense"}
+NAMES_AND_KINDS = [
+    (name, kind)
+    for name in OPTIMIZERS
+    for kind in ("outer", "dense", *(() if name in MOMENTS else ("factors",)))
+]
 
 
-@pytest.mark.parametrize("gradient", ["outer", "dense", "factors"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name, gradient", NAMES_AND_KINDS)
 def test_the_step_lowers_for_accelerators(name, gradient):
     """For CUDA and TPU, with the products of two rank-sized matrices in the highest precision."""
     tx, n, m, tokens = OPTIMIZERS[name], 24, 16, 10
     params = LowRank(jnp.ones((n, RANK)), jnp.ones((RANK, m)))
     loss_fn = lambda p, x: jnp.sum(lora_dot(x, jnp.ones((n, m)), p) ** 2)
-    grad_fn = (
-        jax.value_and_grad(loss_fn) if gradient == "factors" else oplora_jax.value_and_grad(loss_fn, gradient)
-    )
+    if gradient == "factors":
+        grad_fn = jax.value_and_grad(loss_fn)
+    else:
+        grad_fn = oplora_jax.value_and_grad(loss_fn, gradient, moments=MOMENTS.get(name))
 
     def step(params, state, x):
         loss, gradients = grad_fn(params, x)

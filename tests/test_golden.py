@@ -1,7 +1,7 @@
 """The numbers of the authors' code, 20 steps of each method.
 
 What remains of a difference: their solves add 1e-6 to the diagonal of every Gram matrix, which pulls towards
-zero and is left out here (but for the momentum of `oplora`), and both sides round to float32.
+zero and is left out here (but for the momentum), and both sides round to float32.
 """
 
 import ast
@@ -15,6 +15,7 @@ import pytest
 
 import oplora_jax
 from oplora_jax import (
+    KroneckerMetric,
     LowRank,
     OuterProduct,
     lora_dot,
@@ -22,6 +23,7 @@ from oplora_jax import (
     oplora,
     scaled_adamw,
     scaled_gd,
+    scaled_oplora,
     svdlora,
     to_dense,
 )
@@ -50,10 +52,39 @@ def test_lorsum(case):
     assert_close(result.b, LORSUM[f"out{case}_b"])
 
 
+@pytest.mark.parametrize("case", range(len(LORSUM["scaled_cases"])))
+def test_lorsum_with_a_metric(case):
+    num_iters, regularization, dense = LORSUM["scaled_cases"][case]
+    a, b, x, dy, ma, mb = (jnp.asarray(LORSUM[name]) for name in ("a", "b", "x", "dy", "ma", "mb"))
+    matrices = LowRank(a, b), OuterProduct(x, dy), LowRank(ma, mb)
+    terms = list(zip(LORSUM["coefficients"].tolist(), matrices, strict=True))
+    kind = "dense" if dense else "diag"
+    metric = KroneckerMetric(*(jnp.asarray(LORSUM[f"metric_{side}_{kind}"]) for side in ("in", "out")))
+    settings = {"num_iters": int(num_iters), "regularization": float(regularization)}
+    result = lorsum(terms, metric=metric, **settings)
+    assert_close(result.a, LORSUM[f"scaled{case}_a"])
+    assert_close(result.b, LORSUM[f"scaled{case}_b"])
+
+
 # How each file's settings are said here.
 def of_oplora(config, **more):
     names = {"lr": "learning_rate", "lmbd": "regularization", "lookahead_iters": "num_iters"}
     return oplora(**{names.get(k, k): v for k, v in config.items() if k != "rank_multiplier"}, **more)
+
+
+def of_scaled(config):
+    b1, b2 = config["betas"]
+    return scaled_oplora(
+        config["lr"],
+        b1=b1,
+        b2=b2,
+        num_iters=config["lookahead_iters"],
+        regularization=config["lmbd"],
+        damping=config["damping"],
+        power=config["metric_power"],
+        metric="kfac" if config["kfac_metric"] else "shampoo",
+        structure=config["metric_type"],
+    )
 
 
 TRAJECTORIES = {
@@ -67,6 +98,12 @@ TRAJECTORIES = {
         c["lr"], regularization=c["lmbd"], weight_decay=c["weight_decay"]
     ),
     "svdlora_sgd": lambda c: svdlora(optax.sgd(c["lr"], momentum=c["momentum"])),
+    "scaled_diag_kfac_p05": of_scaled,
+    "scaled_diag_kfac_p05_k0": of_scaled,
+    "scaled_diag_kfac_p1": of_scaled,
+    "scaled_dense_kfac_p1": of_scaled,
+    "scaled_diag_shampoo_p025": of_scaled,
+    "scaled_dense_shampoo_p025": of_scaled,
 }
 
 
@@ -74,7 +111,8 @@ TRAJECTORIES = {
 @pytest.mark.parametrize("name", TRAJECTORIES)
 def test_trajectory(name, kind):
     data = dict(np.load(DATA / f"{name}.npz"))
-    tx = TRAJECTORIES[name](ast.literal_eval(str(data["config"])))
+    config = ast.literal_eval(str(data["config"]))
+    tx = TRAJECTORIES[name](config)
     # The file of SVDLoRA starts without an increment, at the rank of the others.
     a, b = data.get("a", np.zeros((12, 3), np.float32)), data.get("b", np.zeros((3, 18), np.float32))
     params = LowRank(jnp.asarray(a), jnp.asarray(b))
@@ -83,17 +121,31 @@ def test_trajectory(name, kind):
         state = optax.tree.set(state, momentum=LowRank(jnp.asarray(data["ma"]), jnp.asarray(data["mb"])))
 
     w0 = jnp.asarray(data["w0"])
+    more = {"moments": config["metric_type"]} if "metric_type" in config else {}
+    # Their Jacobi step leaves the momentum as it is, at zero.
+    forgets = more and config["lookahead_iters"] == 0
+
+    metrics = lambda state: optax.tree.get(state, "moments", ())
 
     def step(carry, batch):
         params, state = carry
         loss_fn = lambda p: jnp.mean((lora_dot(batch[0], w0, p) - batch[1]) ** 2)
-        loss, gradient = oplora_jax.value_and_grad(loss_fn, kind)(params)
+        loss, gradient = oplora_jax.value_and_grad(loss_fn, kind, **more)(params)
         updates, state = tx.update(gradient, state, params)
+        if forgets:
+            state = optax.tree.set(state, momentum=jax.tree.map(jnp.zeros_like, params))
         params = optax.apply_updates(params, updates)
-        return (params, state), (loss, params, optax.tree.get(state, "momentum") if "ma" in data else ())
+        return (params, state), (
+            loss,
+            params,
+            optax.tree.get(state, "momentum") if "ma" in data else (),
+            metrics(state),
+        )
 
     batches = jnp.asarray(data["x"]), jnp.asarray(data["y"])
-    _, (losses, path, moments) = jax.jit(lambda carry: jax.lax.scan(step, carry, batches))((params, state))
+    _, (losses, path, moments, sides) = jax.jit(lambda carry: jax.lax.scan(step, carry, batches))(
+        (params, state)
+    )
     np.testing.assert_allclose(losses, data["losses"], rtol=RTOL)
     assert len(data["record"]) == 5
     for t in data["record"]:
@@ -101,3 +153,6 @@ def test_trajectory(name, kind):
         assert_close(to_dense(path)[t - 1], expected)
         if "ma" in data:
             assert_close(to_dense(moments)[t - 1], data[f"step{t}_ma"] @ data[f"step{t}_mb"])
+        if sides:
+            assert_close(sides.input[t - 1], data[f"step{t}_metric_in"])
+            assert_close(sides.output[t - 1], data[f"step{t}_metric_out"])

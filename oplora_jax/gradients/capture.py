@@ -19,6 +19,7 @@ from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
 
 from oplora_jax.matrix import LowRank, check_factors, matmul, transpose
+from oplora_jax.metrics import second_moment
 
 
 @jax.tree_util.register_dataclass
@@ -26,7 +27,8 @@ from oplora_jax.matrix import LowRank, check_factors, matmul, transpose
 class Tapped(LowRank):
     """A `LowRank` whose tap's cotangent is the gradient of the matrix it stands for.
 
-    tap is () while uses are counted, (x, dy) to capture an outer product, (gradient,) for a dense one.
+    tap is () while uses are counted, (x, dy) to capture an outer product, (gradient,) for a dense one, and
+    (gradient, x_moment, dy_moment, tokens) for a dense one with the moments of its tokens.
     """
 
     tap: tuple[Any, ...] = ()
@@ -103,12 +105,24 @@ def _captured_dot_bwd(scale, taps, residuals, dy):
     x, a, b = residuals
     dx = _thin_dot(dy, transpose(b), transpose(a), scale=scale)
     rows_x, rows_dy = (z.reshape(*a.shape[:-2], -1, z.shape[-1]) for z in (x, dy))
-    captured = (rows_x, rows_dy) if len(taps) == 2 else (matmul(transpose(rows_x), rows_dy),)[: len(taps)]
+    captured = _captures(rows_x, rows_dy, taps)
     captured = [
         _over_devices(c.reshape(tap.shape).astype(tap.dtype), jnp.zeros(tap.shape, tap.dtype))
         for c, tap in zip(captured, taps, strict=True)
     ]
     return _over_devices(dx, x), jnp.zeros_like(a), jnp.zeros_like(b), *captured
+
+
+def _captures(x: Array, dy: Array, taps: tuple[Any, ...]) -> tuple[Array, ...]:
+    """The cotangents of the taps, from the rows of x and dy."""
+    if len(taps) == 2:
+        return x, dy
+    if len(taps) < 4:
+        return (matmul(transpose(x), dy),)[: len(taps)]
+    gradient, x_moment, _, tokens = taps
+    structure = "dense" if len(x_moment.shape) == len(gradient.shape) else "diagonal"
+    moments = (second_moment(rows, structure) for rows in (x, dy))
+    return matmul(transpose(x), dy), *moments, jnp.full(tokens.shape, x.shape[-2], tokens.dtype)
 
 
 def _over_devices(cotangent: Array, primal: Array) -> Array:

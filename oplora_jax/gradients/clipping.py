@@ -7,16 +7,16 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from oplora_jax.matrix import OuterProduct, frobenius_norm, solve_dtype
+from oplora_jax.matrix import DenseGradient, OuterProduct, frobenius_norm, solve_dtype
 
 
 def global_norm(updates: Any) -> Float[Array, ""]:
-    """The norm of a whole tree of gradients, as if every `OuterProduct` were the matrix it stands for.
+    """The norm of a whole tree of gradients, with exact gradients as the matrices they stand for.
 
     A `LowRank` node in a tree of gradients is the pair of factor gradients and counts as that pair.
 
     Args:
-      updates: a tree of arrays, `OuterProduct` and `LowRank` nodes.
+      updates: a tree of arrays, `OuterProduct`, `DenseGradient` and `LowRank` nodes.
 
     Example:
       >>> import jax.numpy as jnp
@@ -25,16 +25,16 @@ def global_norm(updates: Any) -> Float[Array, ""]:
       >>> round(float(global_norm({"lora": gradient, "bias": jnp.zeros(3)})), 5)
       2.0
     """
-    nodes = jax.tree.leaves(updates, is_leaf=_is_outer)
-    norms = [frobenius_norm(g) if _is_outer(g) else g for g in nodes]
+    nodes = jax.tree.leaves(updates, is_leaf=_is_exact)
+    norms = [frobenius_norm(g) if _is_exact(g) else g for g in nodes]
     return optax.tree.norm([z.astype(solve_dtype(z)) for z in norms])
 
 
 def clip_by_global_norm(max_norm: Any) -> optax.GradientTransformationExtraArgs:
-    """`optax.clip_by_global_norm` for trees that hold `OuterProduct` gradients.
+    """`optax.clip_by_global_norm` for trees that hold `OuterProduct` and `DenseGradient` nodes.
 
     One side of an outer product is scaled, so the matrix is scaled by the same factor as every other
-    gradient.
+    gradient; the moments of a dense one follow.
 
     Args:
       max_norm: the largest `global_norm` that passes unchanged.
@@ -55,14 +55,17 @@ def clip_by_global_norm(max_norm: Any) -> optax.GradientTransformationExtraArgs:
         factor = jnp.where(norm < max_norm, 1.0, max_norm / norm)
 
         def scale(gradient):
-            if _is_outer(gradient):
+            if isinstance(gradient, OuterProduct):
                 return OuterProduct(gradient.x, scale(gradient.dy))
+            if isinstance(gradient, DenseGradient):
+                moment = scale(scale(gradient.dy_moment))
+                return DenseGradient(scale(gradient.gradient), gradient.x_moment, moment, gradient.tokens)
             return (gradient * factor).astype(gradient.dtype)
 
-        return jax.tree.map(scale, updates, is_leaf=_is_outer), state
+        return jax.tree.map(scale, updates, is_leaf=_is_exact), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _is_outer(node: Any) -> bool:
-    return isinstance(node, OuterProduct)
+def _is_exact(node: Any) -> bool:
+    return isinstance(node, OuterProduct | DenseGradient)

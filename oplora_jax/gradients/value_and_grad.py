@@ -9,13 +9,18 @@ import jax.numpy as jnp
 
 from oplora_jax.gradients.capture import Tapped
 from oplora_jax.gradients.uses import Uses, count_uses
-from oplora_jax.matrix import LowRank, OuterProduct, check_factors, is_low_rank
+from oplora_jax.matrix import DenseGradient, LowRank, OuterProduct, check_factors, is_low_rank, solve_dtype
+from oplora_jax.metrics import Structure
 
 Kind = Literal["auto", "outer", "dense"]
 
 
 def value_and_grad(
-    loss_fn: Callable[..., Any], gradient: Kind = "auto", has_aux: bool = False
+    loss_fn: Callable[..., Any],
+    gradient: Kind = "auto",
+    has_aux: bool = False,
+    *,
+    moments: Structure | None = None,
 ) -> Callable[..., Any]:
     """Like `jax.value_and_grad` by the first argument, but exact at LoRA parameters.
 
@@ -36,13 +41,16 @@ def value_and_grad(
         - "auto": for each parameter the kind whose gradient and optimizer step together take less
           arithmetic, 8 N r (n + m) against 2 N n m + 8 n m r; dense where outer is not possible.
       has_aux: whether the loss returns auxiliary data.
+      moments: with "diagonal" or "dense" a dense gradient is a `DenseGradient`, with the second moments of x
+        and dy that `scaled_oplora` measures with. The parameter must be used through `lora_dot` alone. An
+        `OuterProduct` has its moments in it.
 
     Returns:
       A function with the arguments of `loss_fn` that returns (value, gradients).
 
     Raises:
-      ValueError: an unknown `gradient`, or a parameter that is used in a way whose exact gradient cannot
-        be taken; the message names its path.
+      ValueError: an unknown `gradient` or `moments`, or a parameter that is used in a way whose exact
+        gradient, or moments, cannot be taken; the message names its path.
 
     Example:
       >>> import jax.numpy as jnp
@@ -56,13 +64,16 @@ def value_and_grad(
     """
     if gradient not in ("auto", "outer", "dense"):
         raise ValueError(f"gradient is {gradient!r}; expected 'auto', 'outer' or 'dense'")
+    if moments not in (None, "diagonal", "dense"):
+        raise ValueError(f"moments is {moments!r}; expected None, 'diagonal' or 'dense'")
 
     @functools.wraps(loss_fn)
     def value_and_grad_fn(params: Any, *args: Any, **kwargs: Any) -> Any:
         paths_and_nodes, treedef = jax.tree.flatten_with_path(params, is_leaf=is_low_rank)
         nodes = [node for _, node in paths_and_nodes]
         loss = lambda nodes: loss_fn(treedef.unflatten(nodes), *args, **kwargs)
-        taps = _taps(lambda nodes: loss(nodes)[0] if has_aux else loss(nodes), paths_and_nodes, gradient)
+        scalar_loss = lambda nodes: loss(nodes)[0] if has_aux else loss(nodes)
+        taps = _taps(scalar_loss, paths_and_nodes, gradient, moments)
 
         def tapped_loss(at):
             nodes_at = [
@@ -79,7 +90,13 @@ def value_and_grad(
     return value_and_grad_fn
 
 
-def grad(loss_fn: Callable[..., Any], gradient: Kind = "auto", has_aux: bool = False) -> Callable[..., Any]:
+def grad(
+    loss_fn: Callable[..., Any],
+    gradient: Kind = "auto",
+    has_aux: bool = False,
+    *,
+    moments: Structure | None = None,
+) -> Callable[..., Any]:
     """Like `jax.grad`, but exact at LoRA parameters: `value_and_grad` without the value.
 
     Example:
@@ -89,7 +106,7 @@ def grad(loss_fn: Callable[..., Any], gradient: Kind = "auto", has_aux: bool = F
       >>> grad(lambda lora: to_dense(lora).sum())(lora).tolist()
       [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
     """
-    value_and_grad_fn = value_and_grad(loss_fn, gradient, has_aux)
+    value_and_grad_fn = value_and_grad(loss_fn, gradient, has_aux, moments=moments)
 
     @functools.wraps(loss_fn)
     def grad_fn(*args: Any, **kwargs: Any) -> Any:
@@ -99,7 +116,9 @@ def grad(loss_fn: Callable[..., Any], gradient: Kind = "auto", has_aux: bool = F
     return grad_fn
 
 
-def _taps(loss: Callable[..., Any], paths_and_nodes: list[Any], gradient: Kind) -> list[Any]:
+def _taps(
+    loss: Callable[..., Any], paths_and_nodes: list[Any], gradient: Kind, moments: Structure | None
+) -> list[Any]:
     """Zeros of the shapes in which each LoRA parameter's gradient is captured; None for other leaves."""
     probes, factors, loras = [], [], []
     for path, node in paths_and_nodes:
@@ -115,7 +134,7 @@ def _taps(loss: Callable[..., Any], paths_and_nodes: list[Any], gradient: Kind) 
         return [None] * len(paths_and_nodes)
     uses = iter(count_uses(jax.make_jaxpr(loss)(probes), factors, len(loras)))
     return [
-        _tap(_name(path), node, next(uses), gradient) if is_low_rank(node) else None
+        _tap(_name(path), node, next(uses), gradient, moments) if is_low_rank(node) else None
         for path, node in paths_and_nodes
     ]
 
@@ -124,7 +143,9 @@ def _name(path: Any) -> str:
     return jax.tree_util.keystr(path) or "the LoRA parameter"
 
 
-def _tap(name: str, node: LowRank, uses: Uses, gradient: Kind) -> tuple[jax.Array, ...]:
+def _tap(
+    name: str, node: LowRank, uses: Uses, gradient: Kind, moments: Structure | None
+) -> tuple[jax.Array, ...]:
     (*batch, n, m), rank = node.shape, node.a.shape[-1]
     if uses.elsewhere:
         raise ValueError(
@@ -149,8 +170,19 @@ def _tap(name: str, node: LowRank, uses: Uses, gradient: Kind) -> tuple[jax.Arra
     dense = 2 * tokens * n * m + 8 * n * m * rank
     if gradient == "outer" or (gradient == "auto" and once and outer <= dense):
         return jnp.zeros((*batch, tokens, n), x_dtype), jnp.zeros((*batch, tokens, m), dy_dtype)
-    return (jnp.zeros((*batch, n, m), node.dtype),)
+    tap = jnp.zeros((*batch, n, m), node.dtype)
+    if moments is None:
+        return (tap,)
+    if any(use.kind != "dot" for use in places):
+        raise ValueError(
+            f"{name}: moments={moments!r} needs the inputs of the layer, but this LoRA parameter is merged "
+            "into a weight. Multiply through lora_dot, or take no moments and metric='shampoo'"
+        )
+    dtype = solve_dtype(node.a, node.b)
+    sides = ([size] if moments == "diagonal" else [size, size] for size in (n, m))
+    return tap, *(jnp.zeros((*batch, *side), dtype) for side in sides), jnp.zeros(tuple(batch), dtype)
 
 
-def _from_tap(cotangent: tuple[jax.Array, ...]) -> OuterProduct | jax.Array:
-    return OuterProduct(*cotangent) if len(cotangent) == 2 else cotangent[0]
+def _from_tap(cotangent: tuple[jax.Array, ...]) -> OuterProduct | DenseGradient | jax.Array:
+    kinds = {1: lambda gradient: gradient, 2: OuterProduct, 4: DenseGradient}
+    return kinds[len(cotangent)](*cotangent)

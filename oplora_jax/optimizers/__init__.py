@@ -3,6 +3,7 @@
 from oplora_jax.optimizers.low_rank import set_to_zero
 from oplora_jax.optimizers.oplora import oplora
 from oplora_jax.optimizers.scaled import scaled_adamw, scaled_gd
+from oplora_jax.optimizers.scaled_oplora import scaled_oplora
 from oplora_jax.optimizers.svdlora import svdlora
 
-__all__ = ["oplora", "scaled_adamw", "scaled_gd", "set_to_zero", "svdlora"]
+__all__ = ["oplora", "scaled_adamw", "scaled_gd", "scaled_oplora", "set_to_zero", "svdlora"]

@@ -113,6 +113,11 @@ def full_gradient(param: LowRank, gradient: Matrix) -> Matrix:
     return tangent_gradient(param, gradient) if isinstance(gradient, LowRank) else gradient
 
 
+def difference(new: LowRank, old: LowRank) -> LowRank:
+    """The increments of the factors."""
+    return LowRank(new.a - old.a, new.b - old.b, old.scale)
+
+
 def at_step(learning_rate: optax.ScalarOrSchedule, count: Array) -> Array:
     """The learning rate of a step, a float32 scalar at least."""
     value = jnp.asarray(learning_rate(count) if callable(learning_rate) else learning_rate)

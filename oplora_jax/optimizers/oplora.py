@@ -7,20 +7,19 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from oplora_jax.lorsum import Sum, inverse, joint_lorsum, lorsum
+from oplora_jax.lorsum import Sum, inverse, lorsum
 from oplora_jax.matrix import (
     HIGHEST,
     LowRank,
     absorb_scale,
-    is_low_rank,
     left_product,
     matmul,
     right_product,
     share_scale,
-    solve_dtype,
     transpose,
 )
-from oplora_jax.optimizers.low_rank import at_step, for_lora, full_gradient, is_zero, map_lora
+from oplora_jax.optimizers.low_rank import at_step, difference, for_lora, full_gradient, is_zero, map_lora
+from oplora_jax.optimizers.momentum import init_momentum, step_with_momentum
 
 
 class OPLoRAState(NamedTuple):
@@ -122,10 +121,7 @@ def oplora(
             return OPLoRAState(count, momentum=zeros, previous=jax.tree.map(jnp.array, params))
         if kind == "extrapolated":
             return OPLoRAState(count, momentum=jax.tree.map(jnp.array, params))
-        number = len(jax.tree.leaves(params, is_leaf=is_low_rank))
-        keys = iter(jax.random.split(jax.random.key(seed), number or 1))
-        start = lambda param: (_random_start(next(keys), param, momentum_rank),)
-        return OPLoRAState(count, momentum=map_lora(start, 1, params)[0])
+        return OPLoRAState(count, momentum=init_momentum(params, seed, momentum_rank))
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
@@ -135,30 +131,26 @@ def oplora(
         ridge_m = ridge
         if momentum_regularization is not None:
             ridge_m = 0.0 if is_zero(momentum_regularization) else lr * momentum_regularization
-        # The authors' code adds 1e-6 to the diagonal of every Gram matrix. It shows in the momentum alone,
-        # which starts at zero: at most 0.2 % of the regularization, so that a step of size 0 changes nothing.
-        shrinkage = 0.0 if is_zero(ridge_m) else jnp.minimum(1e-6, 2e-3 * ridge_m)
         share = 1 - dampening
 
         def low_rank(param, gradient, old):
             g = full_gradient(param, gradient)
             weights = Sum(weight, param, [-lr * share, -lr * momentum], ridge)
-            moments = Sum(momentum, old, [share, None], ridge_m, shrinkage)
-            new, moment = joint_lorsum([g, old], [weights, moments], num_iters=num_iters)
-            return _difference(new, param), _rebalance(moment)
+            new, moment = step_with_momentum(g, old, weights, momentum, share, ridge_m, num_iters=num_iters)
+            return difference(new, param), moment
 
         def plain(param, gradient):
             g = full_gradient(param, gradient)
             terms = [(weight, param), (-lr * share, g)]
             new = lorsum(terms, num_iters=num_iters, regularization=ridge)
-            return (_difference(new, param),)
+            return (difference(new, param),)
 
         def extrapolated(param, gradient, old):
             g = full_gradient(param, gradient)
             settings = {"num_iters": num_iters, "regularization": ridge}
             z = lorsum([(weight, param), (-lr * share, g)], **settings)
             new = lorsum([(1 + momentum, z), (-momentum, old)], **settings)
-            return _difference(new, param), z
+            return difference(new, param), z
 
         def projected(param, gradient, buffers, previous):
             g = full_gradient(param, gradient)
@@ -166,7 +158,7 @@ def oplora(
             z = lorsum(terms, num_iters=num_iters, regularization=ridge)
             step, moment = _transport(z, g, buffers, previous, momentum, share, ridge)
             new = jax.tree.map(lambda old, u: old - (lr * momentum * u).astype(old.dtype), z, step)
-            return _difference(new, param), moment, z
+            return difference(new, param), moment, z
 
         count = optax.safe_increment(state.count)
         if kind == "none":
@@ -182,34 +174,6 @@ def oplora(
     if others is None:
         others = _heavy_ball(learning_rate, momentum, dampening, weight_decay)
     return for_lora(optax.GradientTransformation(init_fn, update_fn), others)
-
-
-def _random_start(key, param, rank):
-    """A zero momentum whose left factor is normal, at scale 1 of unit variance."""
-    (*batch, n, _), rank = param.shape, param.a.shape[-1] if rank is None else int(rank)
-    # Built on zeros made from the parameter, for its sharding.
-    column, row = jnp.zeros_like(param.a[..., :1]), jnp.zeros_like(param.b[..., :1, :])
-    a = column + jax.random.normal(key, (*batch, n, rank), param.a.dtype)
-    b = row + jnp.zeros((*batch, rank, 1), param.b.dtype)
-    return share_scale(LowRank(a, b), param)
-
-
-def _rebalance(moment: LowRank) -> LowRank:
-    """The same matrix, with the norm of a not below that of b.
-
-    The decay by mu falls on the factor that is solved first, and the other one grows in return. Left alone,
-    a would vanish like mu^k, until the regularization outweighed it and froze b.
-    """
-    norm = lambda z: jnp.linalg.norm(z.astype(solve_dtype(z)), axis=(-2, -1), keepdims=True)
-    left, right = norm(moment.a), norm(moment.b)
-    smaller = (left > 0) & (left < right)
-    root = jnp.sqrt(jnp.where(smaller, right / jnp.where(smaller, left, 1), 1))
-    balanced = LowRank(moment.a * root, moment.b / root, moment.scale)
-    return jax.tree.map(lambda new, old: new.astype(old.dtype), balanced, moment)
-
-
-def _difference(new: LowRank, old: LowRank) -> LowRank:
-    return LowRank(new.a - old.a, new.b - old.b, old.scale)
 
 
 def _transport(z, g, buffers, previous, momentum, share, ridge):

@@ -1,5 +1,6 @@
 """The table of all optimizers, and the small problem that every property is tested on."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,7 +10,9 @@ import numpy as np
 import optax
 
 import oplora_jax
-from oplora_jax import LowRank, lora_dot, oplora, scaled_adamw, scaled_gd, svdlora
+from oplora_jax import LowRank, lora_dot, oplora, scaled_adamw, scaled_gd, scaled_oplora, svdlora
+
+KINDS = ("outer", "dense", "factors")
 
 
 class Case(NamedTuple):
@@ -18,12 +21,19 @@ class Case(NamedTuple):
     factory: Callable[..., optax.GradientTransformation]  # a learning rate, the settings; `others` if ours
     settings: dict[str, Any]
     learning_rate: float  # for the problem below
-    ours: bool = True  # takes every kind of gradient, and skips non-finite ones
+    ours: bool = True  # takes full gradients, and skips non-finite ones
+    kinds: tuple[str, ...] = KINDS  # of gradients
     mirrors: bool = True  # the state at a LoRA parameter has the parameter's structure
 
 
 def _svdlora(learning_rate, others=None):
     return svdlora(optax.sgd(learning_rate, momentum=0.5), others=others)
+
+
+@functools.wraps(scaled_oplora)
+def _scaled_oplora(learning_rate, **settings):
+    """With one learning rate for all leaves, as the other optimizers have."""
+    return scaled_oplora(learning_rate, **settings | {"others_learning_rate": learning_rate})
 
 
 CASES = {
@@ -35,12 +45,34 @@ CASES = {
     "svdlora": Case(_svdlora, {}, 0.2, mirrors=False),
     "scaled_gd": Case(scaled_gd, {"momentum": 0.5}, 0.2),
     "scaled_adamw": Case(scaled_adamw, {}, 0.03),
+    "scaled_oplora": Case(
+        _scaled_oplora,
+        {"b1": 0.5},
+        0.2,
+        kinds=("outer", "diagonal moments", "dense moments"),
+        mirrors=False,
+    ),
+    "scaled_oplora_dense": Case(
+        _scaled_oplora,
+        {"b1": 0.5, "structure": "dense", "metric_every": 2, "num_iters": 2},
+        0.2,
+        kinds=("outer", "dense moments"),
+        mirrors=False,
+    ),
+    "scaled_oplora_shampoo": Case(
+        _scaled_oplora,
+        {"b1": 0.5, "metric": "shampoo", "power": 0.25},
+        0.2,
+        mirrors=False,
+    ),
     # Plain optimizers of the factors, which check the properties themselves.
     "sgd": Case(optax.sgd, {"momentum": 0.5}, 0.1, ours=False),
     "adamw": Case(optax.adamw, {"weight_decay": 0.0}, 0.03, ours=False),
 }
 OURS = [name for name, case in CASES.items() if case.ours]
-KINDS = ("outer", "dense", "factors")
+OURS_AND_KINDS = [(name, kind) for name in OURS for kind in CASES[name].kinds]
+# At a LoRA parameter these take what has the parameter's structure.
+OF_FACTORS = [name for name, case in CASES.items() if "factors" in case.kinds]
 
 N, M, R, TOKENS = 8, 6, 2, 40
 
@@ -72,7 +104,11 @@ def problem(dtype=jnp.float32, layers=("first",), b_zero=False):
 
 def gradient_of(loss_fn, kind):
     """The gradient function of a kind of gradient."""
-    return jax.grad(loss_fn) if kind == "factors" else oplora_jax.grad(loss_fn, kind)
+    if kind == "factors":
+        return jax.grad(loss_fn)
+    if kind.endswith(" moments"):
+        return oplora_jax.grad(loss_fn, "dense", moments=kind.removesuffix(" moments"))
+    return oplora_jax.grad(loss_fn, kind)
 
 
 def run(tx, params, gradient, num_steps, state=None) -> tuple[Any, Any]:

@@ -1,0 +1,178 @@
+"""Metrics of the space of matrices: second moments of a layer's two sides, averaged and raised to a power."""
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from oplora_jax.matrix import (
+    HIGHEST,
+    DenseGradient,
+    LowRank,
+    Matrix,
+    OuterProduct,
+    finite_or_nan,
+    matmul,
+    solve_dtype,
+    thin_factors,
+    to_dense,
+    transpose,
+)
+
+Structure = Literal["diagonal", "dense"]
+Reduction = Literal["mean", "sum"]
+
+FLOOR = 1e-12  # of the entries or eigenvalues that are raised to a power
+
+
+class KroneckerMetric(NamedTuple):
+    r"""The metric :math:`\|D_{in}^{1/2}\, T\, D_{out}^{1/2}\|_F` of n x m matrices T.
+
+    Each side is symmetric and positive, and either diagonal or dense. The sides may be of different sorts.
+
+    Args:
+      input: the diagonal of Din, `Float[Array, "*batch n"]`, or all of it, `Float[Array, "*batch n n"]`.
+      output: the diagonal of Dout, (*batch, m), or all of it, (*batch, m, m).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from oplora_jax import KroneckerMetric, LowRank, lorsum, to_dense
+      >>> metric = KroneckerMetric(input=jnp.array([2.0, 1.0]), output=jnp.ones(2))
+      >>> anchor, gradient = LowRank(jnp.eye(2), jnp.zeros((2, 2))), jnp.ones((2, 2))
+      >>> jnp.round(to_dense(lorsum([(1.0, anchor), (-1.0, gradient)], metric=metric)), 4).tolist()
+      [[-0.5, -0.5], [-1.0, -1.0]]
+    """
+
+    input: Any  # Float[Array, "*batch n"] | Float[Array, "*batch n n"]
+    output: Any  # Float[Array, "*batch m"] | Float[Array, "*batch m m"]
+
+
+def kfac_moments(
+    gradient: OuterProduct | DenseGradient, structure: Structure, loss_reduction: Reduction
+) -> KroneckerMetric:
+    """The second moments of K-FAC: of the inputs, and of the gradients at the outputs of one token's loss.
+
+    x^T x / N, and N dy^T dy of a loss that is a mean over its N tokens or dy^T dy / N of a sum.
+
+    Args:
+      gradient: an `OuterProduct`, or a `DenseGradient` with moments of this structure or dense ones.
+      structure: of the result.
+      loss_reduction: of the loss over tokens.
+    """
+    if isinstance(gradient, OuterProduct):
+        x, dy = (_moment(z, z, structure) for z in (gradient.x, gradient.dy))
+        tokens = gradient.x.shape[-2]
+    else:
+        x, dy = gradient.x_moment, gradient.dy_moment
+        if structure == "diagonal" and x.ndim == gradient.gradient.ndim:
+            x, dy = (jnp.diagonal(z, axis1=-2, axis2=-1) for z in (x, dy))
+        tokens = _per_batch_entry(gradient.tokens, x)
+    return KroneckerMetric(x / tokens, dy * tokens if loss_reduction == "mean" else dy / tokens)
+
+
+def shampoo_moments(gradient: Matrix, structure: Structure, loss_reduction: Reduction) -> KroneckerMetric:
+    """The second moments of Shampoo: c G G^T and c G^T G, c = N of a mean loss and 1 / N of a summed one.
+
+    Args:
+      gradient: any matrix. Of a plain array and of a `LowRank` N is not known, and c is 1.
+      structure: of the result.
+      loss_reduction: of the loss over tokens.
+    """
+    n, m = gradient.shape[-2:]
+    factors = thin_factors(gradient) if isinstance(gradient, LowRank | OuterProduct) else None
+    if factors is not None and factors[0].shape[-2] * (n + m) <= n * m:  # the smaller not to form
+        (left, right), grams = factors, [matmul(z, transpose(z), HIGHEST) for z in factors]
+        first = _moment(left, matmul(grams[1], left), structure)
+        second = _moment(right, matmul(grams[0], right), structure)
+    else:
+        dense = to_dense(gradient)
+        first, second = (_moment(z, z, structure) for z in (transpose(dense), dense))
+    if isinstance(gradient, OuterProduct):
+        tokens = gradient.x.shape[-2]
+    elif isinstance(gradient, DenseGradient):
+        tokens = _per_batch_entry(gradient.tokens, first)
+    else:
+        return KroneckerMetric(first, second)
+    factor = tokens if loss_reduction == "mean" else 1 / tokens
+    return KroneckerMetric(factor * first, factor * second)
+
+
+def _per_batch_entry(tokens: Array, like: Array) -> Array:
+    """N, one at least, to multiply a moment by."""
+    return jnp.maximum(tokens, 1).reshape(tokens.shape + (1,) * (like.ndim - tokens.ndim))
+
+
+def _moment(rows: Array, weighted: Array, structure: Structure) -> Array:
+    """rows^T weighted over rows of tokens, or its diagonal, in float32 at least."""
+    if structure == "dense":
+        return matmul(transpose(rows), weighted.astype(rows.dtype))
+    dtype = solve_dtype(rows)
+    return jnp.sum(rows.astype(dtype) * weighted.astype(dtype), axis=-2)
+
+
+def second_moment(rows: Float[Array, "*batch N n"], structure: Structure) -> Array:
+    """The sum of the squares over tokens, (*batch, n), or rows^T rows, (*batch, n, n)."""
+    return _moment(rows, rows, structure)
+
+
+def average(old: Array, new: Array, weight: Any) -> Array:
+    """The exponential average one step on: old (1 - weight) + new weight, in the type of the old one."""
+    return old * (1 - weight).astype(old.dtype) + new.astype(old.dtype) * weight.astype(old.dtype)
+
+
+def powers(
+    metric: KroneckerMetric, power: Any, damping: Any = 0.0, *, batch_ndim: int = 0
+) -> tuple[KroneckerMetric, KroneckerMetric]:
+    """(D + damping)^power of both sides, and the inverse of that.
+
+    A diagonal side is raised elementwise, a dense one through its eigenvalues. Entries and eigenvalues
+    below 1e-12 count as 1e-12, and those of a dense side that rounding leaves undetermined as n eps of its
+    largest.
+
+    Args:
+      metric: two positive semi-definite sides.
+      power: any real number.
+      damping: non-negative, added to the diagonals.
+      batch_ndim: the number of batch axes.
+    """
+    pairs = [_powers(side, power, damping, dense=side.ndim == batch_ndim + 2) for side in metric]
+    return tuple(KroneckerMetric(*column) for column in zip(*pairs, strict=True))
+
+
+def _powers(side: Array, power: Any, damping: Any, *, dense: bool) -> tuple[Array, Array]:
+    if not dense:
+        side = jnp.maximum(side + damping, FLOOR)
+        return side**power, side**-power
+    values, vectors = jnp.linalg.eigh(finite_or_nan(side))
+    values = values + damping
+    floor = side.shape[-1] * jnp.finfo(values.dtype).eps * values[..., -1:]
+    values = jnp.maximum(values, jnp.maximum(floor, FLOOR))
+    form = lambda z: matmul(vectors * z[..., None, :], transpose(vectors), HIGHEST)
+    return form(values**power), form(values**-power)
+
+
+def times_input(side: Array, right: Float[Array, "*batch n k"]) -> Float[Array, "*batch n k"]:
+    """D @ right for a side of a metric."""
+    return matmul(side, right, HIGHEST) if side.ndim == right.ndim else side[..., :, None] * right
+
+
+def times_output(left: Float[Array, "*batch k m"], side: Array) -> Float[Array, "*batch k m"]:
+    """left @ D for a side of a metric."""
+    return matmul(left, side, HIGHEST) if side.ndim == left.ndim else left * side[..., None, :]
+
+
+def check_metric(metric: KroneckerMetric, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless both sides fit matrices of a shape (*batch, n, m)."""
+    (*batch, n, m) = shape
+    for name, side, size in (("input", metric.input, n), ("output", metric.output, m)):
+        if jnp.shape(side) not in ((*batch, size), (*batch, size, size)):
+            raise ValueError(
+                f"the metric's {name} side has shape {jnp.shape(side)}; matrices of shape {shape} take "
+                f"{(*batch, size)} (diagonal) or {(*batch, size, size)} (dense)"
+            )
+
+
+def as_type(metric: KroneckerMetric, dtype: Any) -> KroneckerMetric:
+    """Both sides in a type."""
+    return jax.tree.map(lambda side: side.astype(dtype), metric)

@@ -1,0 +1,63 @@
+"""The low-rank momentum that several optimizers keep."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from oplora_jax.lorsum import Sum, joint_lorsum
+from oplora_jax.matrix import LowRank, Matrix, is_low_rank, share_scale, solve_dtype
+from oplora_jax.optimizers.low_rank import is_zero, map_lora
+
+
+def init_momentum(params: Any, seed: Any, rank: Any = None) -> Any:
+    """A momentum of zero for each LoRA parameter, of its rank if None: a tree of `LowRank` nodes."""
+    number = len(jax.tree.leaves(params, is_leaf=is_low_rank))
+    keys = iter(jax.random.split(jax.random.key(seed), number or 1))
+    return map_lora(lambda param: (_random_start(next(keys), param, rank),), 1, params)[0]
+
+
+def _random_start(key, param, rank):
+    """A zero momentum whose left factor is normal, at scale 1 of unit variance."""
+    (*batch, n, _), rank = param.shape, param.a.shape[-1] if rank is None else int(rank)
+    # Built on zeros made from the parameter, for its sharding.
+    column, row = jnp.zeros_like(param.a[..., :1]), jnp.zeros_like(param.b[..., :1, :])
+    a = column + jax.random.normal(key, (*batch, n, rank), param.a.dtype)
+    b = row + jnp.zeros((*batch, rank, 1), param.b.dtype)
+    return share_scale(LowRank(a, b), param)
+
+
+def step_with_momentum(
+    gradient: Matrix,
+    momentum: LowRank,
+    weights: Sum,
+    decay: Any,
+    share: Any,
+    regularization: Any,
+    *,
+    num_iters: Any,
+) -> tuple[LowRank, LowRank]:
+    """The new weights, a sum over [gradient, momentum], and the new momentum, in one pass over the gradient.
+
+    The momentum is LoRSum[(decay, momentum), (share, gradient)].
+    """
+    # The authors' code adds 1e-6 to the diagonal of every Gram matrix. It shows in the momentum alone,
+    # which starts at zero: at most 0.2 % of the regularization, so that a step of size 0 changes nothing.
+    shrinkage = 0.0 if is_zero(regularization) else jnp.minimum(1e-6, 2e-3 * regularization)
+    moments = Sum(decay, momentum, [share, None], regularization, shrinkage)
+    new, moment = joint_lorsum([gradient, momentum], [weights, moments], num_iters=num_iters)
+    return new, _rebalance(moment)
+
+
+def _rebalance(moment: LowRank) -> LowRank:
+    """The same matrix, with the norm of a not below that of b.
+
+    The decay by mu falls on the factor that is solved first, and the other one grows in return. Left alone,
+    a would vanish like mu^k, until the regularization outweighed it and froze b.
+    """
+    norm = lambda z: jnp.linalg.norm(z.astype(solve_dtype(z)), axis=(-2, -1), keepdims=True)
+    left, right = norm(moment.a), norm(moment.b)
+    smaller = (left > 0) & (left < right)
+    root = jnp.sqrt(jnp.where(smaller, right / jnp.where(smaller, left, 1), 1))
+    balanced = LowRank(moment.a * root, moment.b / root, moment.scale)
+    return jax.tree.map(lambda new, old: new.astype(old.dtype), balanced, moment)
