@@ -17,19 +17,17 @@ class Settings(NamedTuple):
     momentum: float  # 0 for none
     rank: int  # of the LoRA parameters
     seed: Any
-    loss_reduction: Literal["mean", "sum"] = "mean"  # of the loss over examples
 
 
 class Method(NamedTuple):
     """A way to train.
 
-    gradient is "exact" for LoRA with the gradient of the full weight, "moments" for the same with the second
-    moments of its tokens, "factors" for LoRA with the gradients of the two factors, and "full" for training
-    without LoRA. learning_rates are those of the papers, by protocol. optimizer takes the settings, then the
-    numbers in the method's name.
+    gradient is "exact" for LoRA with the gradient of the full weight, "factors" for LoRA with the gradients
+    of the two factors, and "full" for training without LoRA. learning_rates are those of the papers, by
+    protocol. optimizer takes the settings, then the numbers in the method's name.
     """
 
-    gradient: Literal["exact", "moments", "factors", "full"]
+    gradient: Literal["exact", "factors", "full"]
     learning_rates: dict[str, float]
     optimizer: Callable[..., optax.GradientTransformation]
 
@@ -53,16 +51,6 @@ def _oplora(settings: Settings, **options: Any) -> optax.GradientTransformation:
         regularization=1e-3,
         seed=settings.seed,
         **options,
-    )
-
-
-def _scaled_oplora(settings: Settings, num_iters: int) -> optax.GradientTransformation:
-    return oplora_jax.scaled_oplora(
-        settings.learning_rate,
-        b1=settings.momentum,
-        num_iters=num_iters,
-        loss_reduction=settings.loss_reduction,
-        seed=settings.seed,
     )
 
 
@@ -92,8 +80,6 @@ METHODS = {
     "oplora_projected": Method(
         "exact", _rates(0.5, 0.1, 0.02), lambda s: _oplora(s, momentum_kind="projected")
     ),
-    # The papers have no such run: the best of a short search.
-    "scaled_oplora_K": Method("moments", _rates(0.5, 0.02, 0.2), _scaled_oplora),
 }
 
 

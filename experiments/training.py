@@ -112,12 +112,9 @@ def load_parameters(config: Config) -> tuple[Any, Any]:
 
 
 def _optimizer(config: Config, learning_rate: Any) -> optax.GradientTransformation:
-    settings = _settings(config.task, learning_rate, config.seed)
+    task = config.task
+    settings = methods.Settings(learning_rate, task.momentum, task.rank, config.seed)
     return methods.find(config.method).optimizer(settings)
-
-
-def _settings(task: Any, learning_rate: Any, seed: int) -> methods.Settings:
-    return methods.Settings(learning_rate, task.momentum, task.rank, seed, task.loss_reduction)
 
 
 # The learning rate is an argument, so that all runs of a method share one compilation.
@@ -125,13 +122,10 @@ def _settings(task: Any, learning_rate: Any, seed: int) -> methods.Settings:
 def _step(task, name, learning_rate, state, frozen, data, indices, weights):
     method = methods.find(name)
     batch = jax.tree.map(lambda z: z[indices], data)
-    exact = {"exact": None, "moments": "diagonal"}
-    if method.gradient in exact:
-        differentiate = oplora_jax.value_and_grad(task.loss, moments=exact[method.gradient])
-    else:
-        differentiate = jax.value_and_grad(task.loss)
-    loss, gradients = differentiate(state.trainable, frozen, batch, weights)
-    optimizer = method.optimizer(_settings(task, learning_rate, seed=0))
+    exact = method.gradient == "exact"
+    differentiate = oplora_jax.value_and_grad if exact else jax.value_and_grad
+    loss, gradients = differentiate(task.loss)(state.trainable, frozen, batch, weights)
+    optimizer = method.optimizer(methods.Settings(learning_rate, task.momentum, task.rank, seed=0))
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
     return State(optax.apply_updates(state.trainable, updates), optimizer_state), loss
 
