@@ -127,8 +127,8 @@ def at_step(learning_rate: optax.ScalarOrSchedule, count: Array) -> Array:
 
 
 def is_zero(value: Any) -> bool:
-    """Whether a hyperparameter is known to be zero, and what it multiplies need not exist."""
-    return isinstance(value, int | float) and value == 0
+    """Whether a hyperparameter is known to be zero or None, and what it multiplies need not exist."""
+    return value is None or (isinstance(value, int | float) and value == 0)
 
 
 def _restore_nodes(like_params: Any, params: Any) -> Any:

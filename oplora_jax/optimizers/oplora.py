@@ -58,7 +58,7 @@ def oplora(
 
     Args:
       learning_rate: eta, a scalar or a schedule. It is a step in the full weight: of SGD's size.
-      momentum: mu. With 0 no momentum is kept.
+      momentum: mu. With 0 or None no momentum is kept.
       dampening: d.
       num_iters: alternating iterations of each LoRSum; 0 is the Jacobi step, preconditioned LoRA.
       regularization: of the solves for the weights; multiplied by the learning rate.
@@ -141,7 +141,7 @@ def oplora(
 
         def plain(param, gradient):
             g = full_gradient(param, gradient)
-            terms = [(weight, param), (-lr, g)]
+            terms = [(weight, param), (-lr * share, g)]
             new = lorsum(terms, num_iters=num_iters, regularization=ridge)
             return (difference(new, param),)
 
