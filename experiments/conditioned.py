@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from oplora_jax import LowRank, init_lora, is_low_rank, lora_dot
 
 N, M = 64, 32
-TRAIN, TEST = 2048, 1024
+TRAIN, TEST = 8192, 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Conditioned:
 
     rotated: bool = False
     """Multiply the features by a random rotation, so that no axis has a scale of its own."""
-    epochs: int = 50
-    """Passes over the 2048 training examples, in batches of 64."""
+    epochs: int = 20
+    """Passes over the 8192 training examples, in batches of 64."""
 
     rank = 4
     batch_size = 64
@@ -54,7 +54,7 @@ class Conditioned:
             x = x @ np.linalg.qr(random.normal(size=(N, N)))[0]
         y = z @ target / math.sqrt(N * self.rank)  # of variance 1
         train, test = ((x[part], y[part]) for part in (slice(TRAIN), slice(TRAIN, None)))
-        return tuple(z.astype(np.float32) for z in train), test
+        return tuple(jnp.asarray(z, jnp.float32) for z in train), test
 
     def init(self, seed: Any, full: bool) -> tuple[Any, Any]:
         """(what is trained, what is frozen): the increment, LoRA's usual start, and the base, zero."""

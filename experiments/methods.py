@@ -75,7 +75,7 @@ def _scaled_oplora(
 
 
 # The papers give scaled OPLoRA no rate on these tasks: the best of a sweep, the same for all its variants.
-_SCALED_OPLORA = _rates(0.1, 0.03, 0.1)
+_SCALED_OPLORA = _rates(1.0, 0.1, 1.0)
 
 # In a name K stands for a whole number and X for any positive one.
 METHODS = {

@@ -20,7 +20,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.ticker import MaxNLocator
 
 FLOOR = 1e-3  # of the axes: what is smaller is drawn there
-RELATIVE_FLOOR = 1e-9  # of those of a relative quantity
+RELATIVE_RANGE = 1e-9, 10.0  # of those of a relative quantity: what diverged is drawn at its end
 MARKERS = "osD^vPX*<>pdh"
 
 
@@ -172,7 +172,7 @@ def draw_ablation(groups: list[Group], variants: dict[str, tuple], metric: str, 
     for axis, (structure, k) in zip(axes.flat, itertools.product(structures, iterations), strict=True):
         table = np.array([[values[structure, k, d, p] for p in powers] for d in dampings])
         image = axis.imshow(table, norm=norm, cmap="viridis_r", aspect="auto")
-        image.cmap.set_bad("lightgray")
+        axis.set_facecolor("lightgray")  # seen where the metric is not finite
         for (i, j), value in np.ndenumerate(table):
             dark = np.isfinite(value) and norm(value) > 0.5
             axis.text(j, i, f"{value:.3g}", ha="center", va="center", color="white" if dark else "black")
@@ -184,9 +184,10 @@ def draw_ablation(groups: list[Group], variants: dict[str, tuple], metric: str, 
 
 
 def _shown(values: Any, name: str) -> Any:
-    """What is drawn of a metric: of an accuracy what it lacks to 1, and nothing below the floor."""
-    floor = RELATIVE_FLOOR if name.startswith("relative") else FLOOR
-    return np.maximum(1 - values if name.endswith("accuracy") else values, floor)
+    """What is drawn of a metric: of an accuracy what it lacks to 1, and nothing beyond the axis."""
+    if name.startswith("relative"):
+        return np.clip(values, *RELATIVE_RANGE)
+    return np.maximum(1 - values if name.endswith("accuracy") else values, FLOOR)
 
 
 def _quantity(name: str) -> str:
