@@ -175,11 +175,19 @@ def draw_ablation(groups: list[Group], variants: dict[str, tuple], metric: str, 
         axis.set_facecolor("lightgray")  # seen where the metric is not finite
         for (i, j), value in np.ndenumerate(table):
             dark = np.isfinite(value) and norm(value) > 0.5
-            axis.text(j, i, f"{value:.3g}", ha="center", va="center", color="white" if dark else "black")
+            axis.text(
+                j,
+                i,
+                f"{value:.0f}" if 1e3 <= value < 1e5 else f"{value:.3g}",
+                ha="center",
+                va="center",
+                color="white" if dark else "black",
+            )
         axis.set(title=f"{structure}, K = {k}", xlabel="power", ylabel="damping")
         axis.set_xticks(range(len(powers)), [f"{p:g}" for p in powers])
         axis.set_yticks(range(len(dampings)), [f"{d:g}" for d in dampings])
-    figure.colorbar(image, ax=axes, label=f"{_quantity(metric)}, after the last epoch")
+    bar = figure.colorbar(image, ax=axes, label=f"{_quantity(metric)}, after the last epoch")
+    _label_ticks(bar.ax)
     _write(figure, path)
 
 
@@ -210,12 +218,17 @@ def best(groups: list[Group], metric: str) -> list[Group]:
 
 def _save(figure, path: Path) -> None:
     for axis in figure.axes:
-        low, high = axis.get_ylim()
-        if high < 100 * low:  # too few powers of ten to read it by
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if f"{y:e}"[0] in "235" else "")
+        _label_ticks(axis)
     figure.axes[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
     _write(figure, path)
+
+
+def _label_ticks(axis) -> None:
+    low, high = axis.get_ylim()
+    if high < 100 * low:  # too few powers of ten to read it by
+        axis.yaxis.set_major_formatter("{x:g}")
+        digits = "23456789" if high < 4 * low else "235"
+        axis.yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if f"{y:e}"[0] in digits else "")
 
 
 def _write(figure, path: Path) -> None:
