@@ -1,30 +1,27 @@
-"""The command line: `python -m experiments run|compare linear|mnist`."""
+"""The command line: `python -m experiments run|compare|ablate linear|mnist|conditioned`."""
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
 
 from experiments import ExperimentError, methods, report, storage
-from experiments.linear import Linear
-from experiments.mnist import Mnist
 from experiments.progress import describe, progress
-from experiments.storage import Config
+from experiments.storage import Config, Task
 from experiments.training import train
-
-NAMES = ", ".join(methods.METHODS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
     """Train one method once. An interrupted run goes on where it was; a finished one is not run again."""
 
-    task: Linear | Mnist
-    method: Annotated[str, tyro.conf.arg(help=f"{NAMES}; K is a number.")]
+    task: Task
+    method: Annotated[str, tyro.conf.arg(help=methods.NAMES)]
     learning_rate: float | None = None
     """The papers' for the method and task if not given."""
     seed: int = 0
@@ -40,21 +37,45 @@ class Compare:
     Prints a table, and writes it and figures of the curves. Runs that are there already are not repeated.
     """
 
-    task: Linear | Mnist
+    task: Task
     methods: tuple[str, ...]
     """Names as for `run`."""
     learning_rates: tuple[float, ...] = ()
     """For every method; the papers' for each if not given. Several make a figure over them."""
     seeds: tuple[int, ...] = ()
-    """The papers' if not given: 0 to 4 for linear, 0 to 2 for mnist."""
+    """The papers' if not given: 0 to 4 for linear, 0 to 2 for the others."""
     output: Path = Path("outputs")
     """Folder for the runs' folders, summary.csv, curves.png and sweep.png."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Ablate:
+    """Train scaled OPLoRA with every combination of settings, and draw a heat map.
+
+    Prints a table, and writes it and the map. Runs that are there already are not repeated.
+    """
+
+    task: Task
+    learning_rates: tuple[float, ...] = ()
+    """For every combination, which is drawn at the best of them; the method's usual one if not given."""
+    damping: tuple[float, ...] = (1e-6, 1e-3, 1e-1)
+    """Added to the second moments."""
+    power: tuple[float, ...] = (0.25, 0.5, 1.0)
+    """Of the damped second moments."""
+    structure: tuple[Literal["diagonal", "dense"], ...] = ("diagonal", "dense")
+    """Of the second moments."""
+    num_iters: tuple[int, ...] = (1, 2)
+    """Alternating iterations, K."""
+    seeds: tuple[int, ...] = (0,)
+    """Of the start and of the order of the examples."""
+    output: Path = Path("outputs")
+    """Folder for the runs' folders, summary.csv and ablation.png."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit status."""
     command = tyro.cli(
-        Run | Compare,
+        Run | Compare | Ablate,
         prog="python -m experiments",
         description=__doc__,
         args=arguments,
@@ -68,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not console.is_terminal:
         console = Console(width=140)
     try:
-        (run if isinstance(command, Run) else compare)(command, console)
+        {Run: run, Compare: compare, Ablate: ablate}[type(command)](command, console)
     except (ExperimentError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -89,21 +110,8 @@ def run(command: Run, console: Console) -> None:
 def compare(command: Compare, console: Console) -> None:
     """Trains several methods, prints a table and draws the curves."""
     task, output = command.task, command.output
-    seeds = command.seeds or task.seeds
-    configs = [
-        _config(command, method, rate, seed)
-        for method in dict.fromkeys(command.methods)
-        for rate in dict.fromkeys(command.learning_rates or (None,))
-        for seed in dict.fromkeys(seeds)
-    ]
-    if not configs:
-        raise ExperimentError(f"no methods to compare; there are {NAMES} (K is a number)")
-    _train(configs, console)
-    groups = report.gather(configs)
-    rows = report.summary(groups, task.metrics)
-    console.print(report.table(rows, task.metrics, len(set(seeds))))
+    groups = _groups(command, command.methods, console)
     written = [output / "summary.csv", output / "curves.png"]
-    storage.write_rows(written[0], rows)
     report.draw_curves(groups, task.metrics, written[1])
     if len(groups) > len({group.method for group in groups}):
         written.append(output / "sweep.png")
@@ -111,7 +119,36 @@ def compare(command: Compare, console: Console) -> None:
     console.print(f"in {', '.join(map(str, written))}", soft_wrap=True)
 
 
-def _config(command: Run | Compare, method: str, learning_rate: float | None, seed: int) -> Config:
+def ablate(command: Ablate, console: Console) -> None:
+    """Trains the variants of scaled OPLoRA, prints a table and draws the heat map."""
+    output = command.output
+    settings = (command.structure, command.num_iters, command.damping, command.power)
+    variants = {methods.scaled_oplora_name(*values): values for values in itertools.product(*settings)}
+    groups = _groups(command, tuple(variants), console)
+    report.draw_ablation(groups, variants, command.task.metrics[0], output / "ablation.png")
+    console.print(f"in {output / 'summary.csv'}, {output / 'ablation.png'}", soft_wrap=True)
+
+
+def _groups(command: Compare | Ablate, names: tuple[str, ...], console: Console) -> list[report.Group]:
+    """Trains methods, prints the table and writes it."""
+    metrics, seeds = command.task.metrics, command.seeds or command.task.seeds
+    configs = [
+        _config(command, method, rate, seed)
+        for method in dict.fromkeys(names)
+        for rate in dict.fromkeys(command.learning_rates or (None,))
+        for seed in dict.fromkeys(seeds)
+    ]
+    if not configs:
+        raise ExperimentError(f"no methods to compare; there are {methods.NAMES}")
+    _train(configs, console)
+    groups = report.gather(configs)
+    rows = report.summary(groups, metrics)
+    console.print(report.table(rows, metrics, len(set(seeds))))
+    storage.write_rows(command.output / "summary.csv", rows)
+    return groups
+
+
+def _config(command: Run | Compare | Ablate, method: str, learning_rate: float | None, seed: int) -> Config:
     if learning_rate is None:
         learning_rate = methods.protocol_rate(method, command.task.protocol)
     methods.find(method)

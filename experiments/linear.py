@@ -27,6 +27,7 @@ class Linear:
     """Passes over the rows."""
 
     rank = 8
+    loss_reduction = "sum"
     metrics = ("excess_loss",)
     seeds = (0, 1, 2, 3, 4)
 

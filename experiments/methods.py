@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import optax
@@ -16,18 +17,20 @@ class Settings(NamedTuple):
     learning_rate: Any
     momentum: float  # 0 for none
     rank: int  # of the LoRA parameters
+    loss_reduction: Literal["mean", "sum"]  # of the loss over a batch's examples
     seed: Any
 
 
 class Method(NamedTuple):
     """A way to train.
 
-    gradient is "exact" for LoRA with the gradient of the full weight, "factors" for LoRA with the gradients
-    of the two factors, and "full" for training without LoRA. learning_rates are those of the papers, by
-    protocol. optimizer takes the settings, then the numbers in the method's name.
+    gradient is "exact" for LoRA with the gradient of the full weight, "outer" for the same as an outer
+    product, which knows the second moments, "factors" for LoRA with the gradients of the two factors, and
+    "full" for training without LoRA. learning_rates are those of the papers, by protocol. optimizer takes
+    the settings, then the numbers in the method's name.
     """
 
-    gradient: Literal["exact", "factors", "full"]
+    gradient: Literal["exact", "outer", "factors", "full"]
     learning_rates: dict[str, float]
     optimizer: Callable[..., optax.GradientTransformation]
 
@@ -54,7 +57,27 @@ def _oplora(settings: Settings, **options: Any) -> optax.GradientTransformation:
     )
 
 
-# K in a name stands for a number.
+def _scaled_oplora(
+    structure: str, settings: Settings, k: int, damping: float = 1e-5, power: float = 0.5
+) -> optax.GradientTransformation:
+    return oplora_jax.scaled_oplora(
+        settings.learning_rate,
+        b1=settings.momentum,
+        b2=0.99,
+        num_iters=k,
+        regularization=1e-2,
+        damping=damping,
+        power=power,
+        structure=structure,
+        loss_reduction=settings.loss_reduction,
+        seed=settings.seed,
+    )
+
+
+# The papers give scaled OPLoRA no rate on these tasks: the best of a sweep, the same for all its variants.
+_SCALED_OPLORA = _rates(1.0, 0.1, 1.0)
+
+# In a name K stands for a whole number and X for any positive one.
 METHODS = {
     "full_sgd": Method("full", _rates(0.5, 0.1, 0.05), _sgd),
     "full_adamw": Method("full", _rates(0.5, 0.05, 1e-3), _adamw),
@@ -80,7 +103,17 @@ METHODS = {
     "oplora_projected": Method(
         "exact", _rates(0.5, 0.1, 0.02), lambda s: _oplora(s, momentum_kind="projected")
     ),
+    "scaled_oplora_K": Method("outer", _SCALED_OPLORA, partial(_scaled_oplora, "diagonal")),
+    "scaled_oplora_K_dense": Method("outer", _SCALED_OPLORA, partial(_scaled_oplora, "dense")),
+    "scaled_oplora_K_dampingX_powerX": Method("outer", _SCALED_OPLORA, partial(_scaled_oplora, "diagonal")),
+    "scaled_oplora_K_dense_dampingX_powerX": Method(
+        "outer", _SCALED_OPLORA, partial(_scaled_oplora, "dense")
+    ),
 }
+
+
+_REAL = r"(\d+(?:\.\d+)?(?:e[-+]?\d+)?)"
+NAMES = f"{', '.join(METHODS)} (K and X are numbers)"
 
 
 def find(name: str) -> Method:
@@ -91,11 +124,22 @@ def find(name: str) -> Method:
     Raises:
       ExperimentError: no such method; the message lists them.
     """
-    numbers = [int(number) for number in re.findall(r"\d+", name)]
-    method = METHODS.get(name if not numbers else re.sub(r"\d+", "K", name))
-    if method is None or (name in METHODS and "K" in name):
-        raise ExperimentError(f"no method {name!r}; there are {', '.join(METHODS)} (K is a number)")
-    return method._replace(optimizer=lambda settings: method.optimizer(settings, *numbers))
+    for pattern, method in METHODS.items():
+        found = re.fullmatch(pattern.replace("K", r"(\d+)").replace("X", _REAL), name)
+        if found:
+            numbers = [int(z) if z.isdigit() else float(z) for z in found.groups()]
+            return method._replace(optimizer=partial(_with_numbers, method.optimizer, numbers))
+    raise ExperimentError(f"no method {name!r}; there are {NAMES}")
+
+
+def scaled_oplora_name(structure: str, num_iters: int, damping: float, power: float) -> str:
+    """The name of a variant of scaled OPLoRA."""
+    dense = "_dense" if structure == "dense" else ""
+    return f"scaled_oplora_{num_iters}{dense}_damping{damping:g}_power{power:g}"
+
+
+def _with_numbers(optimizer, numbers, settings):
+    return optimizer(settings, *numbers)
 
 
 def protocol_rate(name: str, protocol: str) -> float:

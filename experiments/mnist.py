@@ -59,6 +59,7 @@ class Mnist:
 
     rank = 8
     momentum = 0.9
+    loss_reduction = "mean"
     metrics = ("test_accuracy", "train_loss")
     seeds = (0, 1, 2)
     protocol = "mnist"

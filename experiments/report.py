@@ -1,8 +1,9 @@
 """Tables and figures of several runs."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -15,9 +16,11 @@ from experiments.training import optimizer_bytes
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
+from matplotlib.colors import LogNorm
 from matplotlib.ticker import MaxNLocator
 
 FLOOR = 1e-3  # of the axes: what is smaller is drawn there
+RELATIVE_RANGE = 1e-9, 10.0  # of those of a relative quantity: what diverged is drawn at its end
 MARKERS = "osD^vPX*<>pdh"
 
 
@@ -125,7 +128,7 @@ def _draw(
     """
     if np.median(values) < -1:
         return
-    values = np.maximum(1 - values if name.endswith("accuracy") else values, FLOOR)
+    values = _shown(values, name)
     color = plt.get_cmap("tab10").colors[i % 10]
     axis.plot(
         x,
@@ -141,6 +144,58 @@ def _draw(
     axis.fill_between(x, values.min(axis=0), values.max(axis=0), color=color, alpha=0.15, linewidth=0)
     axis.set_yscale("log")
     axis.grid(alpha=0.3, which="both")
+
+
+def draw_ablation(groups: list[Group], variants: dict[str, tuple], metric: str, path: Path) -> None:
+    """Draws a heat map of the final metric: a panel for each structure and K, damping by power.
+
+    Args:
+      groups: the runs. Of several learning rates of a variant the best is drawn.
+      variants: (structure, K, damping, power) by method.
+      metric: its name.
+      path: the file.
+    """
+    values = {variants[g.method]: _shown(np.median(g.final(metric)), metric) for g in best(groups, metric)}
+    structures, iterations, dampings, powers = (
+        list(dict.fromkeys(setting)) for setting in zip(*values, strict=True)
+    )
+    finite = [value for value in values.values() if np.isfinite(value)] or [1.0]
+    norm = LogNorm(min(finite), max(finite) if max(finite) > min(finite) else 2 * min(finite))
+    rows, columns = len(structures), len(iterations)
+    figure, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(columns * (1 + len(powers)) + 1.5, rows * (1 + 0.6 * len(dampings))),
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, (structure, k) in zip(axes.flat, itertools.product(structures, iterations), strict=True):
+        table = np.array([[values[structure, k, d, p] for p in powers] for d in dampings])
+        image = axis.imshow(table, norm=norm, cmap="viridis_r", aspect="auto")
+        axis.set_facecolor("lightgray")  # seen where the metric is not finite
+        for (i, j), value in np.ndenumerate(table):
+            dark = np.isfinite(value) and norm(value) > 0.5
+            axis.text(
+                j,
+                i,
+                f"{value:.0f}" if 1e3 <= value < 1e5 else f"{value:.3g}",
+                ha="center",
+                va="center",
+                color="white" if dark else "black",
+            )
+        axis.set(title=f"{structure}, K = {k}", xlabel="power", ylabel="damping")
+        axis.set_xticks(range(len(powers)), [f"{p:g}" for p in powers])
+        axis.set_yticks(range(len(dampings)), [f"{d:g}" for d in dampings])
+    bar = figure.colorbar(image, ax=axes, label=f"{_quantity(metric)}, after the last epoch")
+    _label_ticks(bar.ax)
+    _write(figure, path)
+
+
+def _shown(values: Any, name: str) -> Any:
+    """What is drawn of a metric: of an accuracy what it lacks to 1, and nothing beyond the axis."""
+    if name.startswith("relative"):
+        return np.clip(values, *RELATIVE_RANGE)
+    return np.maximum(1 - values if name.endswith("accuracy") else values, FLOOR)
 
 
 def _quantity(name: str) -> str:
@@ -163,11 +218,20 @@ def best(groups: list[Group], metric: str) -> list[Group]:
 
 def _save(figure, path: Path) -> None:
     for axis in figure.axes:
-        low, high = axis.get_ylim()
-        if high < 100 * low:  # too few powers of ten to read it by
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if f"{y:e}"[0] in "235" else "")
+        _label_ticks(axis)
     figure.axes[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+    _write(figure, path)
+
+
+def _label_ticks(axis) -> None:
+    low, high = axis.get_ylim()
+    if high < 100 * low:  # too few powers of ten to read it by
+        axis.yaxis.set_major_formatter("{x:g}")
+        digits = "23456789" if high < 4 * low else "235"
+        axis.yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if f"{y:e}"[0] in digits else "")
+
+
+def _write(figure, path: Path) -> None:
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, dpi=130)
     temporary.replace(path)

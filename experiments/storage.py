@@ -18,18 +18,21 @@ from typing import Any
 import jax
 from flax import serialization
 
+from experiments.conditioned import Conditioned
 from experiments.linear import Linear
 from experiments.mnist import Mnist
 
 CHECKPOINT = "checkpoint.msgpack"
 PARAMETERS = "parameters.msgpack"
 
+Task = Linear | Mnist | Conditioned
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """One run: everything its numbers depend on, and where they go."""
 
-    task: Linear | Mnist
+    task: Task
     method: str
     learning_rate: float
     seed: int

@@ -43,13 +43,12 @@ def batches(
     """One epoch's batches in random order, as (indices, weights).
 
     The order depends on the seed and the epoch alone. Every example comes once; the last batch is filled up
-    with examples of weight 0.
+    with the epoch's first examples at weight 0: no one example stands out in its second moments.
     """
     order = np.random.default_rng([seed, epoch]).permutation(size)
     for i in range(0, size, batch_size):
-        chosen = order[i : i + batch_size]
-        fill = batch_size - len(chosen)
-        yield np.pad(chosen, (0, fill)), np.pad(np.ones(len(chosen), np.float32), (0, fill))
+        places = np.arange(i, i + batch_size)
+        yield order.take(places, mode="wrap"), (places < size).astype(np.float32)
 
 
 def train(config: Config, notify: Callable[[int, int, dict], None] = lambda *_: None) -> list[dict]:
@@ -112,9 +111,11 @@ def load_parameters(config: Config) -> tuple[Any, Any]:
 
 
 def _optimizer(config: Config, learning_rate: Any) -> optax.GradientTransformation:
-    task = config.task
-    settings = methods.Settings(learning_rate, task.momentum, task.rank, config.seed)
-    return methods.find(config.method).optimizer(settings)
+    return methods.find(config.method).optimizer(_settings(config.task, learning_rate, config.seed))
+
+
+def _settings(task: storage.Task, learning_rate: Any, seed: int) -> methods.Settings:
+    return methods.Settings(learning_rate, task.momentum, task.rank, task.loss_reduction, seed)
 
 
 # The learning rate is an argument, so that all runs of a method share one compilation.
@@ -122,10 +123,12 @@ def _optimizer(config: Config, learning_rate: Any) -> optax.GradientTransformati
 def _step(task, name, learning_rate, state, frozen, data, indices, weights):
     method = methods.find(name)
     batch = jax.tree.map(lambda z: z[indices], data)
-    exact = method.gradient == "exact"
-    differentiate = oplora_jax.value_and_grad if exact else jax.value_and_grad
+    differentiate = {
+        "exact": oplora_jax.value_and_grad,
+        "outer": partial(oplora_jax.value_and_grad, gradient="outer"),
+    }.get(method.gradient, jax.value_and_grad)
     loss, gradients = differentiate(task.loss)(state.trainable, frozen, batch, weights)
-    optimizer = method.optimizer(methods.Settings(learning_rate, task.momentum, task.rank, seed=0))
+    optimizer = method.optimizer(_settings(task, learning_rate, seed=0))
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
     return State(optax.apply_updates(state.trainable, updates), optimizer_state), loss
 

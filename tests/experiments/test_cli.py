@@ -1,17 +1,29 @@
 """The command line, from arguments to files, and what it says about wrong ones."""
 
 import csv
+import itertools
 import re
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 
 from experiments import report, storage
 from experiments.__main__ import main
+from experiments.conditioned import Conditioned
 from experiments.linear import Linear
 from experiments.storage import Config
 
 LINEAR = ["linear", "--epochs", "2"]
+
+
+@pytest.fixture
+def panels(monkeypatch):
+    """The tables that are drawn as heat maps."""
+    tables, imshow = [], Axes.imshow
+    record = lambda axis, table, **options: tables.append(table) or imshow(axis, table, **options)
+    monkeypatch.setattr(Axes, "imshow", record)
+    return tables
 
 
 def test_run(tmp_path, capsys):
@@ -43,6 +55,33 @@ def test_compare_writes_a_table_and_figures(tmp_path, capsys):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_ablation_writes_a_table_and_a_heat_map(tmp_path, panels):
+    arguments = ["ablate", "conditioned", "--epochs", "1", "--learning-rates", "0.001", "1e4"]
+    grid = ["--damping", "1e-6", "0.1", "--power", "0.5", "--structure", "diagonal", "--num-iters", "1"]
+    assert main([*arguments, *grid, "--output", str(tmp_path)]) == 0
+    names = [f"scaled_oplora_1_damping{damping}_power0.5" for damping in ("1e-06", "0.1")]
+    configs = [Config(Conditioned(epochs=1), name, 0.001, 0, tmp_path) for name in names]
+    finals = [storage.read_metrics(config.folder)[-1]["relative_test_loss"] for config in configs]
+    with open(tmp_path / "summary.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    names_and_rates = [(row["method"], float(row["learning_rate"])) for row in rows]
+    assert names_and_rates == [(name, rate) for name in names for rate in (0.001, 1e4)]
+    assert [float(row["relative_test_loss_median"]) for row in rows[::2]] == finals
+    assert [table.tolist() for table in panels] == [[[finals[0]], [finals[1]]]]  # at the better rate
+    assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_heat_map(tmp_path, panels):
+    grid = list(itertools.product(("diagonal", "dense"), (1, 2), (1e-6, 0.1), (0.25, 0.5)))
+    values = np.append(np.linspace(0.2, 0.9, 15), np.nan)  # the last run failed
+    groups = [report.Group(str(i), 0.1, {"x_accuracy": np.array([[x]])}, 0) for i, x in enumerate(1 - values)]
+    variants = {str(i): variant for i, variant in enumerate(grid)}
+    report.draw_ablation(groups, variants, "x_accuracy", tmp_path / "map.png")
+    # Structures down, K across; in a panel dampings down, powers across.
+    np.testing.assert_allclose(np.stack(panels), np.reshape(values, (4, 2, 2)))
+    assert (tmp_path / "map.png").exists()
+
+
 def test_protocol_is_the_default(tmp_path):
     assert main(["compare", *LINEAR, "--methods", "lora_sgd", "--output", str(tmp_path)]) == 0
     folders = sorted((tmp_path / "linear_stochastic" / "lora_sgd").iterdir())
@@ -64,6 +103,8 @@ def test_best_learning_rate():
         (["run", "linear", "--method", "svdlora", "--epochs", "0"], "epochs is 0; expected 1 or more"),
         (["run", "mnist", "--method", "svdlora", "--batch-size", "5000"], "expected 1 to 4000"),
         (["compare", *LINEAR, "--methods"], "no methods to compare"),
+        (["ablate", *LINEAR, "--power"], "no methods to compare"),
+        (["ablate", "conditioned"], "no learning rate for conditioned"),
         (["compare", *LINEAR, "--methods", "svdlora", "--seeds", "-1"], "seed is -1"),
     ],
 )

@@ -47,6 +47,7 @@ def without_times(rows):
         (LINEAR, "scaled_adamw", 14),
         (LINEAR, "svdlora", 9),
         (LINEAR, "full_adamw", 9),
+        (LINEAR, "scaled_oplora_1", 9),
         (Mnist(epochs=2, batch_size=400), "oplora_1", 13),
     ],
 )
@@ -130,10 +131,11 @@ def test_other_settings_are_another_run(tmp_path):
         dataclasses.replace(config, task=Linear(epochs=3)),
         dataclasses.replace(config, task=Linear("full_batch", epochs=2)),
         dataclasses.replace(config, method="oplora_2"),
+        dataclasses.replace(config, method="scaled_oplora_1_damping1e-05_power0.5"),
         dataclasses.replace(config, learning_rate=0.1 + 1e-9),
         dataclasses.replace(config, seed=1),
     ]
-    assert len({c.folder for c in [config, *others]}) == 6
+    assert len({c.folder for c in [config, *others]}) == 7
     train(config)
     assert not any(c.finished for c in others)
     # Where the data lie and where the results go change no number.
@@ -178,6 +180,7 @@ def test_batches_visit_every_example_once():
     indices, weights = (np.concatenate(column) for column in zip(*epoch, strict=True))
     assert [len(i) for i, _ in epoch] == [64] * 4
     assert sorted(indices[weights == 1]) == list(range(200))
+    assert max(np.bincount(indices)) == 2  # the fill is of different examples
     assert weights.sum() == 200
     again, other = (np.concatenate([i for i, _ in batches(200, 64, 1, e)]) for e in (2, 3))
     assert np.array_equal(indices, again) and not np.array_equal(indices, other)
