@@ -21,11 +21,15 @@ $(VENV)/.experiments: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[experiments]'
 	@touch $@
 
-$(VENV)/.test: $(BIN)/python pyproject.toml
+$(VENV)/.bundled: $(BIN)/python experiments/bundled.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --requirement experiments/bundled.txt
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.bundled pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	@touch $@
 
-$(VENV)/.parity: $(BIN)/python pyproject.toml
+$(VENV)/.parity: $(VENV)/.bundled pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[parity]'
 	@touch $@
 
