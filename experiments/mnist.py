@@ -13,6 +13,7 @@ from flax import traverse_util
 from jaxtyping import Array, Float, UInt8
 
 from experiments.data import Images, bundled_mnist, tfds_mnist
+from experiments.task import Task
 from oplora_jax.linen import LoRADense
 
 
@@ -42,7 +43,7 @@ def max_pool(x: Float[Array, "N 2*h 2*w c"]) -> Float[Array, "N h w c"]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Mnist:
+class Mnist(Task):
     """LeNet-5 on MNIST, from a random start.
 
     The dense layers' kernels and biases stay at their start, their LoRA of rank 8 and the convolutions train.
@@ -84,7 +85,9 @@ class Mnist:
             {path: leaf for path, leaf in flat.items() if frozen(path)},
         )
 
-    def loss(self, trainable: Any, frozen: Any, batch: Any, weights: Float[Array, " N"]) -> Float[Array, ""]:
+    def loss(
+        self, trainable: Any, frozen: Any, batch: Any, weights: Float[Array, " N"], key: Any = None
+    ) -> Float[Array, ""]:
         """The cross-entropy, averaged over a batch's examples of weight 1."""
         losses, _ = self._score(trainable, frozen, batch)
         return jnp.sum(weights * losses) / jnp.sum(weights)

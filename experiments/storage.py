@@ -1,7 +1,7 @@
 """A run's folder: what is written there, atomically, and how it is read back.
 
 config.json       what was run
-metrics.csv       one row for each finished epoch
+metrics.csv       one row for each evaluation
 checkpoint.msgpack  the training state after the last one, until the run is finished
 parameters.msgpack  the final parameters; there when the run is finished
 """
@@ -40,7 +40,10 @@ class Config:
 
     def to_json(self) -> str:
         """What the numbers depend on, and nothing else."""
-        task = {k: v for k, v in dataclasses.asdict(self.task).items() if k != "data_dir"}
+        task = dataclasses.asdict(self.task)
+        if task.get("data") != "folder":
+            task.pop("data_dir", None)  # where a data set lies changes no number
+        task = {k: v.name if isinstance(v, Path) else v for k, v in task.items()}
         fields = {"method": self.method, "learning_rate": self.learning_rate, "seed": self.seed}
         return json.dumps({"task": self.task.name, **fields, **task}, indent=2) + "\n"
 
@@ -78,21 +81,23 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The metrics of a run's finished epochs, one row each."""
+    """The metrics of a run, one row for each evaluation."""
     with open(folder / "metrics.csv", newline="") as file:
         rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    return [{**row, "epoch": int(row["epoch"])} for row in rows]
+    return [
+        {**row, "epoch": int(row["epoch"]) if row["epoch"].is_integer() else row["epoch"]} for row in rows
+    ]
 
 
-def save_checkpoint(folder: Path, epoch: int, state: Any) -> None:
-    """Keeps the training state after an epoch."""
-    write(folder / CHECKPOINT, serialization.to_bytes({"epoch": epoch, "state": state}))
+def save_checkpoint(folder: Path, evaluations: int, state: Any) -> None:
+    """Keeps the training state after so many evaluations."""
+    write(folder / CHECKPOINT, serialization.to_bytes({"evaluations": evaluations, "state": state}))
 
 
 def load_checkpoint(folder: Path, like: Any) -> tuple[int, Any]:
-    """(the last finished epoch, the state after it); (0, like) where there is none."""
+    """(how many evaluations there were, the state after them); (0, like) where there is none."""
     path = folder / CHECKPOINT
     if not path.exists():
         return 0, like
-    found = serialization.from_bytes({"epoch": 0, "state": like}, path.read_bytes())
-    return found["epoch"], jax.tree.map(jax.numpy.asarray, found["state"])
+    found = serialization.from_bytes({"evaluations": 0, "state": like}, path.read_bytes())
+    return found["evaluations"], jax.tree.map(jax.numpy.asarray, found["state"])
