@@ -3,7 +3,7 @@
 config.json       what was run
 metrics.csv       one row for each evaluation
 checkpoint.msgpack  the training state after the last one, until the run is finished
-parameters.msgpack  the final parameters; there when the run is finished
+parameters.msgpack  the final parameters that were trained; there when the run is finished
 """
 
 import csv
@@ -84,9 +84,12 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     """The metrics of a run, one row for each evaluation."""
     with open(folder / "metrics.csv", newline="") as file:
         rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    return [
-        {**row, "epoch": int(row["epoch"]) if row["epoch"].is_integer() else row["epoch"]} for row in rows
-    ]
+    return [{**row, "epoch": whole(row["epoch"])} for row in rows]
+
+
+def whole(number: float) -> int | float:
+    """The number, as an integer if it is one."""
+    return int(number) if number.is_integer() else number
 
 
 def save_checkpoint(folder: Path, evaluations: int, state: Any) -> None:

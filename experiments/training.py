@@ -101,38 +101,26 @@ def train(config: Config, notify: Callable[[int, int, dict], None] = lambda *_: 
     ends = [round(steps * part / task.evaluations) for part in range(task.evaluations + 1)]
     while len(rows) < task.epochs * task.evaluations:
         epoch, part = divmod(len(rows), task.evaluations)
+        first, last = ends[part : part + 2]
         order = batches(size, task.batch_size, config.seed, epoch + 1, lengths)
         losses, seconds = [], []
-        for place, (indices, weights) in enumerate(
-            itertools.islice(order, *ends[part : part + 2]), ends[part]
+        for step, (indices, weights) in enumerate(
+            itertools.islice(order, first, last), epoch * steps + first
         ):
-            step = epoch * steps + place
-            batch = task.take(data, indices)
+            batch = (task.take(data, indices), weights, jax.random.fold_in(key, step))
             began = time.perf_counter()
-            state, loss = _step(
-                task,
-                config.method,
-                task.epochs * steps,
-                rate,
-                key,
-                np.int32(step),
-                state,
-                frozen,
-                batch,
-                weights,
-            )
+            state, loss = _step(task, config.method, total, rate, state, frozen, *batch)
             losses.append(float(loss))  # waits for the step
             seconds.append(time.perf_counter() - began)
-            notify(step + 1, task.epochs * steps, rows[-1] if rows else {})
-        passes = epoch + (part + 1) / task.evaluations
-        row = {"epoch": int(passes) if passes.is_integer() else passes, "train_loss": float(np.mean(losses))}
+            notify(step + 1, total, rows[-1] if rows else {})
+        passes = storage.whole(epoch + (part + 1) / task.evaluations)
+        row = {"epoch": passes, "train_loss": float(np.mean(losses))}
         row |= task.evaluate(state.trainable, frozen, test)
         rows.append(row | {"seconds_per_step": float(np.median(seconds))})
         # The checkpoint last: it says how many of the rows count.
         storage.write_rows(folder / "metrics.csv", rows)
         storage.save_checkpoint(folder, len(rows), state)
-    parameters = serialization.to_bytes((state.trainable, frozen))
-    storage.write(folder / storage.PARAMETERS, parameters)
+    storage.write(folder / storage.PARAMETERS, serialization.to_bytes(state.trainable))
     (folder / storage.CHECKPOINT).unlink()
     notify(total, total, rows[-1])
     return rows
@@ -146,7 +134,7 @@ def load_parameters(config: Config) -> tuple[Any, Any]:
     """
     state, frozen = start(config)
     content = (config.folder / storage.PARAMETERS).read_bytes()
-    return serialization.from_bytes((state.trainable, frozen), content)
+    return serialization.from_bytes(state.trainable, content), frozen
 
 
 def _optimizer(
