@@ -21,11 +21,12 @@ from flax import serialization
 from experiments.conditioned import Conditioned
 from experiments.linear import Linear
 from experiments.mnist import Mnist
+from experiments.text import Text
 
 CHECKPOINT = "checkpoint.msgpack"
 PARAMETERS = "parameters.msgpack"
 
-Task = Linear | Mnist | Conditioned
+Task = Linear | Mnist | Text | Conditioned
 
 
 @dataclasses.dataclass(frozen=True)
