@@ -304,7 +304,7 @@ def _read_config(folder: Path) -> EncoderConfig:
         )
     if config.hidden_size % config.num_heads:
         raise ExperimentError(
-            f"{path}: hidden_size {config.hidden_size} is no multiple of num_attention_heads {config.num_heads}"
+            f"{path}: hidden_size {config.hidden_size} is no multiple of the {config.num_heads} heads"
         )
     # What would change the computation, and what each must be.
     plain = {"position_embedding_type": "absolute", "is_decoder": False, "quantization_config": None}
