@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import json
 import re
 from functools import partial
 from pathlib import Path
@@ -11,11 +10,11 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import safetensors
 from flax import traverse_util
 from jaxtyping import Array, Bool, Float, Int
 
 from experiments import ExperimentError
+from experiments.models.checkpoints import open_tensors, read_json
 
 ACTIVATIONS = {
     "gelu": partial(nn.gelu, approximate=False),
@@ -261,17 +260,16 @@ def load_encoder(folder: Path, dtype: Any = jnp.float32) -> tuple[EncoderConfig,
         missing or of a wrong shape.
     """
     config = _read_config(folder)
-    files = _tensor_files(folder)
-    init = Encoder(config).init
-    row = jnp.zeros((1, 1), jnp.int32)
-    shapes = jax.eval_shape(init, jax.random.key(0), row, row == 0, row)["params"]
-    names = {path: _tensor_name(path) for path in traverse_util.flatten_dict(shapes, sep="/")}
-    missing = [name for name in names.values() if name not in files]
+    files = {_plain_name(name): at for name, at in open_tensors(folder).items()}
+    row = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    shapes = jax.eval_shape(Encoder(config).init, jax.random.key(0), row, row, row)["params"]
+    leaves = traverse_util.flatten_dict(shapes, sep="/")
+    missing = sorted(name for name in map(_tensor_name, leaves) if name not in files)
     if missing:
         raise ExperimentError(f"{folder}: the checkpoint has no tensor {', '.join(missing)}")
     params = {}
-    for path, leaf in traverse_util.flatten_dict(shapes, sep="/").items():
-        file, key = files[names[path]]
+    for path, leaf in leaves.items():
+        file, key = files[_tensor_name(path)]
         tensor = file.get_tensor(key)
         is_kernel = path.endswith("/kernel")  # PyTorch's are (out, in)
         expected = leaf.shape[::-1] if is_kernel else leaf.shape
@@ -282,7 +280,7 @@ def load_encoder(folder: Path, dtype: Any = jnp.float32) -> tuple[EncoderConfig,
 
 
 def _read_config(folder: Path) -> EncoderConfig:
-    values = _read_json(folder, "config.json")
+    values = read_json(folder, "config.json")
     path, kind = folder / "config.json", values.get("model_type")
     if kind not in ("bert", *_ROBERTA):
         raise ExperimentError(f"{path}: model_type is {kind!r}; expected one of bert, {', '.join(_ROBERTA)}")
@@ -304,8 +302,7 @@ def _read_config(folder: Path) -> EncoderConfig:
         )
     if config.hidden_size % config.num_heads:
         raise ExperimentError(
-            f"{path}: hidden_size is {config.hidden_size}; expected a multiple of num_attention_heads, "
-            f"{config.num_heads}"
+            f"{path}: hidden_size {config.hidden_size} is no multiple of the {config.num_heads} heads"
         )
     # What would change the computation, and what each must be.
     plain = {"position_embedding_type": "absolute", "is_decoder": False, "quantization_config": None}
@@ -313,26 +310,6 @@ def _read_config(folder: Path) -> EncoderConfig:
         if values.get(key, expected) != expected:
             raise ExperimentError(f"{path}: {key} is {values[key]!r}; only {expected!r} is supported")
     return config
-
-
-def _tensor_files(folder: Path) -> dict[str, tuple[Any, str]]:
-    """(open file, name in it) of each tensor, by the name without prefix and with LayerNorm's new names."""
-    if (folder / "model.safetensors").is_file() or not (folder / "model.safetensors.index.json").is_file():
-        shards = ["model.safetensors"]
-    else:
-        shards = sorted(set(_read_json(folder, "model.safetensors.index.json")["weight_map"].values()))
-    files = {}
-    for shard in shards:
-        _check_file(folder, shard)
-        try:
-            file = safetensors.safe_open(folder / shard, framework="numpy")
-        except safetensors.SafetensorError as error:
-            raise ExperimentError(f"{folder / shard} is no safetensors file: {error}") from error
-        for key in file.keys():  # noqa: SIM118 (no mapping)
-            name = re.sub(r"^(bert|roberta)\.", "", key)
-            name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
-            files[re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)] = file, key
-    return files
 
 
 def _tensor_name(path: str) -> str:
@@ -344,23 +321,7 @@ def _tensor_name(path: str) -> str:
     return f"{prefix}{module}.{'bias' if leaf == 'bias' else 'weight'}"
 
 
-def _read_json(folder: Path, name: str) -> dict[str, Any]:
-    _check_file(folder, name)
-    try:
-        return json.loads((folder / name).read_text())
-    except ValueError as error:
-        raise ExperimentError(f"{folder / name} is no JSON: {error}") from error
-
-
-def _check_file(folder: Path, name: str) -> None:
-    if (folder / name).is_file():
-        return
-    if not folder.is_dir():
-        raise ExperimentError(f"no folder {folder}; expected one with config.json and model.safetensors")
-    hint = ""
-    if name.endswith(".safetensors") and (folder / "pytorch_model.bin").is_file():
-        hint = (
-            " pytorch_model.bin is not read; where PyTorch and transformers are installed, save it as "
-            'safetensors: transformers.AutoModel.from_pretrained(folder).save_pretrained("new_folder")'
-        )
-    raise ExperimentError(f"{folder}: no {name}; expected config.json and model.safetensors.{hint}")
+def _plain_name(name: str) -> str:
+    """A tensor's name without a model's prefix, and with LayerNorm's parts as they are called today."""
+    name = re.sub(r"^(bert|roberta)\.", "", name)
+    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
