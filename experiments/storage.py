@@ -18,6 +18,7 @@ from typing import Any
 import jax
 from flax import serialization
 
+from experiments.cifar100 import Cifar100
 from experiments.conditioned import Conditioned
 from experiments.linear import Linear
 from experiments.mnist import Mnist
@@ -25,7 +26,7 @@ from experiments.mnist import Mnist
 CHECKPOINT = "checkpoint.msgpack"
 PARAMETERS = "parameters.msgpack"
 
-Task = Linear | Mnist | Conditioned
+Task = Linear | Mnist | Cifar100 | Conditioned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +41,11 @@ class Config:
 
     def to_json(self) -> str:
         """What the numbers depend on, and nothing else."""
-        task = {k: v for k, v in dataclasses.asdict(self.task).items() if k != "data_dir"}
+        task = dataclasses.asdict(self.task)
+        if task.get("data") != "folder":  # a data set's images are the same wherever they lie
+            task.pop("data_dir", None)
         fields = {"method": self.method, "learning_rate": self.learning_rate, "seed": self.seed}
-        return json.dumps({"task": self.task.name, **fields, **task}, indent=2) + "\n"
+        return json.dumps({"task": self.task.name, **fields, **task}, indent=2, default=str) + "\n"
 
     @property
     def folder(self) -> Path:
