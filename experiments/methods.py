@@ -41,8 +41,11 @@ class Method(NamedTuple):
         return {"factors": "factors", "exact": "exact", "moments": "outer"}[OPTIMIZERS[self.of].needs]
 
 
-def _rates(linear_full_batch: float, linear_stochastic: float, mnist: float) -> dict[str, float]:
-    return {"linear_full_batch": linear_full_batch, "linear_stochastic": linear_stochastic, "mnist": mnist}
+def _rates(
+    linear_full_batch: float, linear_stochastic: float, mnist: float, cifar100: float | None = None
+) -> dict[str, float]:
+    rates = {"linear_full_batch": linear_full_batch, "linear_stochastic": linear_stochastic, "mnist": mnist}
+    return rates if cifar100 is None else {**rates, "cifar100": cifar100}
 
 
 def _sgd(settings: Settings) -> optax.GradientTransformation:
@@ -104,19 +107,19 @@ _SCALED_OPLORA = _rates(1.0, 0.1, 1.0)
 
 # In a name K stands for a whole number and X for any positive one.
 METHODS = {
-    "full_sgd": Method("full", _rates(0.5, 0.1, 0.05), _sgd),
-    "full_adamw": Method("full", _rates(0.5, 0.05, 1e-3), _adamw),
-    "svdlora": Method("svdlora", _rates(0.5, 0.1, 0.01), lambda s: oplora_jax.svdlora(_sgd(s))),
-    "lora_sgd": Method("optax.sgd", _rates(0.01, 0.002, 0.002), _sgd),
-    "lora_adamw": Method("optax.adamw", _rates(0.5, 0.05, 1e-3), _adamw),
+    "full_sgd": Method("full", _rates(0.5, 0.1, 0.05, 0.005), _sgd),
+    "full_adamw": Method("full", _rates(0.5, 0.05, 1e-3, 1e-3), _adamw),
+    "svdlora": Method("svdlora", _rates(0.5, 0.1, 0.01, 0.005), lambda s: oplora_jax.svdlora(_sgd(s))),
+    "lora_sgd": Method("optax.sgd", _rates(0.01, 0.002, 0.002, 0.01), _sgd),
+    "lora_adamw": Method("optax.adamw", _rates(0.5, 0.05, 1e-3, 1e-3), _adamw),
     "scaled_gd": Method(
         "scaled_gd",
-        _rates(0.48, 0.1, 0.02),
+        _rates(0.48, 0.1, 0.02, 0.005),
         lambda s: oplora_jax.scaled_gd(s.learning_rate, momentum=s.momentum or None, regularization=1e-3),
     ),
     "scaled_adamw": Method(
         "scaled_adamw",
-        _rates(0.5, 0.05, 0.02),
+        _rates(0.5, 0.05, 0.02, 5e-4),
         lambda s: oplora_jax.scaled_adamw(s.learning_rate, regularization=1e-3),
     ),
     "altlora": _peer("altlora", oplora_jax.altlora),
@@ -132,14 +135,14 @@ METHODS = {
     "lora_pre_epsX": Method("lora_pre", {}, lambda s, eps: oplora_jax.lora_pre(s.learning_rate, eps=eps)),
     "mofasgd": _peer("mofasgd", oplora_jax.mofasgd),
     "reflora": _peer("reflora", OPTIMIZERS["reflora"].factory),
-    "oplora_K": Method("oplora", _rates(0.5, 0.1, 0.02), lambda s, k: _oplora(s, num_iters=k)),
+    "oplora_K": Method("oplora", _rates(0.5, 0.1, 0.02, 0.01), lambda s, k: _oplora(s, num_iters=k)),
     "oplora_K_momentumKx": Method(
         "oplora",
-        _rates(0.5, 0.1, 0.02),
+        _rates(0.5, 0.1, 0.02, 0.01),
         lambda s, k, multiple: _oplora(s, num_iters=k, momentum_rank=multiple * s.rank),
     ),
     "oplora_projected": Method(
-        "oplora", _rates(0.5, 0.1, 0.02), lambda s: _oplora(s, momentum_kind="projected")
+        "oplora", _rates(0.5, 0.1, 0.02, 0.01), lambda s: _oplora(s, momentum_kind="projected")
     ),
     "scaled_oplora_K": Method("scaled_oplora", _SCALED_OPLORA, partial(_scaled_oplora, "diagonal")),
     "scaled_oplora_K_dense": Method("scaled_oplora", _SCALED_OPLORA, partial(_scaled_oplora, "dense")),

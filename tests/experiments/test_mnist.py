@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import mnist
+from experiments import classification
 from experiments.data import Images
 from experiments.mnist import LeNet5, Mnist, max_pool
 from experiments.storage import Config
@@ -52,7 +52,7 @@ def test_evaluation_adds_up_over_chunks():
     batch = Images(*map(jnp.asarray, test))
     # float32 sums of 1500 losses
     np.testing.assert_allclose(found["test_loss"], task.loss(trainable, frozen, batch, weights), rtol=1e-5)
-    assert found["test_accuracy"] == float(mnist._sums(task, trainable, frozen, batch)[1]) / 1500
+    assert found["test_accuracy"] == float(classification._sums(task, trainable, frozen, batch)[1]) / 1500
 
 
 def test_padding_of_a_batch_does_not_count():

@@ -1,0 +1,145 @@
+"""CIFAR-100: an MLP on patches from a random start, with LoRA on its dense layers."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
+
+from experiments import ExperimentError, classification
+from experiments.data import Images, tfds_images
+from experiments.images import folder_classes, folder_images
+from experiments.task import Task
+from oplora_jax.linen import LoRADense
+
+MEAN = np.array([0.5071, 0.4867, 0.4408]).reshape(1, 1, 1, 3)
+STD = np.array([0.2675, 0.2565, 0.2761]).reshape(1, 1, 1, 3)
+
+
+class PatchMLP(nn.Module):
+    """Residual MLPs on patches of 4 x 4, with LoRA on all dense layers unless rank is None.
+
+    A layer with fewer outputs than rank has a LoRA of as many.
+    """
+
+    classes: int
+    rank: int | None
+    dropout: float
+
+    @nn.compact
+    def __call__(self, images: UInt8[Array, "N 32 32 3"], training: bool) -> Float[Array, "N classes"]:
+        """The logits; in training it needs a random key "dropout"."""
+        x = nn.Conv(256, (4, 4), strides=(4, 4), padding="VALID")((images / 255 - MEAN) / STD)
+        x = x.reshape(len(x), 64, 256)
+        x += self.param("positions", nn.initializers.normal(0.02), (1, 64, 256))
+        for _ in range(4):
+            y = self._dense(512)(nn.LayerNorm()(x))
+            y = self._dense(256)(nn.gelu(y))
+            x += nn.Dropout(self.dropout, deterministic=not training)(y)
+        return self._dense(self.classes)(nn.LayerNorm()(x).mean(1))
+
+    def _dense(self, features: int) -> nn.Module:
+        return nn.Dense(features) if self.rank is None else LoRADense(features, rank=min(self.rank, features))
+
+
+@dataclasses.dataclass(frozen=True)
+class Cifar100(Task):
+    """An MLP on patches on CIFAR-100, from a random start.
+
+    The dense layers' kernels and biases stay at their start; their LoRA of rank 16, the patches' embedding,
+    the positions and the norms train.
+    """
+
+    data: Literal["tfds", "folder"] = "tfds"
+    """CIFAR-100 from TensorFlow Datasets, or any images of 32 x 32 in folders of classes."""
+    data_dir: Path | None = None
+    """Folder of TensorFlow Datasets, its default if not given; or of train/<class>/* and test/<class>/*."""
+    epochs: int = 20
+    """Passes over the training images."""
+    batch_size: int = 64
+    """Images in a batch."""
+    examples: int | None = None
+    """Training images to take, the same for every seed, with each class's share; all if not given."""
+    dropout: float = 0.1
+    """Rate of dropout in training, on what each residual MLP adds."""
+
+    rank = 16
+    momentum = 0.9
+    loss_reduction = "mean"
+    metrics = ("test_accuracy", "train_loss")
+    seeds = (0, 1, 2)
+    protocol = "cifar100"
+
+    @property
+    def name(self) -> str:
+        """Names the task's folder."""
+        return f"cifar100_{self.data}"
+
+    def load(self, seed: int) -> tuple[Images, Images]:
+        """(the training images, the test images); the same for every seed.
+
+        Raises:
+          ExperimentError: images that cannot be read, or settings that cannot be used.
+        """
+        if not 0 <= self.dropout < 1:
+            raise ExperimentError(f"dropout is {self.dropout}; expected 0 or more and less than 1")
+        if self.data == "folder":
+            train, test = folder_images(self._folder())
+        else:
+            train, test = tfds_images("cifar100", self.data_dir)
+        if self.examples is None:
+            return train, test
+        size = len(train.labels)
+        if not 1 <= self.examples <= size:
+            raise ExperimentError(f"examples is {self.examples}; expected 1 to {size}, all there are")
+        taken = stratified(train.labels, self.examples)
+        return Images(train.images[taken], train.labels[taken]), test
+
+    def init(self, seed: Any, full: bool) -> tuple[Any, Any]:
+        """(what is trained, what is frozen), by path."""
+        images = jnp.zeros((1, 32, 32, 3), jnp.uint8)
+        params = self._model(full).init(jax.random.key(seed), images, training=False)["params"]
+        return classification.split(params)
+
+    def loss(
+        self, trainable: Any, frozen: Any, batch: Any, weights: Float[Array, " N"], key: Any
+    ) -> Float[Array, ""]:
+        """The cross-entropy, averaged over a batch's examples of weight 1; key draws what is dropped."""
+        logits = self.logits(trainable, frozen, batch.images, key)
+        return classification.mean_loss(logits, batch.labels, weights)
+
+    def evaluate(self, trainable: Any, frozen: Any, test: Images) -> dict[str, float]:
+        """The mean loss and the accuracy on the test images, without dropout."""
+        return classification.evaluate(self, trainable, frozen, test)
+
+    def logits(
+        self, trainable: Any, frozen: Any, images: UInt8[Array, "N 32 32 3"], key: Any = None
+    ) -> Float[Array, "N classes"]:
+        """The model's outputs, with dropout if there is a key."""
+        training = key is not None
+        params = classification.join(trainable, frozen)
+        rngs = {"dropout": key} if training else None
+        return self._model(full=not frozen).apply({"params": params}, images, training=training, rngs=rngs)
+
+    def _model(self, full: bool) -> PatchMLP:
+        classes = len(folder_classes(self._folder())) if self.data == "folder" else 100
+        return PatchMLP(classes, None if full else self.rank, self.dropout)
+
+    def _folder(self) -> Path:
+        if self.data_dir is None:
+            raise ExperimentError("data-dir is not given: images from a folder need one")
+        return self.data_dir
+
+
+def stratified(labels: Int[np.ndarray, " N"], examples: int) -> Int[np.ndarray, " {examples}"]:
+    """Places of some examples, always the same ones, of each label its share, in order."""
+    order = np.random.default_rng(0).permutation(len(labels))
+    share = np.empty(len(labels))  # of its label's examples that come before one, in random order
+    for label in np.unique(labels):
+        places = order[labels[order] == label]
+        share[places] = (np.arange(len(places)) + 0.5) / len(places)
+    return np.sort(order[np.argsort(share[order], kind="stable")][:examples])
