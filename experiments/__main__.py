@@ -1,6 +1,6 @@
 """The command line: `python -m experiments run|compare|ablate TASK`, or `optimizers`.
 
-TASK is linear, mnist, cifar100 or conditioned.
+TASK is linear, mnist, cifar100, text or conditioned.
 """
 
 import dataclasses
@@ -45,6 +45,8 @@ class Compare:
     """Names as for `run`; `all` for every method, with the usual K."""
     learning_rates: tuple[float, ...] = ()
     """For every method; the papers' for each if not given. Several make a figure over them."""
+    rate_factors: tuple[float, ...] = ()
+    """Multiples of each method's own learning rate to take instead, as 0.3 1 3."""
     seeds: tuple[int, ...] = ()
     """The papers' if not given: 0 to 4 for linear, 0 to 2 for the others."""
     output: Path = Path("outputs")
@@ -150,7 +152,7 @@ def _groups(command: Compare | Ablate, names: tuple[str, ...], console: Console)
     configs = [
         _config(command, method, rate, seed)
         for method in methods.expand(names)
-        for rate in dict.fromkeys(command.learning_rates or (None,))
+        for rate in _rates(command, method)
         for seed in dict.fromkeys(seeds)
     ]
     if not configs:
@@ -161,6 +163,17 @@ def _groups(command: Compare | Ablate, names: tuple[str, ...], console: Console)
     console.print(report.table(rows, metrics, len(set(seeds))))
     storage.write_rows(command.output / "summary.csv", rows)
     return groups
+
+
+def _rates(command: Compare | Ablate, method: str) -> list[float | None]:
+    """The learning rates to try, None for the method's own."""
+    factors = getattr(command, "rate_factors", ())
+    if not factors:
+        return list(dict.fromkeys(command.learning_rates or (None,)))
+    if command.learning_rates:
+        raise ExperimentError("both learning-rates and rate-factors are given; give one")
+    own = methods.protocol_rate(method, command.task.protocol)
+    return [float(f"{own * factor:.3g}") for factor in dict.fromkeys(factors)]
 
 
 def _config(command: Run | Compare | Ablate, method: str, learning_rate: float | None, seed: int) -> Config:

@@ -42,10 +42,13 @@ class Method(NamedTuple):
 
 
 def _rates(
-    linear_full_batch: float, linear_stochastic: float, mnist: float, cifar100: float | None = None
+    linear_full_batch: float,
+    linear_stochastic: float,
+    mnist: float,
+    cifar100: float | None = None,
+    text: float | None = None,
 ) -> dict[str, float]:
-    rates = {"linear_full_batch": linear_full_batch, "linear_stochastic": linear_stochastic, "mnist": mnist}
-    return rates if cifar100 is None else {**rates, "cifar100": cifar100}
+    return {protocol: rate for protocol, rate in locals().items() if rate is not None}
 
 
 def _sgd(settings: Settings) -> optax.GradientTransformation:

@@ -56,5 +56,5 @@ def progress(console: Console, runs: int) -> Iterator[Callable[[str], Callable[[
 
 def describe(metrics: dict[str, Any]) -> str:
     """The metrics of an epoch in one line."""
-    shown = {k: v for k, v in metrics.items() if k != "seconds_per_step"}
+    shown = {k: v for k, v in metrics.items() if k not in ("seconds_per_step", "peak_memory_mib")}
     return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in shown.items())

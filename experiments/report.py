@@ -59,6 +59,7 @@ def summary(groups: list[Group], metrics: Sequence[str]) -> list[dict]:
             values = group.final(name)
             row |= {f"{name}_{f.__name__}": float(f(values)) for f in (np.median, np.min, np.max)}
         row["milliseconds_per_step"] = 1e3 * float(np.median(group.metrics["seconds_per_step"]))
+        row["peak_memory_mib"] = float(np.max(group.metrics["peak_memory_mib"]))
         row["optimizer_state_kib"] = group.optimizer_bytes / 1024
         rows.append(row)
     return rows
@@ -71,7 +72,7 @@ def table(rows: list[dict], metrics: Sequence[str], seeds: int) -> Table:
         title_justify="left",
     )
     shown.add_column("method", no_wrap=True)
-    for name in ("learning rate", *metrics, "ms per step", "optimizer state, KiB"):
+    for name in ("learning rate", *metrics, "ms per step", "peak memory, MiB", "optimizer state, KiB"):
         shown.add_column(name.replace("_", " "), justify="right")
     for row in rows:
         shown.add_row(
@@ -79,6 +80,7 @@ def table(rows: list[dict], metrics: Sequence[str], seeds: int) -> Table:
             f"{row['learning_rate']:g}",
             *(_spread(row, name) for name in metrics),
             f"{row['milliseconds_per_step']:.2f}",
+            f"{row['peak_memory_mib']:.3g}",
             f"{row['optimizer_state_kib']:.1f}",
         )
     return shown
@@ -122,7 +124,7 @@ def draw_sweep(groups: list[Group], metric: str, path: Path) -> None:
 def _draw(
     axis, i: int, label: str, x: Float[np.ndarray, " N"], values: Float[np.ndarray, "seeds N"], name: str
 ) -> None:
-    """Draws the i-th line and its band, on a logarithmic axis: of an accuracy, what it lacks to 1.
+    """Draws the i-th line and its band, on a logarithmic axis: of a score, what it lacks to 1.
 
     Full training's negative excess losses have no place on it, and are left out.
     """
@@ -192,22 +194,28 @@ def draw_ablation(groups: list[Group], variants: dict[str, tuple], metric: str, 
 
 
 def _shown(values: Any, name: str) -> Any:
-    """What is drawn of a metric: of an accuracy what it lacks to 1, and nothing beyond the axis."""
+    """What is drawn of a metric: of a score what it lacks to 1, and nothing beyond the axis."""
     if name.startswith("relative"):
         return np.clip(values, *RELATIVE_RANGE)
-    return np.clip(1 - values if name.endswith("accuracy") else values, FLOOR, CEILING)
+    return np.clip(1 - values if _is_score(name) else values, FLOOR, CEILING)
 
 
 def _quantity(name: str) -> str:
     """What an axis shows."""
-    if name.endswith("accuracy"):
-        return name.replace("_accuracy", " error (1 - accuracy)")
-    return name.replace("_", " ")
+    quantity = name.replace("_", " ")
+    if _is_score(name):
+        return f"{quantity.removesuffix(' accuracy')} error (1 - {name.split('_')[-1]})"
+    return quantity
+
+
+def _is_score(name: str) -> bool:
+    """Whether a metric is best at 1: accuracies and correlations are, losses are not."""
+    return not name.endswith("loss")
 
 
 def best(groups: list[Group], metric: str) -> list[Group]:
     """The group with the best final median of each method."""
-    sign = -1 if metric.endswith("loss") else 1
+    sign = 1 if _is_score(metric) else -1
     chosen: dict[str, Group] = {}
     quality = lambda group: sign * np.nan_to_num(np.median(group.final(metric)), nan=-sign * np.inf)
     for group in groups:

@@ -77,7 +77,7 @@ def train(config: Config, notify: Callable[[int, int, dict], None] = lambda *_: 
 
     Returns:
       The metrics at each evaluation, the last one at the end of training. seconds_per_step is the median over
-      the steps since the one before.
+      the steps since the one before; peak_memory_mib what XLA counts for the largest of them.
 
     Raises:
       ExperimentError: a configuration that cannot be run.
@@ -104,19 +104,24 @@ def train(config: Config, notify: Callable[[int, int, dict], None] = lambda *_: 
         epoch, part = divmod(len(rows), task.evaluations)
         first, last = ends[part : part + 2]
         order = batches(size, task.batch_size, config.seed, epoch + 1, lengths)
-        losses, seconds = [], []
+        losses, seconds, memory = [], [], {}
         for step, (indices, weights) in enumerate(
             itertools.islice(order, first, last), epoch * steps + first
         ):
             batch = (task.take(data, indices), weights, jax.random.fold_in(key, step))
             began = time.perf_counter()
-            state, loss = _step(task, config.method, total, rate, state, frozen, *batch)
+            arguments = (task, config.method, total, rate, state, frozen, *batch)
+            state, loss = _step(*arguments)
             losses.append(float(loss))  # waits for the step
             seconds.append(time.perf_counter() - began)
+            shapes = tuple(z.shape for z in jax.tree.leaves(batch))
+            if shapes not in memory:  # the compiled step is there already
+                memory[shapes] = _peak_memory(_step.lower(*arguments).compile())
             notify(step + 1, total, rows[-1] if rows else {})
         passes = storage.whole(epoch + (part + 1) / task.evaluations)
         row = {"epoch": passes, "train_loss": float(np.mean(losses))}
         row |= task.evaluate(state.trainable, frozen, test)
+        row["peak_memory_mib"] = max(memory.values()) / 2**20
         rows.append(row | {"seconds_per_step": float(np.median(seconds))})
         # The checkpoint last: it says how many of the rows count.
         storage.write_rows(folder / "metrics.csv", rows)
@@ -162,6 +167,12 @@ def _step(task, name, steps, learning_rate, state, frozen, batch, weights, key):
     optimizer = _optimizer(task, name, learning_rate, 0, steps)
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
     return State(optax.apply_updates(state.trainable, updates), optimizer_state), loss
+
+
+def _peak_memory(compiled: Any) -> int:
+    """The bytes of a program's arguments, results and temporary buffers."""
+    sizes = compiled.memory_analysis()
+    return sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes
 
 
 def _check(config: Config, size: int) -> None:
