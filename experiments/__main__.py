@@ -1,6 +1,6 @@
 """The command line: `python -m experiments run|compare|ablate TASK`, or `optimizers`.
 
-TASK is linear, mnist, cifar100 or conditioned.
+TASK is linear, mnist, cifar100, text or conditioned.
 """
 
 import dataclasses

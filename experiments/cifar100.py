@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from experiments import ExperimentError, classification
 from experiments.data import Images, tfds_images
 from experiments.images import folder_classes, folder_images
+from experiments.task import Task
 from oplora_jax.linen import LoRADense
 
 MEAN = np.array([0.5071, 0.4867, 0.4408]).reshape(1, 1, 1, 3)
@@ -46,7 +47,7 @@ class PatchMLP(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Cifar100:
+class Cifar100(Task):
     """An MLP on patches on CIFAR-100, from a random start.
 
     The dense layers' kernels and biases stay at their start; their LoRA of rank 16, the patches' embedding,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from experiments.task import Task
 from oplora_jax import LowRank, init_lora, is_low_rank, lora_dot
 
 N, M = 64, 32
@@ -16,7 +17,7 @@ TRAIN, TEST = 8192, 1024
 
 
 @dataclasses.dataclass(frozen=True)
-class Conditioned:
+class Conditioned(Task):
     """Regress 32 outputs on 64 features of scales from 1e-3 to 1e3, by a matrix of rank 4.
 
     The features are x = D z with z normal and D the scales, evenly spaced in their logarithm; the targets
@@ -63,7 +64,9 @@ class Conditioned:
             return {"weight": base}, {"base": base}
         return init_lora(jax.random.key(seed), {"weight": base}, self.rank, "weight"), {"base": base}
 
-    def loss(self, trainable: Any, frozen: Any, batch: Any, weights: Float[Array, " N"]) -> Float[Array, ""]:
+    def loss(
+        self, trainable: Any, frozen: Any, batch: Any, weights: Float[Array, " N"], key: Any = None
+    ) -> Float[Array, ""]:
         """The mean squared error over a batch's examples of weight 1."""
         x, y = batch
         weight, base = trainable["weight"], frozen["base"]

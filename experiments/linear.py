@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from experiments.task import Task
 from oplora_jax import LowRank, is_low_rank, lora_dot, svd, to_dense
 
 N, M = 200, 600
 
 
 @dataclasses.dataclass(frozen=True)
-class Linear:
+class Linear(Task):
     """Fit a 200 x 600 matrix of normal numbers by one of rank 8.
 
     The loss is the summed squared error. What is reported is its excess over the best rank-8 error.
@@ -66,7 +67,9 @@ class Linear:
         weight = svd([(1.0, layer)], self.rank)
         return {"weight": to_dense(weight) if full else weight}, {"base": jnp.zeros((N, M))}
 
-    def loss(self, trainable: Any, frozen: Any, batch: Any, weights: Float[Array, " N"]) -> Float[Array, ""]:
+    def loss(
+        self, trainable: Any, frozen: Any, batch: Any, weights: Float[Array, " N"], key: Any = None
+    ) -> Float[Array, ""]:
         """The squared error, summed over a batch's examples of weight 1."""
         x, y = batch
         weight, base = trainable["weight"], frozen["base"]

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, UInt8
 
 from experiments import classification
 from experiments.data import Images, bundled_mnist, tfds_images
+from experiments.task import Task
 from oplora_jax.linen import LoRADense
 
 
@@ -41,7 +42,7 @@ def max_pool(x: Float[Array, "N 2*h 2*w c"]) -> Float[Array, "N h w c"]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Mnist:
+class Mnist(Task):
     """LeNet-5 on MNIST, from a random start.
 
     The dense layers' kernels and biases stay at their start, their LoRA of rank 8 and the convolutions train.
@@ -78,7 +79,9 @@ class Mnist:
         params = self._model(full).init(jax.random.key(seed), images)["params"]
         return classification.split(params)
 
-    def loss(self, trainable: Any, frozen: Any, batch: Any, weights: Float[Array, " N"]) -> Float[Array, ""]:
+    def loss(
+        self, trainable: Any, frozen: Any, batch: Any, weights: Float[Array, " N"], key: Any = None
+    ) -> Float[Array, ""]:
         """The cross-entropy, averaged over a batch's examples of weight 1."""
         logits = self.logits(trainable, frozen, batch.images)
         return classification.mean_loss(logits, batch.labels, weights)

@@ -1,9 +1,9 @@
 """A run's folder: what is written there, atomically, and how it is read back.
 
 config.json       what was run
-metrics.csv       one row for each finished epoch
+metrics.csv       one row for each evaluation
 checkpoint.msgpack  the training state after the last one, until the run is finished
-parameters.msgpack  the final parameters; there when the run is finished
+parameters.msgpack  the final parameters that were trained; there when the run is finished
 """
 
 import csv
@@ -22,11 +22,12 @@ from experiments.cifar100 import Cifar100
 from experiments.conditioned import Conditioned
 from experiments.linear import Linear
 from experiments.mnist import Mnist
+from experiments.text import Text
 
 CHECKPOINT = "checkpoint.msgpack"
 PARAMETERS = "parameters.msgpack"
 
-Task = Linear | Mnist | Cifar100 | Conditioned
+Task = Linear | Mnist | Cifar100 | Text | Conditioned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +43,11 @@ class Config:
     def to_json(self) -> str:
         """What the numbers depend on, and nothing else."""
         task = dataclasses.asdict(self.task)
-        if task.get("data") != "folder":  # a data set's images are the same wherever they lie
-            task.pop("data_dir", None)
+        if task.get("data") != "folder":
+            task.pop("data_dir", None)  # where a data set lies changes no number
+        task = {k: v.name if isinstance(v, Path) else v for k, v in task.items()}
         fields = {"method": self.method, "learning_rate": self.learning_rate, "seed": self.seed}
-        return json.dumps({"task": self.task.name, **fields, **task}, indent=2, default=str) + "\n"
+        return json.dumps({"task": self.task.name, **fields, **task}, indent=2) + "\n"
 
     @property
     def folder(self) -> Path:
@@ -81,21 +83,26 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The metrics of a run's finished epochs, one row each."""
+    """The metrics of a run, one row for each evaluation."""
     with open(folder / "metrics.csv", newline="") as file:
         rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    return [{**row, "epoch": int(row["epoch"])} for row in rows]
+    return [{**row, "epoch": whole(row["epoch"])} for row in rows]
 
 
-def save_checkpoint(folder: Path, epoch: int, state: Any) -> None:
-    """Keeps the training state after an epoch."""
-    write(folder / CHECKPOINT, serialization.to_bytes({"epoch": epoch, "state": state}))
+def whole(number: float) -> int | float:
+    """The number, as an integer if it is one."""
+    return int(number) if number.is_integer() else number
+
+
+def save_checkpoint(folder: Path, evaluations: int, state: Any) -> None:
+    """Keeps the training state after so many evaluations."""
+    write(folder / CHECKPOINT, serialization.to_bytes({"evaluations": evaluations, "state": state}))
 
 
 def load_checkpoint(folder: Path, like: Any) -> tuple[int, Any]:
-    """(the last finished epoch, the state after it); (0, like) where there is none."""
+    """(how many evaluations there were, the state after them); (0, like) where there is none."""
     path = folder / CHECKPOINT
     if not path.exists():
         return 0, like
-    found = serialization.from_bytes({"epoch": 0, "state": like}, path.read_bytes())
-    return found["epoch"], jax.tree.map(jax.numpy.asarray, found["state"])
+    found = serialization.from_bytes({"evaluations": 0, "state": like}, path.read_bytes())
+    return found["evaluations"], jax.tree.map(jax.numpy.asarray, found["state"])

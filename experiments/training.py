@@ -1,5 +1,6 @@
 """One run: from its configuration to its folder, resumed where it was interrupted."""
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,8 @@ import oplora_jax
 from experiments import ExperimentError, methods, storage
 from experiments.storage import Config
 
+BUCKETED = 32  # batches whose examples are sorted by length together
+
 
 class State(NamedTuple):
     """What changes from step to step."""
@@ -28,7 +31,8 @@ def start(config: Config) -> tuple[State, Any]:
     """(the state before the first step, the frozen parameters)."""
     method = methods.find(config.method)
     trainable, frozen = config.task.init(config.seed, full=method.gradient == "full")
-    return State(trainable, _optimizer(config, config.learning_rate).init(trainable)), frozen
+    optimizer = _optimizer(config.task, config.method, config.learning_rate, config.seed, steps=1)
+    return State(trainable, optimizer.init(trainable)), frozen
 
 
 def optimizer_bytes(config: Config) -> int:
@@ -38,16 +42,29 @@ def optimizer_bytes(config: Config) -> int:
 
 
 def batches(
-    size: int, batch_size: int, seed: int, epoch: int
+    size: int, batch_size: int, seed: int, epoch: int, lengths: Int[np.ndarray, " N"] | None = None
 ) -> Iterator[tuple[Int[np.ndarray, " B"], Float[np.ndarray, " B"]]]:
     """One epoch's batches in random order, as (indices, weights).
 
-    The order depends on the seed and the epoch alone. Every example comes once; the last batch is filled up
-    with the epoch's first examples at weight 0: no one example stands out in its second moments.
+    The order depends on the seed, the epoch and the lengths alone. Every example comes once; the last batch
+    is filled up with the epoch's first examples at weight 0: no one example stands out in its second moments.
+
+    Args:
+      size: how many examples there are.
+      batch_size: how many a batch has.
+      seed: of the order.
+      epoch: 1 for the first.
+      lengths: those of the examples, to put examples of similar length into a batch.
     """
-    order = np.random.default_rng([seed, epoch]).permutation(size)
-    for i in range(0, size, batch_size):
-        places = np.arange(i, i + batch_size)
+    random = np.random.default_rng([seed, epoch])
+    order = random.permutation(size)
+    starts = np.arange(0, size, batch_size)
+    if lengths is not None:
+        parts = np.split(order, range(BUCKETED * batch_size, size, BUCKETED * batch_size))
+        order = np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in parts])
+        starts = random.permutation(starts)
+    for start in starts:
+        places = np.arange(start, start + batch_size)
         yield order.take(places, mode="wrap"), (places < size).astype(np.float32)
 
 
@@ -59,7 +76,8 @@ def train(config: Config, notify: Callable[[int, int, dict], None] = lambda *_: 
       notify: called after each step with the steps done, the steps there are, and the last epoch's metrics.
 
     Returns:
-      The metrics of each epoch. seconds_per_step is the median over its steps.
+      The metrics at each evaluation, the last one at the end of training. seconds_per_step is the median over
+      the steps since the one before.
 
     Raises:
       ExperimentError: a configuration that cannot be run.
@@ -76,26 +94,35 @@ def train(config: Config, notify: Callable[[int, int, dict], None] = lambda *_: 
     state, frozen = start(config)
     done, state = storage.load_checkpoint(folder, state)
     rows = storage.read_metrics(folder)[:done] if done else []
-    data, rate = jax.device_put((data, np.float32(config.learning_rate)))
+    frozen = jax.device_put(frozen)
+    rate, key, lengths = np.float32(config.learning_rate), jax.random.key(config.seed), task.lengths(data)
     steps = math.ceil(size / task.batch_size)
-    for epoch in range(done + 1, task.epochs + 1):
+    total = task.epochs * steps
+    ends = [round(steps * part / task.evaluations) for part in range(task.evaluations + 1)]
+    while len(rows) < task.epochs * task.evaluations:
+        epoch, part = divmod(len(rows), task.evaluations)
+        first, last = ends[part : part + 2]
+        order = batches(size, task.batch_size, config.seed, epoch + 1, lengths)
         losses, seconds = [], []
-        for indices, weights in batches(size, task.batch_size, config.seed, epoch):
+        for step, (indices, weights) in enumerate(
+            itertools.islice(order, first, last), epoch * steps + first
+        ):
+            batch = (task.take(data, indices), weights, jax.random.fold_in(key, step))
             began = time.perf_counter()
-            state, loss = _step(task, config.method, rate, state, frozen, data, indices, weights)
+            state, loss = _step(task, config.method, total, rate, state, frozen, *batch)
             losses.append(float(loss))  # waits for the step
             seconds.append(time.perf_counter() - began)
-            notify((epoch - 1) * steps + len(losses), task.epochs * steps, rows[-1] if rows else {})
-        row = {"epoch": epoch, "train_loss": float(np.mean(losses))}
+            notify(step + 1, total, rows[-1] if rows else {})
+        passes = storage.whole(epoch + (part + 1) / task.evaluations)
+        row = {"epoch": passes, "train_loss": float(np.mean(losses))}
         row |= task.evaluate(state.trainable, frozen, test)
         rows.append(row | {"seconds_per_step": float(np.median(seconds))})
         # The checkpoint last: it says how many of the rows count.
         storage.write_rows(folder / "metrics.csv", rows)
-        storage.save_checkpoint(folder, epoch, state)
-    parameters = serialization.to_bytes((state.trainable, frozen))
-    storage.write(folder / storage.PARAMETERS, parameters)
+        storage.save_checkpoint(folder, len(rows), state)
+    storage.write(folder / storage.PARAMETERS, serialization.to_bytes(state.trainable))
     (folder / storage.CHECKPOINT).unlink()
-    notify(task.epochs * steps, task.epochs * steps, rows[-1])
+    notify(total, total, rows[-1])
     return rows
 
 
@@ -107,28 +134,31 @@ def load_parameters(config: Config) -> tuple[Any, Any]:
     """
     state, frozen = start(config)
     content = (config.folder / storage.PARAMETERS).read_bytes()
-    return serialization.from_bytes((state.trainable, frozen), content)
+    return serialization.from_bytes(state.trainable, content), frozen
 
 
-def _optimizer(config: Config, learning_rate: Any) -> optax.GradientTransformation:
-    return methods.find(config.method).optimizer(_settings(config.task, learning_rate, config.seed))
-
-
-def _settings(task: storage.Task, learning_rate: Any, seed: int) -> methods.Settings:
-    return methods.Settings(learning_rate, task.momentum, task.rank, task.loss_reduction, seed)
+def _optimizer(
+    task: storage.Task, name: str, learning_rate: Any, seed: int, steps: int
+) -> optax.GradientTransformation:
+    """A method's optimizer, with the task's clipping and schedule, for so many steps."""
+    if task.decay:
+        learning_rate = optax.linear_schedule(learning_rate, 0.0, steps)
+    settings = methods.Settings(learning_rate, task.momentum, task.rank, task.loss_reduction, seed)
+    optimizer = methods.find(name).optimizer(settings)
+    if task.max_norm is None:
+        return optimizer
+    return optax.chain(oplora_jax.clip_by_global_norm(task.max_norm), optimizer)
 
 
 # The learning rate is an argument, so that all runs of a method share one compilation.
-@partial(jax.jit, static_argnums=(0, 1))
-def _step(task, name, learning_rate, state, frozen, data, indices, weights):
-    method = methods.find(name)
-    batch = jax.tree.map(lambda z: z[indices], data)
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _step(task, name, steps, learning_rate, state, frozen, batch, weights, key):
     differentiate = {
         "exact": oplora_jax.value_and_grad,
         "outer": partial(oplora_jax.value_and_grad, gradient="outer"),
-    }.get(method.gradient, jax.value_and_grad)
-    loss, gradients = differentiate(task.loss)(state.trainable, frozen, batch, weights)
-    optimizer = method.optimizer(_settings(task, learning_rate, seed=0))
+    }.get(methods.find(name).gradient, jax.value_and_grad)
+    loss, gradients = differentiate(task.loss)(state.trainable, frozen, batch, weights, key)
+    optimizer = _optimizer(task, name, learning_rate, 0, steps)
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
     return State(optax.apply_updates(state.trainable, updates), optimizer_state), loss
 

@@ -1,6 +1,7 @@
 """ResLoRA: residual paths between the LoRA parameters of consecutive layers, while they train."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -8,6 +9,7 @@ from jaxtyping import Array, Float
 from oplora_jax.gradients.capture import fit, lora_dot, lora_increment
 from oplora_jax.gradients.orders import dot
 from oplora_jax.matrix import LowRank, check_factors, to_dense
+from oplora_jax.sharding import shard_like
 
 
 def block_shortcut(
@@ -49,9 +51,8 @@ def block_shortcut(
     References:
       ResLoRA, https://arxiv.org/abs/2402.18039.
     """
-    _check(kernel, loras)
-    y = lora_dot(x, kernel, loras[-1])
-    return sum((lora_increment(x.astype(y.dtype), lora) for lora in loras[:-1]), y)
+    check(jnp.shape(kernel), loras)
+    return add_increments(lora_dot(x, kernel, loras[-1]), x, loras[:-1])
 
 
 def merge_block(kernel: Float[Array, "*batch n m"], loras: Sequence[LowRank]) -> Float[Array, "*batch n m"]:
@@ -72,7 +73,7 @@ def merge_block(kernel: Float[Array, "*batch n m"], loras: Sequence[LowRank]) ->
       >>> merge_block(jnp.eye(2), [lora, lora]).tolist()
       [[3.0, 2.0], [2.0, 3.0]]
     """
-    _check(kernel, loras)
+    check(jnp.shape(kernel), loras)
     total = sum((to_dense(lora) for lora in loras[1:]), to_dense(loras[0]))
     return (kernel + total).astype(kernel.dtype)
 
@@ -116,19 +117,37 @@ def input_shortcut(
     References:
       ResLoRA, https://arxiv.org/abs/2402.18039.
     """
+    inputs = add_inputs(x, previous_x)
+    return add_increments(dot(*fit(x, kernel, lora)), inputs, [lora])
+
+
+def add_increments(
+    y: Float[Array, "*tokens m"],
+    x: Float[Array, "*tokens n"],
+    loras: Sequence[LowRank],
+    precision: Any = None,
+) -> Float[Array, "*tokens m"]:
+    """y and x times each of the increments, in the type of y and with its sharding."""
+    x = x.astype(y.dtype)
+    increments = (shard_like(lora_increment(x, lora, precision=precision), y) for lora in loras)
+    return sum(increments, y)
+
+
+def add_inputs(x: Float[Array, "*tokens n"], previous_x: Float[Array, "*tokens n"]) -> Array:
+    """x + x', what the increment of an input shortcut sees; raises ValueError where their shapes differ."""
     if jnp.shape(x) != jnp.shape(previous_x):
         raise ValueError(f"x has shape {jnp.shape(x)}, previous_x {jnp.shape(previous_x)}; they must agree")
-    y = dot(*fit(x, kernel, lora))
-    return y + lora_increment((x + previous_x).astype(y.dtype), lora)
+    return x + previous_x
 
 
-def _check(kernel: Array, loras: Sequence[LowRank]) -> None:
+def check(kernel: Sequence[int], loras: Sequence[LowRank]) -> None:
+    """Raises ValueError unless there are increments and all have the kernel's shape."""
     if not loras:
         raise ValueError("loras is empty; expected the layer's own increment at least")
     for index, lora in enumerate(loras):
         check_factors(lora, f"loras[{index}]")
-        if lora.shape != jnp.shape(kernel):
+        if lora.shape != tuple(kernel):
             raise ValueError(
-                f"loras[{index}] has shape {lora.shape}, the kernel {jnp.shape(kernel)}; increments are "
+                f"loras[{index}] has shape {lora.shape}, the kernel {tuple(kernel)}; increments are "
                 "shared by layers of one shape"
             )

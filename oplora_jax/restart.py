@@ -79,7 +79,7 @@ def merge_and_restart_layers(key: PRNGKeyArray, params: Any) -> Any:
       A tree like params.
 
     Raises:
-      ValueError: no LoRA parameter, or one without a kernel of its size beside it.
+      ValueError: no LoRA parameter, one without a kernel of its size beside it, or one of a ResLoRA layer.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -95,6 +95,9 @@ def merge_and_restart_layers(key: PRNGKeyArray, params: Any) -> Any:
     in_metadata = {
         path_name(p): v.get_metadata("kernel_roles", None) for p, v in variables if _is_variable(v)
     }
+    for path, variable in variables:
+        if _is_variable(variable) and variable.get_metadata("shortcut", None):
+            raise ValueError(f"{path_name(path)}: an increment with a shortcut is more than its own kernel's")
     lora, roles, kernels = {}, {}, {}
     for path, (_, node) in zip(paths, paths_and_nodes, strict=True):
         if is_low_rank(node):

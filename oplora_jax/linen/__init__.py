@@ -4,8 +4,11 @@ from oplora_jax.linen import serialization as _serialization  # noqa: F401  regi
 from oplora_jax.linen.layers import LoRAConv, LoRAConvTranspose, LoRADense, LoRADenseGeneral, LoRAEinsum
 from oplora_jax.linen.loraize import loraize
 from oplora_jax.linen.parameters import add_lora, merge
+from oplora_jax.linen.reslora import BlockShortcutDense, InputShortcutDense, merge_shortcuts
 
 __all__ = [
+    "BlockShortcutDense",
+    "InputShortcutDense",
     "LoRAConv",
     "LoRAConvTranspose",
     "LoRADense",
@@ -14,4 +17,5 @@ __all__ = [
     "add_lora",
     "loraize",
     "merge",
+    "merge_shortcuts",
 ]

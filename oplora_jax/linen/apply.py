@@ -56,7 +56,7 @@ def call_with_lora(
         return y
     kernel = meta.unbox(layer.get_variable("params", "kernel"))
     if not exists:  # scope.param raises Flax's own error where parameters cannot be created
-        layer.scope.param(name, _init, kernel, roles, rank, alpha, dtype)
+        layer.scope.param(name, init, kernel, roles, rank, alpha, dtype)
         return y  # the increment is zero
     lora = meta.unbox(layer.get_variable("params", name))
     bias = meta.unbox(layer.get_variable("params", "bias")) if layer.use_bias else None
@@ -95,7 +95,8 @@ def _as_tuple(value: int | Sequence[int]) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else tuple(value)
 
 
-def _init(key: Any, kernel: Any, roles: str, rank: int, alpha: Any, dtype: Any) -> LowRank:
+def init(key: Any, kernel: Any, roles: str, rank: int, alpha: Any, dtype: Any) -> LowRank:
+    """A new LoRA parameter of a kernel, beside it."""
     dtype = kernel.dtype if dtype is None else dtype
     return beside(kernel, init_low_rank(key, matrix_shape(kernel.shape, roles), rank, alpha, dtype), roles)
 

@@ -11,6 +11,13 @@ from oplora_jax.gradients.kernels import add_increment, named_roles, split_roles
 from oplora_jax.gradients.lora import beside, path_name
 from oplora_jax.matrix import LowRank, is_low_rank
 
+# The names of the increments that are more than an addition to the kernel beside them, with why.
+SHORTCUTS = {
+    "block_lora": "other layers' increments belong to this kernel too; use oplora_jax.linen.merge_shortcuts",
+    "input_lora": "an input shortcut has no merged form, since its outputs depend on the previous layer's "
+    "inputs too; keep the layer as it is",
+}
+
 
 def add_lora(model: nn.Module, rngs: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
     """The parameters of a model with LoRA, from pretrained ones without.
@@ -76,6 +83,8 @@ def _placed(tree: Any) -> Any:
         if isinstance(lora, LowRank) and name.split("_")[0] == "lora":
             kernel = meta.unbox(tree["kernel"])
             placed[name] = beside(kernel, lora, split_roles(kernel.shape, lora.shape, named_roles(name)))
+        elif name in SHORTCUTS:
+            placed[name] = beside(meta.unbox(tree["kernel"]), lora, "io")
     return placed
 
 
@@ -91,7 +100,8 @@ def merge(params: Any) -> Any:
       A tree of dicts without LoRA parameters.
 
     Raises:
-      ValueError: there is no LoRA parameter, or one whose kernel is missing or of another size.
+      ValueError: there is no LoRA parameter, or one whose kernel is missing or of another size, or one of
+        a layer with a shortcut: `merge_shortcuts` merges those that can be.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -102,14 +112,17 @@ def merge(params: Any) -> Any:
     """
     if not any(map(is_low_rank, jax.tree.leaves(params, is_leaf=is_low_rank))):
         raise ValueError("the parameters have no LoRA parameter to merge")
-    return _merge(params, "")
+    return merge_tree(params, "")
 
 
-def _merge(tree: Any, path: str) -> Any:
+def merge_tree(tree: Any, path: str) -> Any:
+    """`merge` of the part of a tree at a path, which need not have a LoRA parameter."""
     if not isinstance(tree, Mapping):
         return tree
-    merged = {name: _merge(child, f"{path}/{name}" if path else name) for name, child in tree.items()}
+    merged = {name: merge_tree(child, f"{path}/{name}" if path else name) for name, child in tree.items()}
     for name, lora in tree.items():
+        if name in SHORTCUTS:
+            raise ValueError(f"{path}/{name}: {SHORTCUTS[name]}")
         if isinstance(lora, LowRank) and name.split("_")[0] == "lora":
             del merged[name]
             if "kernel" not in tree:

@@ -19,6 +19,7 @@ from oplora_jax.nnx.layers import (
     init_lora_param,
     merged_kernel,
 )
+from oplora_jax.nnx.reslora import BlockShortcutLinear, InputShortcutLinear
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -123,7 +124,8 @@ def merge(model: Model) -> Model:
       A copy of it without LoRA.
 
     Raises:
-      ValueError: the model has no LoRA layer, or one of a class with a `__call__` of its own.
+      ValueError: the model has no LoRA layer, or one of a class with a `__call__` of its own, or one that has
+        no merged form: an `InputShortcutLinear`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -139,12 +141,21 @@ def merge(model: Model) -> Model:
         raise ValueError("the model has no LoRA layer to merge")
     for path, layer in layers:
         plain = next(c for c in type(layer).__mro__ if not issubclass(c, Split | Merged))
-        if type(layer).__call__ not in (Split.__call__, Merged.__call__):
+        if isinstance(layer, InputShortcutLinear):
+            raise ValueError(
+                f"{'/'.join(map(str, path))!r}: an input shortcut has no merged form, since its outputs "
+                "depend on the previous layer's inputs too; keep the layer as it is"
+            )
+        if type(layer).__call__ not in (Split.__call__, Merged.__call__, BlockShortcutLinear.__call__):
             raise ValueError(
                 f"{'/'.join(map(str, path))!r}: {type(layer).__name__} has a __call__ of its own, which a "
                 f"plain {plain.__name__} would lose. Merge its lora into its kernel yourself"
             )
-        layer.kernel.set_value(merged_kernel(layer))
+        if isinstance(layer, BlockShortcutLinear):
+            layer.kernel.set_value(layer.merged_kernel())
+            del layer.previous
+        else:
+            layer.kernel.set_value(merged_kernel(layer))
         del layer.lora
         object.__setattr__(layer, "__class__", plain)
     return model

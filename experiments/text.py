@@ -1,0 +1,214 @@
+"""Text classification: a pretrained encoder, with LoRA on its queries and values."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import traverse_util
+from jaxtyping import Array, Bool, Float, Int
+
+from experiments import ExperimentError, metrics, sentences, tokens
+from experiments.models.encoder import Classifier, EncoderConfig, bundled_folder, load_encoder
+from experiments.sentences import SPECS, Sentences
+from experiments.task import Task
+from oplora_jax.linen import loraize
+
+TARGETS = "attention/(query|value)$"
+SHORTEST = 16  # tokens that a batch has room for; else the least power of two that holds them, to compile few
+
+
+class Batch(NamedTuple):
+    """Examples padded to one length."""
+
+    tokens: Int[np.ndarray, "B L"]
+    mask: Bool[np.ndarray, "B L"]
+    segments: Int[np.ndarray, "B L"]
+    labels: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Text(Task):
+    """Fine-tune a pretrained encoder on labelled sentences.
+
+    LoRA of rank 8 on the queries and values, and a new classification head, train; the rest is frozen. The
+    learning rate falls linearly to zero, gradients are clipped to norm 1.
+    """
+
+    data: Literal["bundled", "glue", "tfds"] = "bundled"
+    """Film reviews that a package ships, GLUE in its official folders, or from TensorFlow Datasets."""
+    dataset: Literal["movies", "cola", "sst2", "mrpc", "stsb", "rte", "qnli", "mnli", "qqp"] | None = None
+    """Of GLUE; sst2 if not given. The bundled one is movies."""
+    data_dir: Path | None = None
+    """Folder of CoLA/train.tsv and so on, or of TensorFlow Datasets; its default if not given."""
+    weights: Path | None = None
+    """Folder of a BERT or RoBERTa checkpoint and its tokenizer; the bundled MiniLM if not given."""
+    examples: int | None = None
+    """Examples to train on, always the same ones; all if not given."""
+    epochs: int = 3
+    """Passes over the training examples."""
+    batch_size: int = 32
+    """Examples in a batch."""
+    max_length: int = 128
+    """Tokens of an example; what is longer is cut."""
+    pooling: Literal["mean", "first"] = "mean"
+    """What the head sees: the mean over the tokens, or the first one, as the papers do with RoBERTa."""
+    dropout: float = 0.1
+    """Rate in the encoder and the head."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the encoder's weights and computation; LoRA and the head are float32."""
+
+    rank = 8
+    momentum = 0.9
+    loss_reduction = "mean"
+    seeds = (0, 1, 2)
+    protocol = "text"
+    evaluations = 4
+    decay = True
+    max_norm = 1.0
+
+    @property
+    def name(self) -> str:
+        """Names the task's folder."""
+        return f"text_{self._dataset}"
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics that are reported, the main one first."""
+        return (*(f"test_{name}" for name in SPECS[self._dataset].metrics), "train_loss")
+
+    @property
+    def _dataset(self) -> str:
+        return self.dataset or ("movies" if self.data == "bundled" else "sst2")
+
+    def load(self, seed: int) -> tuple[Sentences, dict[str, Sentences]]:
+        """(what to train on, what to evaluate on by its metrics' prefix); the same for every seed.
+
+        Raises:
+          ExperimentError: data, weights or a tokenizer that are missing or do not fit, or other settings that
+            cannot be used.
+        """
+        if (self._dataset == "movies") != (self.data == "bundled"):
+            raise ExperimentError(
+                f"dataset is {self._dataset} and data is {self.data}; movies are bundled, the others come "
+                "with --data glue --data-dir DIR or --data tfds"
+            )
+        if self.data == "glue" and self.data_dir is None:
+            raise ExperimentError(
+                "data-dir is not given: the folder of CoLA/train.tsv, SST-2/train.tsv and so on"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ExperimentError(f"dropout is {self.dropout}; expected 0 or more and less than 1")
+        folder = self._weights
+        config, _ = _pretrained(folder, self.dtype)
+        longest = config.max_positions - config.position_offset
+        if self.max_length > longest:
+            raise ExperimentError(f"max-length is {self.max_length}; the encoder in {folder} takes {longest}")
+        tokenizer = tokens.load_tokenizer(folder)
+        tokens.check_vocabulary(tokenizer, config.vocab_size, folder)
+        if self.data == "bundled":
+            train, test = sentences.load_movies(tokenizer, self.max_length)
+        elif self.data == "glue":
+            train, test = sentences.load_glue(self._dataset, self.data_dir, tokenizer, self.max_length)
+        else:
+            train, test = sentences.load_tfds(self._dataset, self.data_dir, tokenizer, self.max_length)
+        return sentences.subset(train, self.examples), test
+
+    def lengths(self, data: Sentences) -> Int[np.ndarray, " N"]:
+        """How many tokens each example has."""
+        return np.array([len(row) for row in data.tokens])
+
+    def take(self, data: Sentences, indices: Int[np.ndarray, " B"]) -> Batch:
+        """A batch, padded."""
+        return _padded(data, indices, _pretrained(self._weights, self.dtype)[0].pad_token_id)
+
+    def init(self, seed: Any, full: bool) -> tuple[Any, Any]:
+        """(what is trained, what is frozen), by path."""
+        config, encoder = _pretrained(self._weights, self.dtype)
+        row = jnp.zeros((1, SHORTEST), jnp.int32)
+        train = lambda path: full or path.startswith("head_") or path.endswith("/lora")
+
+        @jax.jit  # the encoder's own random start is never computed
+        def new(key):
+            params = self._model(config, full).init(key, row, row == 0, row)["params"]
+            flat = traverse_util.flatten_dict(params, sep="/")
+            return {path: leaf for path, leaf in flat.items() if path not in pretrained}
+
+        pretrained = traverse_util.flatten_dict({"encoder": encoder}, sep="/")
+        flat = {**pretrained, **new(jax.random.key(seed))}
+        return (
+            {path: leaf for path, leaf in flat.items() if train(path)},
+            {path: leaf for path, leaf in flat.items() if not train(path)},
+        )
+
+    def loss(
+        self, trainable: Any, frozen: Any, batch: Batch, weights: Float[Array, " B"], key: Any = None
+    ) -> Float[Array, ""]:
+        """The cross-entropy, or the squared error of a score, averaged over a batch's examples of weight 1.
+
+        key draws what is dropped; nothing is without one.
+        """
+        outputs = self._outputs(trainable, frozen, batch, key)
+        if outputs.shape[1] == 1:
+            losses = (outputs[:, 0] - batch.labels) ** 2
+        else:
+            losses = optax.softmax_cross_entropy_with_integer_labels(outputs, batch.labels)
+        return jnp.sum(weights * losses) / jnp.sum(weights)
+
+    def evaluate(self, trainable: Any, frozen: Any, test: dict[str, Sentences]) -> dict[str, float]:
+        """The metrics of the data set."""
+        found = {}
+        for prefix, data in test.items():
+            order = np.argsort(self.lengths(data), kind="stable")
+            outputs = np.empty((len(order), SPECS[self._dataset].outputs), np.float32)
+            for start in range(0, len(order), 2 * self.batch_size):
+                rows = np.take(order, np.arange(start, start + 2 * self.batch_size), mode="clip")
+                outputs[rows] = _forward(self, trainable, frozen, self.take(data, rows))
+            found |= metrics.score(SPECS[self._dataset].metrics, outputs, data.labels, prefix)
+        return {f"test_{name}": value for name, value in found.items()}
+
+    def _outputs(self, trainable, frozen, batch, key=None):
+        config, _ = _pretrained(self._weights, self.dtype)
+        params = traverse_util.unflatten_dict({**frozen, **trainable}, sep="/")
+        return self._model(config, full=not frozen).apply(
+            {"params": params},
+            batch.tokens,
+            batch.mask,
+            batch.segments,
+            deterministic=key is None,
+            rngs=None if key is None else {"dropout": key},
+        )
+
+    def _model(self, config: EncoderConfig, full: bool) -> Any:
+        outputs = SPECS[self._dataset].outputs
+        model = Classifier(config, outputs, self.pooling, self.dropout, jnp.dtype(self.dtype))
+        return model if full else loraize(model, self.rank, TARGETS, alpha=self.rank, dtype=jnp.float32)
+
+    @property
+    def _weights(self) -> Path:
+        return bundled_folder() if self.weights is None else self.weights
+
+
+@functools.cache
+def _pretrained(folder: Path, dtype: str) -> tuple[EncoderConfig, Any]:
+    with jax.ensure_compile_time_eval():  # it may be asked for while a step is traced
+        return load_encoder(folder, jnp.dtype(dtype))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(task, trainable, frozen, batch):
+    return task._outputs(trainable, frozen, batch)
+
+
+def _padded(data: Sentences, rows: Int[np.ndarray, " B"], pad: int) -> Batch:
+    counts = np.array([len(data.tokens[row]) for row in rows])
+    length = max(SHORTEST, 1 << (int(counts.max()) - 1).bit_length())
+    mask = np.arange(length) < counts[:, None]
+    ids, segments = np.full(mask.shape, pad, np.int32), np.zeros(mask.shape, np.int32)
+    ids[mask] = np.concatenate([data.tokens[row] for row in rows])
+    segments[mask] = np.concatenate([data.segments[row] for row in rows])
+    return Batch(ids, mask, segments, data.labels[rows])

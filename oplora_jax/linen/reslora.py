@@ -1,0 +1,196 @@
+"""ResLoRA for Flax linen: layers with residual paths between their LoRA parameters."""
+
+import functools
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any, no_type_check
+
+import flax.linen as nn
+import jax
+from flax.core import meta
+from jaxtyping import Array
+
+from oplora_jax.linen.apply import init
+from oplora_jax.linen.parameters import SHORTCUTS, merge_tree
+from oplora_jax.matrix import LowRank
+from oplora_jax.reslora import add_increments, add_inputs, check, merge_block
+
+
+@no_type_check
+class BlockShortcutDense(nn.Dense, kw_only=True):
+    """`LoRADense` whose inputs go through the increments of layers before it too.
+
+    y = x (kernel + sum_i s_i a_i b_i) + bias, over the previous layers' increments and its own. Those are
+    read where the layers keep them, not copied: they train with the layers they come from, and their exact
+    gradient, which adds up over the layers, is dense.
+
+    Its parameters are `kernel` (n, m), `bias` (m,) and `block_lora`, a `LowRank` of shape (n, m).
+    `merge_shortcuts` makes those of a plain `nn.Dense` that computes the same, to rounding.
+
+    Attributes:
+      rank: r of its own increment, at most min(n, m).
+      previous: the layers whose increments it shares, of shape (n, m), called before it in the same model: at
+        layer l of a stack, with shortcuts over k layers, ``layers[max(0, l - k + 1) : l]``.
+      alpha: the scale is alpha / rank; 1 when alpha is None.
+
+    The others are those of `flax.linen.Dense`.
+
+    Raises:
+      ValueError: when it is called, a previous layer without an increment, or with one of another shape;
+        when it is initialised, a rank that is not between 1 and min(n, m).
+
+    Example:
+      >>> import flax.linen as nn
+      >>> import jax, jax.numpy as jnp
+      >>> from oplora_jax.linen import BlockShortcutDense, LoRADense
+      >>> class Model(nn.Module):
+      ...   @nn.compact
+      ...   def __call__(self, x):
+      ...     first = LoRADense(4, rank=2)
+      ...     return BlockShortcutDense(4, rank=2, previous=[first])(nn.tanh(first(x)))
+      >>> params = Model().init(jax.random.key(0), jnp.ones((5, 4)))["params"]
+      >>> {name: sorted(layer) for name, layer in params.items()}
+      {'LoRADense_0': ['bias', 'kernel', 'lora'], 'BlockShortcutDense_0': ['bias', 'block_lora', 'kernel']}
+
+    References:
+      ResLoRA, https://arxiv.org/abs/2402.18039.
+    """
+
+    rank: int
+    previous: Sequence[nn.Module]
+    alpha: float | int | None = None
+
+    @nn.compact
+    def __call__(self, inputs: Any) -> Array:
+        """The layer's outputs."""
+        y, own = super().__call__(inputs), _own(self, "block_lora")
+        loras = [*map(_of, self.previous), own]
+        check(own.shape, loras)
+        return add_increments(y, _promoted(self, inputs), loras, self.precision)
+
+
+@no_type_check
+class InputShortcutDense(nn.Dense, kw_only=True):
+    """`LoRADense` whose increment sees the previous layer's inputs too.
+
+    y = x kernel + s ((x + previous_x) a) b + bias, called as ``layer(x, previous_x)`` with two arrays
+    (..., n). No plain layer computes this: `merge` and `merge_shortcuts` refuse it.
+
+    Its parameters are `kernel` (n, m), `bias` (m,) and `input_lora`, a `LowRank` of shape (n, m).
+
+    Attributes:
+      rank: r, at most min(n, m).
+      alpha: the scale is alpha / rank; 1 when alpha is None.
+
+    The others are those of `flax.linen.Dense`.
+
+    Raises:
+      ValueError: when it is called, inputs of different shapes; when it is initialised, a rank that is not
+        between 1 and min(n, m).
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from oplora_jax.linen import InputShortcutDense
+      >>> layer, x = InputShortcutDense(3, rank=2), jnp.ones((5, 4))
+      >>> y, variables = layer.init_with_output(jax.random.key(0), x, previous_inputs=x)
+      >>> y.shape, sorted(variables["params"])
+      ((5, 3), ['bias', 'input_lora', 'kernel'])
+
+    References:
+      ResLoRA, https://arxiv.org/abs/2402.18039.
+    """
+
+    rank: int
+    alpha: float | int | None = None
+
+    @nn.compact
+    def __call__(self, inputs: Any, previous_inputs: Any) -> Array:
+        """The layer's outputs."""
+        y, lora = super().__call__(inputs), _own(self, "input_lora")
+        both = add_inputs(_promoted(self, inputs), _promoted(self, previous_inputs))
+        return add_increments(y, both, [lora], self.precision)
+
+
+def merge_shortcuts(model: nn.Module, params: Any, *args: Any, **kwargs: Any) -> Any:
+    """`merge` for a model with `BlockShortcutDense` layers.
+
+    The parameters alone do not say whose increments a layer shares: the forward pass is traced, for that and
+    its shapes alone.
+
+    Args:
+      model: the model.
+      params: its parameters.
+      *args: as for `model.init`: example inputs, as arrays or `jax.ShapeDtypeStruct`.
+      **kwargs: as for `model.init`.
+
+    Returns:
+      A tree of dicts without LoRA parameters: those of the model with `nn.Dense` in the place of its LoRA
+        layers.
+
+    Raises:
+      ValueError: as for `merge`; an `InputShortcutDense`, which has no merged form.
+
+    Example:
+      >>> import flax.linen as nn
+      >>> import jax, jax.numpy as jnp
+      >>> from oplora_jax.linen import BlockShortcutDense, LoRADense, merge_shortcuts
+      >>> first = LoRADense(4, rank=2)
+      >>> model = nn.Sequential([first, BlockShortcutDense(4, rank=2, previous=[first])])
+      >>> x = jnp.ones((5, 4))
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> {name: sorted(layer) for name, layer in merge_shortcuts(model, params, x).items()}
+      {'layers_0': ['bias', 'kernel'], 'layers_1': ['bias', 'kernel']}
+    """
+    previous: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+
+    def note(call: Any, call_args: Any, call_kwargs: Any, context: Any) -> Any:
+        layer = context.module
+        if isinstance(layer, BlockShortcutDense) and context.method_name == "__call__":
+            previous[layer.path] = [other.path for other in layer.previous]
+        return call(*call_args, **call_kwargs)
+
+    with nn.intercept_methods(note):
+        model.lazy_init(jax.random.key(0), *args, **kwargs)
+    at = lambda path: functools.reduce(operator.getitem, path, params)
+
+    def merged_blocks(tree: Any, path: tuple[str, ...]) -> Any:
+        if not isinstance(tree, Mapping):
+            return tree
+        if path not in previous:
+            return {name: merged_blocks(child, (*path, name)) for name, child in tree.items()}
+        tree = dict(tree)
+        loras = [*(_find(at(other)) for other in previous[path]), meta.unbox(tree.pop("block_lora"))]
+        tree["kernel"] = meta.replace_boxed(tree["kernel"], merge_block(meta.unbox(tree["kernel"]), loras))
+        return tree
+
+    return merge_tree(merged_blocks(params, ()), "")
+
+
+def _own(layer: nn.Module, name: str) -> LowRank:
+    """A layer's increment, which is created after the layer's own parameters."""
+    if not layer.has_variable("params", name):
+        kernel = meta.unbox(layer.get_variable("params", "kernel"))
+        layer.scope.param(name, init, kernel, "io", layer.rank, layer.alpha, None)
+    return meta.unbox(layer.get_variable("params", name))
+
+
+def _of(layer: nn.Module) -> LowRank:
+    """The increment of another layer of the model."""
+    lora = _find(layer.variables.get("params", {}))
+    if lora is None:
+        raise ValueError(
+            f"the previous layer {'/'.join(layer.path)!r} has no LoRA parameter yet; previous takes LoRA "
+            "layers that the model calls before this one"
+        )
+    return lora
+
+
+def _find(params: Mapping[str, Any]) -> LowRank | None:
+    return next((meta.unbox(params[name]) for name in ("lora", *SHORTCUTS) if name in params), None)
+
+
+def _promoted(layer: nn.Dense, x: Any) -> Array:
+    """x in the type in which a layer multiplies."""
+    kernel = meta.unbox(layer.get_variable("params", "kernel"))
+    bias = meta.unbox(layer.get_variable("params", "bias")) if layer.use_bias else None
+    return layer.promote_dtype(x, kernel, bias, dtype=layer.dtype)[0]
