@@ -4,14 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help test parity demo lint clean
+.PHONY: help test parity demo demo-text lint clean
 
 help:
-	@echo "make test   run the linter, the tests and the examples in the docstrings"
-	@echo "make parity run the tests against PyTorch, PEFT and transformers"
-	@echo "make demo   train LeNet-5 on MNIST with six LoRA optimizers; a table and outputs/demo/curves.png"
-	@echo "make lint   run the linter alone"
-	@echo "make clean  remove the virtual environment and the caches"
+	@echo "make test       run the linter, the tests and the examples in the docstrings"
+	@echo "make parity     run the tests against PyTorch, PEFT and transformers"
+	@echo "make demo       train LeNet-5 on MNIST with six LoRA optimizers; a table and outputs/demo/curves.png"
+	@echo "make demo-text  fine-tune a pretrained encoder on film reviews; a table and outputs/demo-text/curves.png"
+	@echo "make lint       run the linter alone"
+	@echo "make clean      remove the virtual environment and the caches"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("oplora-jax needs Python 3.11 or newer; set PYTHON=python3.x")'
@@ -46,6 +47,10 @@ lint: $(VENV)/.test
 demo: $(VENV)/.experiments
 	$(BIN)/python -m experiments compare mnist --epochs 10 --seeds 0 1 --output outputs/demo \
 		--methods svdlora lora_sgd lora_adamw scaled_gd oplora_1 oplora_2
+
+demo-text: $(VENV)/.experiments $(VENV)/.bundled
+	$(BIN)/python -m experiments compare text --examples 1024 --epochs 1 --batch-size 16 --max-length 32 --dropout 0 \
+		--seeds 0 --output outputs/demo-text --methods full_adamw lora_adamw scaled_gd oplora_1 scaled_oplora_1
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -66,7 +66,6 @@ class Text(Task):
     momentum = 0.9
     loss_reduction = "mean"
     seeds = (0, 1, 2)
-    protocol = "text"
     evaluations = 4
     decay = True
     max_norm = 1.0
@@ -75,6 +74,11 @@ class Text(Task):
     def name(self) -> str:
         """Names the task's folder."""
         return f"text_{self._dataset}"
+
+    @property
+    def protocol(self) -> str:
+        """Whose learning rates are taken: the papers' for GLUE are those of RoBERTa."""
+        return "text" if self.weights is None else "glue"
 
     @property
     def metrics(self) -> tuple[str, ...]:
