@@ -19,7 +19,7 @@ from experiments.task import Task
 from oplora_jax.linen import loraize
 
 TARGETS = "attention/(query|value)$"
-SHORTEST = 16  # tokens that a batch has room for; else the least power of two that holds them, to compile few
+SHORTEST = 16  # tokens that a batch has room for; longer ones have a power of two: few shapes to compile
 
 
 class Batch(NamedTuple):
@@ -128,12 +128,13 @@ class Text(Task):
 
     def take(self, data: Sentences, indices: Int[np.ndarray, " B"]) -> Batch:
         """A batch, padded."""
-        return _padded(data, indices, _pretrained(self._weights, self.dtype)[0].pad_token_id)
+        config, _ = _pretrained(self._weights, self.dtype)
+        return _padded(data, indices, config.pad_token_id, self.max_length)
 
     def init(self, seed: Any, full: bool) -> tuple[Any, Any]:
         """(what is trained, what is frozen), by path."""
         config, encoder = _pretrained(self._weights, self.dtype)
-        row = jnp.zeros((1, SHORTEST), jnp.int32)
+        row = jnp.zeros((1, 1), jnp.int32)
         train = lambda path: full or path.startswith("head_") or path.endswith("/lora")
 
         @jax.jit  # the encoder's own random start is never computed
@@ -208,9 +209,9 @@ def _forward(task, trainable, frozen, batch):
     return task._outputs(trainable, frozen, batch)
 
 
-def _padded(data: Sentences, rows: Int[np.ndarray, " B"], pad: int) -> Batch:
+def _padded(data: Sentences, rows: Int[np.ndarray, " B"], pad: int, longest: int) -> Batch:
     counts = np.array([len(data.tokens[row]) for row in rows])
-    length = max(SHORTEST, 1 << (int(counts.max()) - 1).bit_length())
+    length = min(max(SHORTEST, 1 << (int(counts.max()) - 1).bit_length()), longest)
     mask = np.arange(length) < counts[:, None]
     ids, segments = np.full(mask.shape, pad, np.int32), np.zeros(mask.shape, np.int32)
     ids[mask] = np.concatenate([data.tokens[row] for row in rows])

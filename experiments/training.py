@@ -108,9 +108,9 @@ def train(config: Config, notify: Callable[[int, int, dict], None] = lambda *_: 
         for step, (indices, weights) in enumerate(
             itertools.islice(order, first, last), epoch * steps + first
         ):
-            batch = (task.take(data, indices), weights, jax.random.fold_in(key, step))
+            batch = (task.take(data, indices), weights)
             began = time.perf_counter()
-            arguments = (task, config.method, total, rate, state, frozen, *batch)
+            arguments = (task, config.method, total, rate, key, np.int32(step), state, frozen, *batch)
             state, loss = _step(*arguments)
             losses.append(float(loss))  # waits for the step
             seconds.append(time.perf_counter() - began)
@@ -158,11 +158,12 @@ def _optimizer(
 
 # The learning rate is an argument, so that all runs of a method share one compilation.
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _step(task, name, steps, learning_rate, state, frozen, batch, weights, key):
+def _step(task, name, steps, learning_rate, key, step, state, frozen, batch, weights):
     differentiate = {
         "exact": oplora_jax.value_and_grad,
         "outer": partial(oplora_jax.value_and_grad, gradient="outer"),
     }.get(methods.find(name).gradient, jax.value_and_grad)
+    key = jax.random.fold_in(key, step)
     loss, gradients = differentiate(task.loss)(state.trainable, frozen, batch, weights, key)
     optimizer = _optimizer(task, name, learning_rate, 0, steps)
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
