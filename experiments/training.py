@@ -99,9 +99,10 @@ def train(config: Config, notify: Callable[[int, int, dict], None] = lambda *_: 
     key = jax.random.key(config.seed, impl="rbg")  # the default takes a third of a step on CPU for dropout
     steps = math.ceil(size / task.batch_size)
     total = task.epochs * steps
-    ends = [round(steps * part / task.evaluations) for part in range(task.evaluations + 1)]
-    while len(rows) < task.epochs * task.evaluations:
-        epoch, part = divmod(len(rows), task.evaluations)
+    parts = min(task.evaluations, steps)  # of an epoch, with an evaluation behind each
+    ends = [round(steps * part / parts) for part in range(parts + 1)]
+    while len(rows) < task.epochs * parts:
+        epoch, part = divmod(len(rows), parts)
         first, last = ends[part : part + 2]
         order = batches(size, task.batch_size, config.seed, epoch + 1, lengths)
         losses, seconds, memory = [], [], {}
@@ -118,7 +119,7 @@ def train(config: Config, notify: Callable[[int, int, dict], None] = lambda *_: 
             if shapes not in memory:  # the compiled step is there already
                 memory[shapes] = _peak_memory(_step.lower(*arguments).compile())
             notify(step + 1, total, rows[-1] if rows else {})
-        passes = storage.whole(epoch + (part + 1) / task.evaluations)
+        passes = storage.whole(epoch + (part + 1) / parts)
         row = {"epoch": passes, "train_loss": float(np.mean(losses))}
         row |= task.evaluate(state.trainable, frozen, test)
         row["peak_memory_mib"] = max(memory.values()) / 2**20

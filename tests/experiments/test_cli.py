@@ -56,6 +56,18 @@ def test_compare_writes_a_table_and_figures(tmp_path, capsys):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_compare_around_each_methods_own_rate(tmp_path, capsys):
+    factors = ["--rate-factors", "0.5", "1", "--output", str(tmp_path)]
+    arguments = ["compare", *LINEAR, "--methods", "oplora_1", "lora_sgd", "--seeds", "0", *factors]
+    assert main(arguments) == 0
+    with open(tmp_path / "summary.csv", newline="") as file:
+        rows = [(row["method"], float(row["learning_rate"])) for row in csv.DictReader(file)]
+    assert rows == [("oplora_1", 0.05), ("oplora_1", 0.1), ("lora_sgd", 0.001), ("lora_sgd", 0.002)]
+    assert (tmp_path / "sweep.png").exists()
+    assert main([*arguments, "--learning-rates", "0.1"]) == 1
+    assert "learning-rates and rate-factors are given; give one" in capsys.readouterr().err
+
+
 def test_ablation_writes_a_table_and_a_heat_map(tmp_path, panels):
     arguments = ["ablate", "conditioned", "--epochs", "1", "--learning-rates", "0.001", "1e4"]
     grid = ["--damping", "1e-6", "0.1", "--power", "0.5", "--structure", "diagonal", "--num-iters", "1"]

@@ -186,6 +186,55 @@ def test_batches_visit_every_example_once():
     assert np.array_equal(indices, again) and not np.array_equal(indices, other)
 
 
+def test_batches_of_similar_lengths():
+    lengths = np.random.default_rng(0).integers(1, 100, 500)
+    epoch = list(batches(500, 16, 1, 2, lengths))
+    indices, weights = (np.concatenate(column) for column in zip(*epoch, strict=True))
+    assert sorted(indices[weights == 1]) == list(range(500)) and weights.sum() == 500
+    spread = lambda epoch: np.mean([np.ptp(lengths[i[w == 1]]) for i, w in epoch])
+    assert spread(epoch) < 0.1 * spread(batches(500, 16, 1, 2))
+    starts = [lengths[i].min() for i, _ in epoch]
+    assert starts != sorted(starts)  # short and long batches in random order
+    again, other = (np.concatenate([i for i, _ in batches(500, 16, 1, e, lengths)]) for e in (2, 3))
+    assert np.array_equal(indices, again) and not np.array_equal(indices, other)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decaying(Linear):
+    evaluations = 3
+    decay = True
+    max_norm = 5.0
+
+
+@pytest.mark.parametrize("method", ["lora_sgd", "oplora_1", "scaled_oplora_1"])
+def test_decay_clipping_and_evaluations_within_an_epoch(tmp_path, method):
+    task = Decaying(epochs=2)
+    whole = Config(task, method, 0.1, 0, tmp_path / "whole")
+    config = dataclasses.replace(whole, output=tmp_path / "parts")
+    expected = train(whole)
+    assert [row["epoch"] for row in expected] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2])
+    assert all(row["peak_memory_mib"] > 0 for row in expected)
+    with pytest.raises(Interruption):
+        train(config, interrupt_at(6))  # of 8, between the fourth evaluation and the fifth
+    assert without_times(train(config)) == without_times(expected)
+
+
+def test_decay_and_clipping_by_hand(tmp_path):
+    """SGD without momentum: steps of length rate * (1 - t / T) * max_norm, where gradients are longer."""
+    task = Decaying("full_batch", epochs=4)
+    config = Config(task, "full_sgd", 0.1, 0, tmp_path)
+    _, target = task.load(0)[0]
+    weight = np.asarray(task.init(0, full=True)[0]["weight"], np.float64)
+    for step in range(4):
+        gradient = 2 * (weight - np.asarray(target, np.float64))
+        norm = np.linalg.norm(gradient)
+        assert norm > 5
+        weight = weight - 0.1 * (1 - step / 4) * 5 / norm * gradient
+    train(config)
+    # float32 through four steps
+    np.testing.assert_allclose(load_parameters(config)[0]["weight"], weight, rtol=0, atol=1e-6)
+
+
 def test_optimizer_state_size(tmp_path):
     size = lambda method: optimizer_bytes(Config(Linear(), method, 0.1, 0, tmp_path))
     factors, dense, counters = 4 * 8 * 800, 4 * 200 * 600, 4 * np.arange(4)
