@@ -113,9 +113,9 @@ _SCALED_OPLORA = _rates(1.0, 0.1, 1.0, None, 0.3, 0.2)
 # In a name K stands for a whole number and X for any positive one.
 METHODS = {
     "full_sgd": Method("full", _rates(0.5, 0.1, 0.05, 0.005, 0.03), _sgd),
-    "full_adamw": Method("full", _rates(0.5, 0.05, 1e-3, 1e-3, 3e-4, 1e-5), _adamw),
+    "full_adamw": Method("full", _rates(0.5, 0.05, 1e-3, 1e-3, 1e-4, 1e-5), _adamw),
     "svdlora": Method("svdlora", _rates(0.5, 0.1, 0.01, 0.005, 0.1), lambda s: oplora_jax.svdlora(_sgd(s))),
-    "lora_sgd": Method("optax.sgd", _rates(0.01, 0.002, 0.002, 0.01, 0.1), _sgd),
+    "lora_sgd": Method("optax.sgd", _rates(0.01, 0.002, 0.002, 0.01, 0.3), _sgd),
     "lora_adamw": Method("optax.adamw", _rates(0.5, 0.05, 1e-3, 1e-3, 0.01, 2e-4), _adamw),
     "scaled_gd": Method(
         "scaled_gd",
