@@ -70,7 +70,7 @@ def tfds_images(name: str, folder: Path | None) -> tuple[Images, Images]:
         raise ExperimentError(
             f"TFDS has no {name} in {folder or 'its folder'}, prepared as array_record; preparing it takes "
             "TensorFlow, pip install 'oplora-jax[tfds]', and a network; or name the folder of prepared data. "
-            f"{type(error).__name__}: {error}"
+            f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
         ) from error
     return _images(train), _images(test)
 

@@ -168,7 +168,7 @@ def load_tfds(name: str, folder: Path | None, tokenizer: tokenizers.Tokenizer, m
             raise ExperimentError(
                 f"TFDS has no glue/{name} in {folder or 'its folder'}, prepared as array_record; preparing "
                 "it takes TensorFlow, pip install 'oplora-jax[tfds]', and a network; or name the folder of "
-                f"prepared data. {type(error).__name__}: {error}"
+                f"prepared data. {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
             ) from error
         examples = [(tuple(x[field].decode() for field in task.fields), x["label"]) for x in source]
         if not examples:
