@@ -95,16 +95,16 @@ def _peer(name: str, factory: Callable[..., optax.GradientTransformation]) -> Me
 
 # Their papers do not have these tasks: the best of a sweep.
 _PEER_RATES = {
-    "altlora": _rates(1.0, 0.3, 0.3),
-    "altlora_plus": _rates(0.01, 0.03, 0.003),
-    "lora_rite": _rates(0.3, 0.3, 0.003),
-    "lora_pro": _rates(0.1, 0.1, 0.003),
-    "lora_pro_sgd": _rates(0.3, 0.3, 0.3),
-    "lora_fa": _rates(0.1, 0.03, 0.003),
-    "lora_plus": _rates(0.01, 0.01, 0.003),
-    "lora_pre": _rates(0.03, 0.001, 0.003),
-    "mofasgd": _rates(1.0, 1.0, 0.01),
-    "reflora": _rates(0.1, 0.03, 0.003),
+    "altlora": _rates(1.0, 0.3, 0.3, text=0.3),
+    "altlora_plus": _rates(0.01, 0.03, 0.003, text=0.001),
+    "lora_rite": _rates(0.3, 0.3, 0.003, text=0.003),
+    "lora_pro": _rates(0.1, 0.1, 0.003, text=0.003),
+    "lora_pro_sgd": _rates(0.3, 0.3, 0.3, text=0.3),
+    "lora_fa": _rates(0.1, 0.03, 0.003, text=0.01),
+    "lora_plus": _rates(0.01, 0.01, 0.003, text=0.001),
+    "lora_pre": _rates(0.03, 0.001, 0.003, text=0.001),
+    "mofasgd": _rates(1.0, 1.0, 0.01, text=0.01),
+    "reflora": _rates(0.1, 0.03, 0.003, text=0.01),
 }
 
 # The papers give scaled OPLoRA no rate on these tasks: the best of a sweep, the same for all its variants.
