@@ -17,12 +17,12 @@ from oplora_jax.matrix import (
     common_shape,
     left_product,
     matmul,
-    right_product,
     share_scale,
     solve_dtype,
     transpose,
+    transposed,
 )
-from oplora_jax.metrics import KroneckerMetric, as_type, check_metric, powers, times_input, times_output
+from oplora_jax.metrics import KroneckerMetric, as_type, check_metric, powers, times_output
 from oplora_jax.sharding import in_auto_axes, specs_of
 
 
@@ -143,99 +143,121 @@ def joint_lorsum(
     return [share_scale(new, like=total.anchor) for new, total in zip(results, sums, strict=True)]
 
 
+class _Stack(NamedTuple):
+    """Sums of one shape, along a new first axis of all arrays: one solve for all of them.
+
+    Factors are wide here, a^T and b: the solve for a is that for b of the transposed problem.
+    """
+
+    weight: Array  # (S, 1, ..., 1), as the other numbers
+    anchor: tuple[Array, Array]  # a^T (S, *batch, r, n) and b (S, *batch, r, m)
+    coefficients: Sequence[Any]  # None where none of the sums has the matrix
+    regularization: Any  # None for pseudo-inverses
+    shrinkage: Array
+    metric: KroneckerMetric | None
+    inverse_metric: KroneckerMetric | None
+
+
 def _solve(matrices, sums, *, num_iters, first):
-    sums = [_at_scale_one(total) for total in sums]
+    alike: dict[Any, list[int]] = {}
+    for index, total in enumerate(sums):
+        shapes = total.anchor.a.shape, total.anchor.b.shape, solve_dtype(*jax.tree.leaves(total.anchor))
+        kind = total.regularization is None, jax.tree.structure(total.metric)
+        alike.setdefault((*shapes, *kind), []).append(index)
+    stacks = [_stack([sums[index] for index in indices]) for indices in alike.values()]
+    sides = [transposed(matrix) for matrix in matrices], matrices
 
-    # Both solves are written for the change from the anchor: (lam a0 + S b^T) (b b^T + lam I)^-1 - a0 is
-    # (S b^T - a0 b b^T) (b b^T + lam I)^-1. Nothing cancels where little changes, and a singular Gram
-    # matrix leaves the anchor's directions alone.
-    def solve_a(bs):
-        rights = _weighted_products(matrices, sums, bs, from_right=True)
-        return [_new_a(*z) for z in zip(sums, bs, rights, strict=True)]
-
-    def solve_b(as_):
-        thins = [transpose(a) for a in as_]
-        lefts = _weighted_products(matrices, sums, thins, from_right=False)
-        return [_new_b(*z) for z in zip(sums, as_, lefts, strict=True)]
+    def half_step(side, others):
+        """One factor of each stack, a^T (0) or b (1), from the other one."""
+        products = _weighted_products(sides[side], stacks, others)
+        return [_new_factor(side, *z) for z in zip(stacks, others, products, strict=True)]
 
     def iterate(_, factors):
-        as_, bs = factors
-        if first == "a":
-            as_ = solve_a(bs)
-            return as_, solve_b(as_)
-        bs = solve_b(as_)
-        return solve_a(bs), bs
+        side = 0 if first == "a" else 1
+        other = half_step(side, factors[1 - side])
+        pair = other, half_step(1 - side, other)
+        return pair if side == 0 else pair[::-1]
 
     def alternate(factors):
         return jax.lax.fori_loop(0, num_iters, iterate, factors)
 
     def jacobi(factors):
-        as_, bs = factors
-        return solve_a(bs), solve_b(as_)
+        return half_step(0, factors[1]), half_step(1, factors[0])
 
-    factors = [total.anchor.a for total in sums], [total.anchor.b for total in sums]
+    factors = tuple([stack.anchor[side] for stack in stacks] for side in (0, 1))
     if isinstance(num_iters, int):
-        as_, bs = alternate(factors) if num_iters else jacobi(factors)
+        factors = alternate(factors) if num_iters else jacobi(factors)
     else:
-        as_, bs = jax.lax.cond(num_iters > 0, alternate, jacobi, factors)
-    return [LowRank(a, b) for a, b in zip(as_, bs, strict=True)]
+        factors = jax.lax.cond(num_iters > 0, alternate, jacobi, factors)
+    solved = {
+        index: LowRank(transpose(at[place]), b[place])
+        for indices, at, b in zip(alike.values(), *factors, strict=True)
+        for place, index in enumerate(indices)
+    }
+    return [solved[index] for index in range(len(sums))]
 
 
 _solve_static = jax.jit(_solve, static_argnames=("num_iters", "first"))
 
 
-def _at_scale_one(total: Sum) -> Sum:
-    """The sum with its anchor at scale 1 and all of it in the type of the solves."""
-    anchor = absorb_scale(total.anchor)
-    dtype = anchor.dtype
-    total = total._replace(weight=jnp.asarray(total.weight, dtype), anchor=anchor)
-    if total.metric is None:
-        return total
-    metric, inverse_metric = (as_type(z, dtype) for z in (total.metric, total.inverse_metric))
-    return total._replace(metric=metric, inverse_metric=inverse_metric)
+def _stack(sums: Sequence[Sum]) -> _Stack:
+    """Sums with their anchors at scale 1, and all of them in the type of the solves."""
+    anchors = [absorb_scale(total.anchor) for total in sums]
+    dtype, ndim = anchors[0].dtype, anchors[0].a.ndim + 1
+    numbers = lambda values: jnp.stack([jnp.asarray(z, dtype) for z in values]).reshape(-1, *[1] * (ndim - 1))
+    arrays = lambda trees: jax.tree.map(lambda *z: jnp.stack([w.astype(dtype) for w in z]), *trees)
+    coefficients = [
+        None if all(z is None for z in column) else numbers(0.0 if z is None else z for z in column)
+        for column in zip(*(total.coefficients for total in sums), strict=True)
+    ]
+    exact = sums[0].regularization is None
+    return _Stack(
+        weight=numbers(total.weight for total in sums),
+        anchor=arrays([(transpose(anchor.a), anchor.b) for anchor in anchors]),
+        coefficients=coefficients,
+        regularization=None if exact else numbers(total.regularization for total in sums),
+        shrinkage=numbers(total.shrinkage for total in sums),
+        metric=arrays([total.metric for total in sums]),
+        inverse_metric=arrays([total.inverse_metric for total in sums]),
+    )
 
 
-def _weighted_products(matrices, sums, thins, *, from_right):
-    """sum_i c_i T_i b^T (or a^T T_i) for each sum, with its own thin matrix b (or a^T)."""
+def _weighted_products(matrices, stacks, thins):
+    """sum_i c_i thin T_i for each stack, with its own thin matrices, in one pass over each T_i."""
     totals = [jnp.zeros((), thin.dtype) for thin in thins]
     for i, matrix in enumerate(matrices):
-        users = [p for p, total in enumerate(sums) if total.coefficients[i] is not None]
-        stacked = jnp.concatenate([thins[p] for p in users], axis=-2)
-        ends = list(itertools.accumulate(thins[p].shape[-2] for p in users))
-        if from_right:
-            parts = jnp.split(right_product(matrix, transpose(stacked)), ends[:-1], axis=-1)
-        else:
-            parts = jnp.split(left_product(stacked, matrix), ends[:-1], axis=-2)
+        users = [p for p, stack in enumerate(stacks) if stack.coefficients[i] is not None]
+        rows = [_as_rows(thins[p]) for p in users]
+        ends = list(itertools.accumulate(z.shape[-2] for z in rows))
+        parts = jnp.split(left_product(jnp.concatenate(rows, axis=-2), matrix), ends[:-1], axis=-2)
         for p, part in zip(users, parts, strict=True):
-            totals[p] += (sums[p].coefficients[i] * part).astype(thins[p].dtype)
+            part = part.reshape(*part.shape[:-2], len(thins[p]), -1, part.shape[-1])
+            totals[p] += stacks[p].coefficients[i] * jnp.moveaxis(part, -3, 0).astype(thins[p].dtype)
     return totals
 
 
-def _new_a(total: Sum, b: Array, right: Array) -> Array:
-    anchor, measured = total.anchor, b
-    if total.metric is not None:
-        measured = times_output(b, total.metric.output)
-        right = times_input(total.inverse_metric.input, right)
-    drift = matmul(b - total.weight * anchor.b, transpose(measured), HIGHEST)
-    residual = right - matmul(anchor.a, drift, HIGHEST) - total.shrinkage * anchor.a
-    return anchor.a + matmul(residual, _gram_inverse(total, b, transpose(measured)), HIGHEST)
+def _as_rows(thin: Float[Array, "S *batch r m"]) -> Float[Array, "*batch S*r m"]:
+    thin = jnp.moveaxis(thin, 0, -3)
+    return thin.reshape(*thin.shape[:-3], -1, thin.shape[-1])
 
 
-def _new_b(total: Sum, a: Array, left: Array) -> Array:
-    anchor, measured = total.anchor, a
-    if total.metric is not None:
-        measured = times_input(total.metric.input, a)
-        left = times_output(left, total.inverse_metric.output)
-    drift = matmul(transpose(measured), a - total.weight * anchor.a, HIGHEST)
-    residual = left - matmul(drift, anchor.b, HIGHEST) - total.shrinkage * anchor.b
-    return anchor.b + matmul(_gram_inverse(total, transpose(a), measured), residual, HIGHEST)
+def _new_factor(side: int, stack: _Stack, other: Array, product: Array) -> Array:
+    """Solves for a^T (side 0) or b (side 1), given the other factor and its product with the sum.
 
-
-def _gram_inverse(total: Sum, thin: Array, measured: Array) -> Array:
-    gram = matmul(thin, measured, HIGHEST)
-    if total.regularization is None:
-        return inverse(gram, None)
-    return inverse(gram, total.regularization + total.shrinkage)
+    Solved for the change from the anchor: with d = a D_in (a - c_0 a_0)^T of a wide factor a,
+    (a D_in a^T + lam I)^-1 (lam b0 + a D_in S) - b0 is (a D_in a^T + lam I)^-1 (a D_in (S - c_0 P) - d b0).
+    Nothing cancels where little changes, and a singular Gram matrix leaves the anchor's directions alone.
+    """
+    at, measured = stack.anchor[side], other
+    if stack.metric is not None:
+        measured = times_output(other, stack.metric[1 - side])
+        product = times_output(product, stack.inverse_metric[side])
+    drift = matmul(measured, transpose(other - stack.weight * stack.anchor[1 - side]), HIGHEST)
+    residual = product - matmul(drift, at, HIGHEST) - stack.shrinkage * at
+    gram = matmul(other, transpose(measured), HIGHEST)
+    exact = stack.regularization is None
+    regularization = None if exact else stack.regularization + stack.shrinkage
+    return at + matmul(inverse(gram, regularization), residual, HIGHEST)
 
 
 def inverse(gram: Float[Array, "*batch r r"], regularization: Any) -> Float[Array, "*batch r r"]:
@@ -255,11 +277,11 @@ def inverse(gram: Float[Array, "*batch r r"], regularization: Any) -> Float[Arra
         return matmul(vectors * reciprocals[..., None, :], transpose(vectors), HIGHEST)
     eye = jnp.broadcast_to(jnp.eye(r, dtype=gram.dtype), gram.shape)
     matrix = gram + jnp.asarray(regularization, gram.dtype) * eye
-    diagonal = jnp.diagonal(matrix, axis1=-2, axis2=-1)
+    diagonal = jnp.sum(matrix * eye, axis=-1)
     # Not `diagonal > tiny`, so that a NaN stays one and is seen.
     root = jnp.where(diagonal <= tiny, 0, jax.lax.rsqrt(jnp.where(diagonal <= tiny, 1, diagonal)))
     unit = matrix * root[..., :, None] * root[..., None, :]
-    factor = jnp.linalg.cholesky(unit + 8 * r * eps * eye)
+    factor = jax.lax.linalg.cholesky(unit + 8 * r * eps * eye, symmetrize_input=False)
     half = jax.lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
     guess = matmul(transpose(half), half, HIGHEST)
     guess = guess + matmul(guess, eye - matmul(unit, guess, HIGHEST), HIGHEST)
