@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -96,7 +97,8 @@ def _lorsum(terms, regularization, metric, *, num_iters, first):
         metric = as_type(metric, solve_dtype(anchor.a, anchor.b))
         forward, backward = powers(metric, 1, batch_ndim=len(shape) - 2)
         total = total._replace(metric=forward, inverse_metric=backward)
-    [result] = joint_lorsum([matrix for _, matrix in rest], [total], num_iters=num_iters, first=first)
+    problem = Problem([matrix for _, matrix in rest], [total])
+    [[result]] = solve_problems([problem], num_iters=num_iters, first=first)
     return result
 
 
@@ -112,35 +114,54 @@ class Sum(NamedTuple):
     inverse_metric: KroneckerMetric | None = None
 
 
-def joint_lorsum(
-    matrices: Sequence[Matrix], sums: Sequence[Sum], *, num_iters: Any = 1, first: str = "a"
-) -> list[LowRank]:
-    """Several LoRSums over the same matrices, in step, so that each matrix is passed over once.
+class Problem(NamedTuple):
+    """Several LoRSums over the same matrices, each of which is passed over once for all of them."""
+
+    matrices: Sequence[Matrix]  # the terms besides the anchors
+    sums: Sequence[Sum]
+
+
+def solve_problems(
+    problems: Sequence[Problem], *, num_iters: Any = 1, first: str = "a"
+) -> list[list[LowRank]]:
+    """LoRSums of several matrices: of all LoRA parameters of a model.
+
+    In a single iteration, without metrics, the small solves of all problems are done together. Otherwise the
+    matrices of each would wait in memory for all others, and the problems are solved one after the other.
 
     Args:
-      matrices: the terms besides the anchors.
-      sums: the LoRSums.
+      problems: what is to be solved.
       num_iters: as for `lorsum`.
       first: as for `lorsum`.
 
     Returns:
-      One `LowRank` for each sum.
+      For each problem one `LowRank` for each of its sums.
     """
     if first not in ("a", "b"):
         raise ValueError(f"first is {first!r}; expected 'a' or 'b'")
-    if isinstance(num_iters, int) and num_iters < 0:
+    static = isinstance(num_iters, int)
+    if static and num_iters < 0:
         raise ValueError(f"num_iters is {num_iters}; expected 0 (the Jacobi step) or more")
-    checked = []
-    for total in sums:
-        reg = total.regularization
-        if isinstance(reg, int | float) and reg < 0:
-            raise ValueError(f"regularization is {reg}; expected a non-negative number")
-        # A zero known now asks for pseudo-inverses; a traced one is left to the Cholesky solve's floor.
-        known_zero = isinstance(reg, int | float) and reg == 0
-        checked.append(total._replace(regularization=None if known_zero else reg))
-    solve = _solve_static if isinstance(num_iters, int) else _solve
-    results = solve(list(matrices), checked, num_iters=num_iters, first=first)
-    return [share_scale(new, like=total.anchor) for new, total in zip(results, sums, strict=True)]
+    checked = [Problem(list(matrices), list(map(_checked, sums))) for matrices, sums in problems]
+    solve = partial(_solve_static if static else _solve, num_iters=num_iters, first=first)
+    together = static and num_iters <= 1 and all(z.metric is None for _, sums in checked for z in sums)
+    solved = solve(checked) if together else [solve([problem])[0] for problem in checked]
+    return [
+        [share_scale(new, like=total.anchor) for new, total in zip(results, sums, strict=True)]
+        for results, (_, sums) in zip(solved, problems, strict=True)
+    ]
+
+
+def _checked(total: Sum) -> Sum:
+    """The sum, with a regularization of None, for pseudo-inverses, where it is known to be zero.
+
+    A traced zero is left to the Cholesky solve's floor.
+    """
+    reg = total.regularization
+    known = isinstance(reg, int | float)
+    if known and reg < 0:
+        raise ValueError(f"regularization is {reg}; expected a non-negative number")
+    return total._replace(regularization=None if known and reg == 0 else reg)
 
 
 class _Stack(NamedTuple):
@@ -158,19 +179,17 @@ class _Stack(NamedTuple):
     inverse_metric: KroneckerMetric | None
 
 
-def _solve(matrices, sums, *, num_iters, first):
-    alike: dict[Any, list[int]] = {}
-    for index, total in enumerate(sums):
-        shapes = total.anchor.a.shape, total.anchor.b.shape, solve_dtype(*jax.tree.leaves(total.anchor))
-        kind = total.regularization is None, jax.tree.structure(total.metric)
-        alike.setdefault((*shapes, *kind), []).append(index)
-    stacks = [_stack([sums[index] for index in indices]) for indices in alike.values()]
-    sides = [transposed(matrix) for matrix in matrices], matrices
+def _solve(problems, *, num_iters, first):
+    alike = [_alike(sums) for _, sums in problems]
+    stacks = [_stacks(sums, indices) for (_, sums), indices in zip(problems, alike, strict=True)]
+    matrices = [matrices for matrices, _ in problems]
+    sides = [list(map(transposed, each)) for each in matrices], matrices
 
     def half_step(side, others):
-        """One factor of each stack, a^T (0) or b (1), from the other one."""
-        products = _weighted_products(sides[side], stacks, others)
-        return [_new_factor(side, *z) for z in zip(stacks, others, products, strict=True)]
+        """One factor of each stack of each problem, a^T (0) or b (1), from the other one."""
+        systems = [_systems(side, *z) for z in zip(stacks, others, strict=True)]
+        inverses = _inverses(systems)
+        return [_new_factors(side, *z) for z in zip(sides[side], stacks, others, inverses, strict=True)]
 
     def iterate(_, factors):
         side = 0 if first == "a" else 1
@@ -184,20 +203,40 @@ def _solve(matrices, sums, *, num_iters, first):
     def jacobi(factors):
         return half_step(0, factors[1]), half_step(1, factors[0])
 
-    factors = tuple([stack.anchor[side] for stack in stacks] for side in (0, 1))
+    factors = tuple([[stack.anchor[side] for stack in of_one] for of_one in stacks] for side in (0, 1))
     if isinstance(num_iters, int):
         factors = alternate(factors) if num_iters else jacobi(factors)
     else:
         factors = jax.lax.cond(num_iters > 0, alternate, jacobi, factors)
-    solved = {
-        index: LowRank(transpose(at[place]), b[place])
-        for indices, at, b in zip(alike.values(), *factors, strict=True)
-        for place, index in enumerate(indices)
-    }
-    return [solved[index] for index in range(len(sums))]
+    return [_unstack(*z) for z in zip(alike, *factors, strict=True)]
 
 
 _solve_static = jax.jit(_solve, static_argnames=("num_iters", "first"))
+
+
+def _alike(sums: Sequence[Sum]) -> tuple[tuple[int, ...], ...]:
+    """The indices of sums that can be stacked with each other."""
+    groups: dict[Any, list[int]] = {}
+    for index, total in enumerate(sums):
+        shapes = total.anchor.a.shape, total.anchor.b.shape, solve_dtype(*jax.tree.leaves(total.anchor))
+        kind = total.regularization is None, jax.tree.structure(total.metric)
+        groups.setdefault((*shapes, *kind), []).append(index)
+    return tuple(map(tuple, groups.values()))
+
+
+# Compiled by themselves, the parts of a problem are traced once for all layers of a shape.
+@partial(jax.jit, static_argnums=1)
+def _stacks(sums: Sequence[Sum], alike: tuple[tuple[int, ...], ...]) -> list[_Stack]:
+    return [_stack([sums[index] for index in indices]) for indices in alike]
+
+
+def _unstack(alike, lefts, rights) -> list[LowRank]:
+    solved = {
+        index: LowRank(transpose(at[place]), b[place])
+        for indices, at, b in zip(alike, lefts, rights, strict=True)
+        for place, index in enumerate(indices)
+    }
+    return [solved[index] for index in range(len(solved))]
 
 
 def _stack(sums: Sequence[Sum]) -> _Stack:
@@ -222,6 +261,61 @@ def _stack(sums: Sequence[Sum]) -> _Stack:
     )
 
 
+# Solved for the change from the anchor: with d = a D_in (a - c_0 a_0)^T of a wide factor a, the new b is
+# b0 + (a D_in a^T + lam I)^-1 (a D_in (S - c_0 P) - d b0). Nothing cancels where little changes, and a
+# singular Gram matrix leaves the anchor's directions alone.
+@partial(jax.jit, static_argnums=0)
+def _systems(side: int, stacks: Sequence[_Stack], others: Sequence[Array]) -> list[tuple[Array, Any]]:
+    """The Gram matrices to invert for a^T (side 0) or b (side 1), and what is added to their diagonals."""
+    systems = []
+    for stack, other in zip(stacks, others, strict=True):
+        gram = matmul(other, transpose(_measured(side, stack, other)), HIGHEST)
+        exact = stack.regularization is None
+        systems.append((gram, None if exact else stack.regularization + stack.shrinkage))
+    return systems
+
+
+def _measured(side: int, stack: _Stack, other: Array) -> Array:
+    return other if stack.metric is None else times_output(other, stack.metric[1 - side])
+
+
+def _inverses(systems: Sequence[Sequence[tuple[Array, Any]]]) -> list[list[Array]]:
+    """The inverses of all Gram matrices, those of one shape together."""
+    groups: dict[Any, list[tuple[int, int]]] = {}
+    for i, of_one in enumerate(systems):
+        for j, (gram, added) in enumerate(of_one):
+            groups.setdefault((gram.shape[1:], gram.dtype, added is None), []).append((i, j))
+    out: list[list[Any]] = [[None] * len(of_one) for of_one in systems]
+    for places in groups.values():
+        grams, added = zip(*(systems[i][j] for i, j in places), strict=True)
+        ends = list(itertools.accumulate(map(len, grams)))
+        together = inverse(jnp.concatenate(grams), None if added[0] is None else jnp.concatenate(added))
+        for (i, j), part in zip(places, jnp.split(together, ends[:-1]), strict=True):
+            out[i][j] = part
+    return out
+
+
+@partial(jax.jit, static_argnums=0)
+def _new_factors(
+    side: int,
+    matrices: Sequence[Matrix],
+    stacks: Sequence[_Stack],
+    others: Sequence[Array],
+    inverses: Sequence[Array],
+) -> list[Array]:
+    """a^T (side 0) or b (side 1), from the other factors and the inverses of their Gram matrices."""
+    new = []
+    products = _weighted_products(matrices, stacks, others)
+    for stack, other, solver, product in zip(stacks, others, inverses, products, strict=True):
+        anchor, measured = stack.anchor[side], _measured(side, stack, other)
+        if stack.metric is not None:
+            product = times_output(product, stack.inverse_metric[side])
+        drift = matmul(measured, transpose(other - stack.weight * stack.anchor[1 - side]), HIGHEST)
+        residual = product - matmul(drift, anchor, HIGHEST) - stack.shrinkage * anchor
+        new.append(anchor + matmul(solver, residual, HIGHEST))
+    return new
+
+
 def _weighted_products(matrices, stacks, thins):
     """sum_i c_i thin T_i for each stack, with its own thin matrices, in one pass over each T_i."""
     totals = [jnp.zeros((), thin.dtype) for thin in thins]
@@ -239,25 +333,6 @@ def _weighted_products(matrices, stacks, thins):
 def _as_rows(thin: Float[Array, "S *batch r m"]) -> Float[Array, "*batch S*r m"]:
     thin = jnp.moveaxis(thin, 0, -3)
     return thin.reshape(*thin.shape[:-3], -1, thin.shape[-1])
-
-
-def _new_factor(side: int, stack: _Stack, other: Array, product: Array) -> Array:
-    """Solves for a^T (side 0) or b (side 1), given the other factor and its product with the sum.
-
-    Solved for the change from the anchor: with d = a D_in (a - c_0 a_0)^T of a wide factor a,
-    (a D_in a^T + lam I)^-1 (lam b0 + a D_in S) - b0 is (a D_in a^T + lam I)^-1 (a D_in (S - c_0 P) - d b0).
-    Nothing cancels where little changes, and a singular Gram matrix leaves the anchor's directions alone.
-    """
-    at, measured = stack.anchor[side], other
-    if stack.metric is not None:
-        measured = times_output(other, stack.metric[1 - side])
-        product = times_output(product, stack.inverse_metric[side])
-    drift = matmul(measured, transpose(other - stack.weight * stack.anchor[1 - side]), HIGHEST)
-    residual = product - matmul(drift, at, HIGHEST) - stack.shrinkage * at
-    gram = matmul(other, transpose(measured), HIGHEST)
-    exact = stack.regularization is None
-    regularization = None if exact else stack.regularization + stack.shrinkage
-    return at + matmul(inverse(gram, regularization), residual, HIGHEST)
 
 
 def inverse(gram: Float[Array, "*batch r r"], regularization: Any) -> Float[Array, "*batch r r"]:
