@@ -56,15 +56,15 @@ def take_steps(
       rest: trees like it.
 
     Returns:
-      The increments of the parameters, and the new momenta or None: two trees.
+      The increments of the parameters, and the new momenta, None where there is none: two trees.
     """
     nodes, treedef = jax.tree.flatten(params, is_leaf=is_low_rank)
     rest = [treedef.flatten_up_to(tree) for tree in rest]
     problems = [problem_of(*arguments) for arguments in zip(nodes, *rest, strict=True)]
     solved = solve_problems(problems, num_iters=num_iters)
     updates = [difference(new, param) for (new, *_), param in zip(solved, nodes, strict=True)]
-    moments = [_rebalance(*moment) for _, *moment in solved if moment]
-    return treedef.unflatten(updates), treedef.unflatten(moments) if moments else None
+    moments = [_rebalance(*moment) if moment else None for _, *moment in solved]
+    return treedef.unflatten(updates), treedef.unflatten(moments)
 
 
 def _rebalance(moment: LowRank) -> LowRank:

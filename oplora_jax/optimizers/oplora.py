@@ -168,8 +168,10 @@ def oplora(
         if kind == "extrapolated":
             updates, last = map_lora(extrapolated, 2, params, updates, state.momentum)
             return updates, OPLoRAState(count, last)
-        problem_of, old = (plain, []) if kind == "none" else (low_rank, [state.momentum])
-        updates, moment = take_steps(problem_of, num_iters, params, updates, *old)
+        if kind == "none":
+            updates, _ = take_steps(plain, num_iters, params, updates)
+            return updates, OPLoRAState(count, momentum=None)
+        updates, moment = take_steps(low_rank, num_iters, params, updates, state.momentum)
         return updates, OPLoRAState(count, moment)
 
     state_dtype = check_state_dtype(state_dtype)

@@ -185,7 +185,7 @@ def scaled_oplora(
         olds = [state.momentum] if has_momentum else []
         updates, momentum = take_steps(problem, num_iters, params, updates, *sides, *olds)
         caches = (KroneckerMetric(*sides[:2]), KroneckerMetric(*sides[2:])) if dense else ()
-        return updates, ScaledOPLoRAState(count, momentum, moments, *caches)
+        return updates, ScaledOPLoRAState(count, momentum if olds else None, moments, *caches)
 
     state_dtype = check_state_dtype(state_dtype)
     if others is None:
