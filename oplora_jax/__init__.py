@@ -38,6 +38,7 @@ from oplora_jax.optimizers import (
     scaled_oplora,
     set_to_zero,
     svdlora,
+    value_and_update,
 )
 from oplora_jax.pairs import from_low_rank, pair_factors, to_low_rank
 from oplora_jax.restart import merge_and_restart, merge_and_restart_layers
@@ -85,4 +86,5 @@ __all__ = [
     "to_dense",
     "to_low_rank",
     "value_and_grad",
+    "value_and_update",
 ]

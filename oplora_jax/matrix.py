@@ -166,6 +166,15 @@ def matmul(x: Array, y: Array, precision: Any = None) -> Array:
     return jnp.matmul(x, y, precision=precision, preferred_element_type=solve_dtype(x, y))
 
 
+def as_wide(thin: Float[Array, "*batch k n"]) -> Float[Array, "*batch k n"]:
+    """The same matrix, which XLA then computes with its few rows as rows.
+
+    On CPU a product over the tokens with 16 rows takes a fourth of the time of one with 16 columns, and XLA
+    would turn the first into the second, to save the transpose of the result.
+    """
+    return jax.lax.optimization_barrier(thin)
+
+
 def right_product(matrix: Matrix, right: Float[Array, "*#batch m k"]) -> Float[Array, "*batch n k"]:
     """matrix @ right, in float32 at least."""
     if isinstance(matrix, LowRank):
@@ -173,7 +182,7 @@ def right_product(matrix: Matrix, right: Float[Array, "*#batch m k"]) -> Float[A
     if isinstance(matrix, OuterProduct):
         # A gradient is multiplied in its own precision: casting it up would copy all of it.
         inner = matmul(matrix.dy, right.astype(matrix.dy.dtype))
-        return matmul(transpose(matrix.x), inner.astype(matrix.x.dtype))
+        return transpose(as_wide(matmul(transpose(inner.astype(matrix.x.dtype)), matrix.x)))
     dense = to_dense(matrix)
     return matmul(dense, right.astype(dense.dtype))
 
@@ -187,6 +196,15 @@ def left_product(left: Float[Array, "*#batch k n"], matrix: Matrix) -> Float[Arr
         return matmul(transpose(inner.astype(matrix.dy.dtype)), matrix.dy)
     dense = to_dense(matrix)
     return matmul(left.astype(dense.dtype), dense)
+
+
+def transposed(matrix: Matrix) -> Matrix:
+    """The transposed matrix, of the same kind."""
+    if isinstance(matrix, LowRank):
+        return LowRank(transpose(matrix.b), transpose(matrix.a), matrix.scale)
+    if isinstance(matrix, OuterProduct):
+        return OuterProduct(matrix.dy, matrix.x)
+    return transpose(to_dense(matrix))
 
 
 def to_dense(matrix: Matrix) -> Float[Array, "*batch n m"]:

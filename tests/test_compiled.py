@@ -1,5 +1,6 @@
 """What the compiled training step costs and how it lowers: counted quantities, no timing."""
 
+import collections
 import re
 
 import jax
@@ -63,6 +64,31 @@ def test_a_step_costs_about_as_much_as_plain_lora(lora_adamw, gradient, memory_l
     assert arithmetic < flops_limit
 
 
+def products_over_tokens(compiled):
+    """How many products there are with a matrix (TOKENS, WIDTH), by the least size in them."""
+    shape_of = dict(re.findall(r"%(\S+) = \w+\[([\d,]*)\]", compiled.as_text()))
+    counted = collections.Counter()
+    for computation in compiled.as_text().split("\n\n"):
+        for out, left, right in re.findall(r"= \w+\[([\d,]*)\]\S* dot\(%(\S+), %(\S+)\)", computation):
+            shapes = [tuple(map(int, z.split(","))) for z in (out, shape_of[left], shape_of[right])]
+            if any(set(shape) == {TOKENS, WIDTH} for shape in shapes):
+                counted[min(min(shape) for shape in shapes)] += 1
+    return counted
+
+
+def test_each_layer_is_passed_over_once():
+    """x and dy twice each in an iteration, for the weights and the momentum together, and nothing besides."""
+    compiled = compile_step(oplora_jax.oplora(0.1), oplora_jax.value_and_grad(stack_loss, "outer"))
+    # Forward, and backward but for the first layer's inputs: with the merged weights, WIDTH x WIDTH.
+    # No product with RANK columns: the factors' gradients, which nobody reads, are not there.
+    assert products_over_tokens(compiled) == {WIDTH: 2 * LAYERS - 1, 2 * RANK: 4 * LAYERS}
+
+
+def test_plain_lora_takes_the_factors_gradients(lora_adamw):
+    """The same count where they are read."""
+    assert products_over_tokens(lora_adamw) == {WIDTH: 2 * LAYERS - 1, RANK: 4 * LAYERS}
+
+
 OPTIMIZERS = {
     "oplora": oplora_jax.oplora(0.1),
     "oplora_2": oplora_jax.oplora(0.1, num_iters=2),
@@ -104,7 +130,7 @@ def test_the_step_lowers_for_accelerators(name, gradient):
     arguments = params, tx.init(params), jnp.ones((tokens, n))
     exported = jax.export.export(jax.jit(step), platforms=["cuda", "tpu"])(*arguments)
     assert set(exported.platforms) == {"cuda", "tpu"}
-    small = re.compile(rf"stablehlo\.dot_general.*-> tensor<{RANK}x{RANK}xf32>")
+    small = re.compile(rf"stablehlo\.dot_general.*-> tensor<(\d+x)*{RANK}x{RANK}xf32>")
     grams = [line for line in exported.mlir_module().splitlines() if small.search(line)]
     assert grams or name == "svdlora"
     for line in grams:

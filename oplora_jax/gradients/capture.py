@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
@@ -31,10 +32,14 @@ class Tapped(LowRank):
     """A `LowRank` whose tap's cotangent is the gradient of the matrix it stands for.
 
     tap is () while uses are counted, (x, dy) to capture an outer product, (gradient,) for a dense one, and
-    (gradient, x_moment, dy_moment, tokens) for a dense one with the moments of its tokens.
+    (gradient, x_moment, dy_moment, tokens) for a dense one with the moments of its tokens. With a rule, a
+    function (a, b, held, x, dy) that returns the taps' cotangents, they are anything else that is made of
+    the factors, of the arrays in held and of the rows of x and dy.
     """
 
     tap: tuple[Any, ...] = ()
+    held: tuple[Any, ...] = ()
+    rule: Any = dataclasses.field(default=None, metadata={"static": True})
 
     def to_dense(self) -> Float[Array, "*batch n m"]:
         return to_dense_p.bind(self.a, self.b, *self.tap, scale=self.scale)
@@ -117,12 +122,27 @@ def _bind(x: Array, lora: LowRank, *kernel: Array, precision: Any) -> Array:
     if precision is None:  # read here: the products are traced later, when the user's context may be over
         precision = jax.config.jax_default_matmul_precision
     a, b = lora.a.astype(x.dtype), lora.b.astype(x.dtype)
-    tap = lora.tap if isinstance(lora, Tapped) else ()
-    return lora_dot_p.bind(x, a, b, *kernel, *tap, scale=lora.scale, kernels=len(kernel), precision=precision)
+    tap, held, rule = (lora.tap, lora.held, lora.rule) if isinstance(lora, Tapped) else ((), (), None)
+    if rule is not None:
+        held = (lora.a, lora.b, *held)
+    parts = {"kernels": len(kernel), "taps": len(tap)}
+    return lora_dot_p.bind(
+        x, a, b, *kernel, *tap, *held, scale=lora.scale, precision=precision, rule=rule, **parts
+    )
 
 
-def _multiply(x: Any, a: Any, b: Any, *rest: Any, scale: float, kernels: int, precision: Any) -> Array:
-    """x (W + s a b), or s x a b without a kernel; of the taps, zeros, nothing is read."""
+def _multiply(
+    x: Any,
+    a: Any,
+    b: Any,
+    *rest: Any,
+    scale: float,
+    kernels: int,
+    precision: Any,
+    taps: int = 0,
+    rule: Any = None,
+) -> Array:
+    """x (W + s a b), or s x a b without a kernel; of the taps and what is held nothing is read."""
     if kernels:
         return multiply(x, rest[0], a, b, scale, precision)
     return _thin_dot(x, a, b, scale=scale, precision=precision)
@@ -134,30 +154,38 @@ def _thin_dot(x: Any, a: Any, b: Any, *, scale: float, precision: Any) -> Array:
     return in_auto_axes(product, lambda: partition(*entries(x)[:-1], entries(b)[-1]), x, a, b)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _captured(taps, precision, x, y, *tap):
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _captured(taps, precision, rule, x, y, held, *tap):
     """Zeros like y. The cotangents of the taps are what is captured of x and of the cotangent of y."""
     return jnp.zeros_like(y)
 
 
-def _captured_fwd(taps, precision, x, y, *tap):
-    return jnp.zeros_like(y), (x, y)
+def _captured_fwd(taps, precision, rule, x, y, held, *tap):
+    return jnp.zeros_like(y), (x, y, held)
 
 
-def _captured_bwd(taps, precision, residuals, dy):
-    x, y = residuals
-    return in_auto_axes(partial(_capture, taps, precision), lambda: specs_of((x, y, *taps)), x, y, dy)
+def _captured_bwd(taps, precision, rule, residuals, dy):
+    x, y, held = residuals
+    capture = partial(_capture, taps, precision, rule)
+    dx, no_dy, *captured = in_auto_axes(capture, lambda: specs_of((x, y, *taps)), x, y, held, dy)
+    return dx, no_dy, jax.tree.map(_no_cotangent, held), *captured
 
 
-def _capture(taps, precision, x, y, dy):
+def _capture(taps, precision, rule, x, y, held, dy):
     """The cotangents of x and y, which are zero, and of the taps."""
-    batch = taps[0].shape[:-2]
-    rows = (z.reshape(*batch, -1, z.shape[-1]) for z in (x, dy))
+    batch = held[0].shape[:-2] if rule else taps[0].shape[:-2]
+    rows = [z.reshape(*batch, -1, z.shape[-1]) for z in (x, dy)]
+    cotangents = rule(*held[:2], held[2:], *rows) if rule else _captures(*rows, taps, precision)
     captured = [
         _over_devices(c.reshape(tap.shape).astype(tap.dtype), jnp.zeros(tap.shape, tap.dtype))
-        for c, tap in zip(_captures(*rows, taps, precision), taps, strict=True)
+        for c, tap in zip(cotangents, taps, strict=True)
     ]
     return jnp.zeros_like(x), jnp.zeros_like(y), *captured
+
+
+def _no_cotangent(z: Array) -> Any:
+    floating = jnp.issubdtype(z.dtype, jnp.inexact)
+    return jnp.zeros_like(z) if floating else np.zeros(z.shape, jax.dtypes.float0)
 
 
 def _captures(x: Array, dy: Array, taps: tuple[Any, ...], precision: Any) -> tuple[Array, ...]:
@@ -181,10 +209,13 @@ def _over_devices(cotangent: Array, primal: Array) -> Array:
 _captured.defvjp(_captured_fwd, _captured_bwd)
 
 
-def _lora_dot_jvp(primals, tangents, *, scale, kernels, precision):
+def _lora_dot_jvp(primals, tangents, *, scale, kernels, precision, taps, rule):
     x, a, b, *rest = primals
     dx, da, db, *drest = (None if isinstance(tangent, ad.Zero) else tangent for tangent in tangents)
-    (kernel, tap), (dkernel, dtap) = ((z[:kernels], z[kernels:]) for z in (rest, drest))
+    ends = kernels, kernels + taps
+    (kernel, tap, held), (dkernel, dtap, _) = (
+        (z[: ends[0]], z[slice(*ends)], z[ends[1] :]) for z in (rest, drest)
+    )
     out = _multiply(x, a, b, *kernel, scale=scale, kernels=kernels, precision=precision)
     terms = []
     if any(tangent is not None for tangent in (dx, da, db, *dkernel)):
@@ -194,7 +225,7 @@ def _lora_dot_jvp(primals, tangents, *, scale, kernels, precision):
             multiply_thin = partial(_thin_dot, scale=scale, precision=precision)
             terms.extend(_thin_derivative(multiply_thin, (x, a, b), (dx, da, db)))
     if any(tangent is not None for tangent in dtap):
-        captured = partial(_captured, tuple(map(jax.typeof, tap)), precision, x, out)
+        captured = partial(_captured, tuple(map(jax.typeof, tap)), precision, rule, x, out, tuple(held))
         along = tuple(map(_instantiate, tap, dtap))
         terms.append(jax.jvp(captured, tuple(tap), along)[1])
     return out, functools.reduce(ad.add_tangents, terms)
@@ -269,6 +300,10 @@ def _primitive(name: str, function: Any, jvp: Any, batch: Any, parameters: tuple
 
 
 lora_dot_p = _primitive(
-    "lora_dot", _multiply, _lora_dot_jvp, _lora_dot_batch, ("scale", "kernels", "precision")
+    "lora_dot",
+    _multiply,
+    _lora_dot_jvp,
+    _lora_dot_batch,
+    ("scale", "kernels", "precision", "taps", "rule"),
 )
 to_dense_p = _primitive("lora_to_dense", _dense, _to_dense_jvp, _to_dense_batch, ("scale",))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, Float
 
-from oplora_jax.matrix import LowRank
+from oplora_jax.matrix import LowRank, as_wide, transpose
 
 
 class Sizes(NamedTuple):
@@ -122,7 +122,7 @@ def derivative(
         terms.append(product(dx, kernel))
         thin.append(product(dx, a))
     if wanted.a:
-        weight.append(scale * product(da, b)) if order.a else thin.append(product(x, da))
+        weight.append(scale * product(da, b)) if order.a else thin.append(_times_thin(x, da, precision))
     if wanted.b and order.b:
         weight.append(scale * product(a, db))
     elif wanted.b:
@@ -132,6 +132,13 @@ def derivative(
     if weight:
         terms.append(product(x, sum(weight[1:], weight[0])))
     return sum(terms[1:], terms[0])
+
+
+def _times_thin(x: Any, a: Any, precision: Any) -> Array:
+    """x @ a, which the backward pass turns into a product of few rows, x^T and the cotangent's transpose."""
+    batch = tuple(range(a.ndim - 2))
+    dimensions = ((x.ndim - 1,), (a.ndim - 1,)), (batch, batch)
+    return jax.lax.dot_general(x, as_wide(transpose(a)), dimensions, precision=precision)
 
 
 def _sizes(x: Any, a: Any, b: Any) -> Sizes:

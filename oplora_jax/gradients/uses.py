@@ -40,6 +40,22 @@ class Uses(NamedTuple):
     places: tuple[Use, ...]
     elsewhere: bool  # whether the first output depends on a factor in another way
 
+    @property
+    def once(self) -> bool:
+        """Whether there is one use at most, through lora_dot."""
+        return self._times <= 1 and self._by_dot
+
+    def __str__(self) -> str:
+        return f"used {self._times} times" if self._by_dot else "merged into a weight"
+
+    @property
+    def _times(self) -> int:
+        return sum(use.times for use in self.places)
+
+    @property
+    def _by_dot(self) -> bool:
+        return all(use.kind == "dot" for use in self.places)
+
 
 class _Flow(NamedTuple):
     """What reaches a value: factors as they are, and parameters whose factors were computed with."""

@@ -180,26 +180,45 @@ def _taps(
     microbatches: int,
 ) -> list[Any]:
     """Zeros of the shapes in which each LoRA parameter's gradient is captured; None for other leaves."""
+    return [
+        None if uses is None else _tap(name_of(path), node, uses, gradient, moments, microbatches)
+        for (path, node), uses in zip(paths_and_nodes, lora_uses(loss, paths_and_nodes), strict=True)
+    ]
+
+
+def lora_uses(loss: Callable[..., Any], paths_and_nodes: list[Any]) -> list[Uses | None]:
+    """What a loss of the nodes does with each LoRA parameter; None for other leaves.
+
+    Raises:
+      ValueError: a loss that depends on factors in another way than through a product with them.
+    """
     probes, factors, loras = [], [], []
     for path, node in paths_and_nodes:
         if is_low_rank(node):
-            check_factors(node, _name(path))
+            check_factors(node, name_of(path))
             probes.append(Tapped(node.a, node.b, node.scale))
             factors.extend([len(loras)] * 2)
-            loras.append(node)
+            loras.append(name_of(path))
         else:
             probes.append(node)
             factors.append(None)
     if not loras:
         return [None] * len(paths_and_nodes)
-    uses = iter(count_uses(jax.make_jaxpr(loss)(probes), factors, len(loras)))
-    return [
-        _tap(_name(path), node, next(uses), gradient, moments, microbatches) if is_low_rank(node) else None
-        for path, node in paths_and_nodes
-    ]
+    found = count_uses(jax.make_jaxpr(loss)(probes), factors, len(loras))
+    for name, uses in zip(loras, found, strict=True):
+        if uses.elsewhere:
+            raise ValueError(
+                f"{name}: the loss depends on the factors a and b of this LoRA parameter in a way whose "
+                "full gradient cannot be taken. Multiply by it through lora_dot, merge or to_dense alone "
+                "(and wrap statistics of the factors in jax.lax.stop_gradient), or use jax.grad for factor "
+                "gradients"
+            )
+    uses = iter(found)
+    return [next(uses) if is_low_rank(node) else None for _, node in paths_and_nodes]
 
 
-def _name(path: Any) -> str:
+def name_of(path: Any) -> str:
+    """A path of a tree, to name a parameter in an error."""
     return jax.tree_util.keystr(path) or "the LoRA parameter"
 
 
@@ -207,20 +226,11 @@ def _tap(
     name: str, node: LowRank, uses: Uses, gradient: Kind, moments: Structure | None, microbatches: int
 ) -> tuple[jax.Array, ...]:
     (*batch, n, m), rank = node.shape, node.a.shape[-1]
-    if uses.elsewhere:
-        raise ValueError(
-            f"{name}: the loss depends on the factors a and b of this LoRA parameter in a way whose full "
-            "gradient cannot be taken. Multiply by it through lora_dot, merge or to_dense alone (and wrap "
-            "statistics of the factors in jax.lax.stop_gradient), or use jax.grad for factor gradients"
-        )
-    places = uses.places
-    times = sum(use.times for use in places)
-    once = times <= 1 and all(use.kind == "dot" for use in places)
+    places, once = uses.places, uses.once
     if gradient == "outer" and not once:
-        how = f"used {times} times" if all(u.kind == "dot" for u in places) else "merged into a weight"
         raise ValueError(
             f"{name}: gradient='outer' needs one use per forward pass, through lora_dot, but this LoRA "
-            f"parameter of shape {node.shape} is {how}. Use gradient='dense' or 'auto', or concatenate the "
+            f"parameter of shape {node.shape} is {uses}. Use gradient='dense' or 'auto', or concatenate the "
             "inputs and multiply once"
         )
     # Of an unused parameter: one row of zeros.

@@ -104,7 +104,11 @@ def lora_rite(
         return LoRARITEState(jnp.zeros((), jnp.int32), momentum, basis, squares(lambda r: r), escaped)
 
     def update_fn(updates, state, params=None, **extra_args):
-        del extra_args
+        if extra_args.get("in_backward") and max_norm is not None:
+            raise ValueError(
+                f"max_norm is {max_norm}: a joint norm of all parameters is not known in the backward pass; "
+                "expected None"
+            )
         lr = at_step(learning_rate, state.count)
         count = optax.safe_increment(state.count)
         decays = _corrected(b1, state.count, lr.dtype), _corrected(b2, state.count, lr.dtype)
@@ -139,7 +143,7 @@ def lora_rite(
 
     if others is None:
         others = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
-    return for_lora(optax.GradientTransformation(init_fn, update_fn), others)
+    return for_lora(optax.GradientTransformationExtraArgs(init_fn, update_fn), others)
 
 
 def _zeros(param, size):

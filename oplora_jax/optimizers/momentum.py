@@ -1,13 +1,14 @@
 """The low-rank momentum that several optimizers keep."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from oplora_jax.lorsum import Sum, joint_lorsum
+from oplora_jax.lorsum import Problem, Sum, solve_problems
 from oplora_jax.matrix import LowRank, Matrix, is_low_rank, share_scale, solve_dtype
-from oplora_jax.optimizers.low_rank import is_zero, map_lora
+from oplora_jax.optimizers.low_rank import difference, is_zero, map_lora
 
 
 def init_momentum(params: Any, seed: Any, rank: Any = None) -> Any:
@@ -28,16 +29,9 @@ def _random_start(key, param, rank):
     return share_scale(LowRank(a, b), param)
 
 
-def step_with_momentum(
-    gradient: Matrix,
-    momentum: LowRank,
-    weights: Sum,
-    decay: Any,
-    share: Any,
-    regularization: Any,
-    *,
-    num_iters: Any,
-) -> tuple[LowRank, LowRank]:
+def with_momentum(
+    gradient: Matrix, momentum: LowRank, weights: Sum, decay: Any, share: Any, regularization: Any
+) -> Problem:
     """The new weights, a sum over [gradient, momentum], and the new momentum, in one pass over the gradient.
 
     The momentum is LoRSum[(decay, momentum), (share, gradient)].
@@ -46,8 +40,31 @@ def step_with_momentum(
     # which starts at zero: at most 0.2 % of the regularization, so that a step of size 0 changes nothing.
     shrinkage = 0.0 if is_zero(regularization) else jnp.minimum(1e-6, 2e-3 * regularization)
     moments = Sum(decay, momentum, [share, None], regularization, shrinkage)
-    new, moment = joint_lorsum([gradient, momentum], [weights, moments], num_iters=num_iters)
-    return new, _rebalance(moment)
+    return Problem([gradient, momentum], [weights, moments])
+
+
+def take_steps(
+    problem_of: Callable[..., Problem], num_iters: Any, params: Any, *rest: Any
+) -> tuple[Any, Any]:
+    """Solves one problem for each LoRA parameter.
+
+    Args:
+      problem_of: the problem of one parameter, whose first sum is the new weights and whose second one, if
+        there is one, the new momentum. Called with the parameter and what stands there in `rest`.
+      num_iters: as for `lorsum`.
+      params: a tree of parameters.
+      rest: trees like it.
+
+    Returns:
+      The increments of the parameters, and the new momenta, None where there is none: two trees.
+    """
+    nodes, treedef = jax.tree.flatten(params, is_leaf=is_low_rank)
+    rest = [treedef.flatten_up_to(tree) for tree in rest]
+    problems = [problem_of(*arguments) for arguments in zip(nodes, *rest, strict=True)]
+    solved = solve_problems(problems, num_iters=num_iters)
+    updates = [difference(new, param) for (new, *_), param in zip(solved, nodes, strict=True)]
+    moments = [_rebalance(*moment) if moment else None for _, *moment in solved]
+    return treedef.unflatten(updates), treedef.unflatten(moments)
 
 
 def _rebalance(moment: LowRank) -> LowRank:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from oplora_jax.lorsum import Sum, inverse, lorsum
+from oplora_jax.lorsum import Problem, Sum, inverse, lorsum
 from oplora_jax.matrix import (
     HIGHEST,
     LowRank,
@@ -19,7 +19,7 @@ from oplora_jax.matrix import (
     transpose,
 )
 from oplora_jax.optimizers.low_rank import at_step, difference, for_lora, full_gradient, is_zero, map_lora
-from oplora_jax.optimizers.momentum import init_momentum, step_with_momentum
+from oplora_jax.optimizers.momentum import init_momentum, take_steps, with_momentum
 from oplora_jax.optimizers.precision import check_state_dtype
 
 
@@ -139,17 +139,12 @@ def oplora(
             ridge_m = 0.0 if is_zero(momentum_regularization) else lr * momentum_regularization
         share = 1 - dampening
 
-        def low_rank(param, gradient, old):
-            g = full_gradient(param, gradient)
-            weights = Sum(weight, param, [-lr * share, -lr * momentum], ridge)
-            new, moment = step_with_momentum(g, old, weights, momentum, share, ridge_m, num_iters=num_iters)
-            return difference(new, param), moment
-
         def plain(param, gradient):
-            g = full_gradient(param, gradient)
-            terms = [(weight, param), (-lr * share, g)]
-            new = lorsum(terms, num_iters=num_iters, regularization=ridge)
-            return (difference(new, param),)
+            return Problem([full_gradient(param, gradient)], [Sum(weight, param, [-lr * share], ridge)])
+
+        def low_rank(param, gradient, old):
+            weights = Sum(weight, param, [-lr * share, -lr * momentum], ridge)
+            return with_momentum(full_gradient(param, gradient), old, weights, momentum, share, ridge_m)
 
         def extrapolated(param, gradient, old):
             g = full_gradient(param, gradient)
@@ -167,14 +162,16 @@ def oplora(
             return difference(new, param), moment, z
 
         count = optax.safe_increment(state.count)
-        if kind == "none":
-            [updates] = map_lora(plain, 1, params, updates)
-            return updates, OPLoRAState(count, momentum=None)
         if kind == "projected":
             trees = map_lora(projected, 3, params, updates, state.momentum, state.previous)
             return trees[0], OPLoRAState(count, *trees[1:])
-        step = low_rank if kind == "low_rank" else extrapolated
-        updates, moment = map_lora(step, 2, params, updates, state.momentum)
+        if kind == "extrapolated":
+            updates, last = map_lora(extrapolated, 2, params, updates, state.momentum)
+            return updates, OPLoRAState(count, last)
+        if kind == "none":
+            updates, _ = take_steps(plain, num_iters, params, updates)
+            return updates, OPLoRAState(count, momentum=None)
+        updates, moment = take_steps(low_rank, num_iters, params, updates, state.momentum)
         return updates, OPLoRAState(count, moment)
 
     state_dtype = check_state_dtype(state_dtype)

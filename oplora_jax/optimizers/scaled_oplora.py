@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from oplora_jax.lorsum import Sum, joint_lorsum
+from oplora_jax.lorsum import Problem, Sum
 from oplora_jax.matrix import DenseGradient, LowRank, OuterProduct, is_low_rank, solve_dtype
 from oplora_jax.metrics import (
     KroneckerMetric,
@@ -18,8 +18,8 @@ from oplora_jax.metrics import (
     powers,
     shampoo_moments,
 )
-from oplora_jax.optimizers.low_rank import at_step, difference, for_lora, full_gradient, is_zero, map_lora
-from oplora_jax.optimizers.momentum import init_momentum, step_with_momentum
+from oplora_jax.optimizers.low_rank import at_step, for_lora, full_gradient, is_zero, map_lora
+from oplora_jax.optimizers.momentum import init_momentum, take_steps, with_momentum
 from oplora_jax.optimizers.precision import check_state_dtype
 
 
@@ -166,17 +166,14 @@ def scaled_oplora(
             forward, backward = powers(at, power, damping, batch_ndim=len(param.shape) - 2)
             return *forward, *backward
 
-        def step(param, gradient, *sides):
+        def problem(param, gradient, *sides):
             gradient = full_gradient(param, gradient)
             *sides, old = sides if has_momentum else (*sides, None)
             metrics = KroneckerMetric(*sides[:2]), KroneckerMetric(*sides[2:])
             weights = lambda *coefficients: Sum(1.0, param, coefficients, ridge, 0.0, *metrics)
             if old is None:
-                [new] = joint_lorsum([gradient], [weights(-lr * share)], num_iters=num_iters)
-                return (difference(new, param),)
-            both = weights(-lr * share, -lr * b1)
-            new, moment = step_with_momentum(gradient, old, both, b1, share, ridge, num_iters=num_iters)
-            return difference(new, param), moment
+                return Problem([gradient], [weights(-lr * share)])
+            return with_momentum(gradient, old, weights(-lr * share, -lr * b1), b1, share, ridge)
 
         moments = KroneckerMetric(*map_lora(measure, 2, params, updates, *state.moments))
         decompose = lambda: map_lora(raise_sides, 4, params, *moments)
@@ -186,9 +183,9 @@ def scaled_oplora(
         else:
             sides = decompose()
         olds = [state.momentum] if has_momentum else []
-        updates, *momentum = map_lora(step, 1 + len(olds), params, updates, *sides, *olds)
+        updates, momentum = take_steps(problem, num_iters, params, updates, *sides, *olds)
         caches = (KroneckerMetric(*sides[:2]), KroneckerMetric(*sides[2:])) if dense else ()
-        return updates, ScaledOPLoRAState(count, momentum[0] if olds else None, moments, *caches)
+        return updates, ScaledOPLoRAState(count, momentum if olds else None, moments, *caches)
 
     state_dtype = check_state_dtype(state_dtype)
     if others is None:
