@@ -26,7 +26,7 @@ def test_programs(tmp_path, monkeypatch):
                 assert scope["loss"] < 0.9  # from 1 or more at the start
                 first = first if count else dict(scope)
                 count += 1
-    assert count == 7
+    assert count == 8
 
 
 def test_the_table_of_optimizers():
