@@ -81,7 +81,7 @@ def randomized_svd(terms: Terms, rank: int) -> LowRank:
         columns = orthonormal(times(orthonormal(times_transposed(columns))))
     u, values, vt = jnp.linalg.svd(transpose(times_transposed(columns)), full_matrices=False)
     root = jnp.sqrt(values[:rank])
-    return LowRank(columns @ (u[:, :rank] * root), root[:, None] * vt[:rank])
+    return LowRank(columns @ (u[:, :rank] * root[None, :]), root[:, None] * vt[:rank])
 
 
 def formed_svd(terms: Terms, rank: int) -> LowRank:

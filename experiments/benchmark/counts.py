@@ -1,5 +1,6 @@
 """What a program costs, as XLA counts it for the compiled program."""
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -41,6 +42,7 @@ def count(function: Callable[..., Any], *arguments: Any, donated: tuple[int, ...
     Returns:
       The counts, and the compiled program.
     """
+    _start_compiler()
     jax.clear_caches()  # the functions inside, which it may share with others, are traced anew as well
     with _no_persistent_cache():
         began = time.perf_counter()
@@ -61,6 +63,12 @@ def count(function: Callable[..., Any], *arguments: Any, donated: tuple[int, ...
         compile_seconds=seconds,
     )
     return counts, compiled
+
+
+@functools.cache
+def _start_compiler() -> None:
+    """Has the first program of a process compiled, which takes longer than a later one."""
+    jax.jit(lambda x: x @ x).lower(jax.ShapeDtypeStruct((8, 8), "float32")).compile()
 
 
 @contextmanager

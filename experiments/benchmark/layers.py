@@ -40,7 +40,7 @@ class Layers(Task):
 
         def draw(rows, columns):
             stacked = random.standard_normal((self.layers, rows, columns), np.float32) / math.sqrt(rows)
-            return stacked if self.scan else list(stacked)
+            return jnp.asarray(stacked) if self.scan else [jnp.asarray(z) for z in stacked]
 
         kernels = draw(self.width, self.width)
         if full:
@@ -49,10 +49,11 @@ class Layers(Task):
         loras = LowRank(a, b) if self.scan else [LowRank(*pair) for pair in zip(a, b, strict=True)]
         return {"loras": loras}, {"kernels": kernels}
 
-    def data(self) -> tuple[Float[np.ndarray, "tokens width"], Float[np.ndarray, "tokens width"]]:
+    def data(self) -> tuple[Float[Array, "tokens width"], Float[Array, "tokens width"]]:
         """Inputs and targets."""
         random = np.random.default_rng(1)
-        return tuple(random.standard_normal((self.tokens, self.width), np.float32) for _ in range(2))
+        normal = lambda: jnp.asarray(random.standard_normal((self.tokens, self.width), np.float32))
+        return normal(), normal()
 
     def loss(
         self, trainable: Any, frozen: Any, x: Float[Array, "tokens width"], y: Float[Array, "tokens width"]
