@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
+import jax
 import optax
 
 import oplora_jax
@@ -197,6 +198,15 @@ def scaled_oplora_name(structure: str, num_iters: int, damping: float, power: fl
 
 def _with_numbers(optimizer, numbers, settings):
     return optimizer(settings, *numbers)
+
+
+def differentiate(
+    gradient: Literal["exact", "outer", "dense", "factors", "full"],
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`jax.value_and_grad`, or the library's, for a kind of gradient to train with."""
+    if gradient in ("factors", "full"):
+        return jax.value_and_grad
+    return partial(oplora_jax.value_and_grad, gradient="auto" if gradient == "exact" else gradient)
 
 
 def protocol_rate(name: str, protocol: str) -> float:

@@ -189,8 +189,8 @@ def draw_ablation(groups: list[Group], variants: dict[str, tuple], metric: str, 
         axis.set_xticks(range(len(powers)), [f"{p:g}" for p in powers])
         axis.set_yticks(range(len(dampings)), [f"{d:g}" for d in dampings])
     bar = figure.colorbar(image, ax=axes, label=f"{_quantity(metric)}, after the last epoch")
-    _label_ticks(bar.ax)
-    _write(figure, path)
+    label_ticks(bar.ax.yaxis)
+    write_figure(figure, path)
 
 
 def _shown(values: Any, name: str) -> Any:
@@ -226,20 +226,22 @@ def best(groups: list[Group], metric: str) -> list[Group]:
 
 def _save(figure, path: Path) -> None:
     for axis in figure.axes:
-        _label_ticks(axis)
+        label_ticks(axis.yaxis)
     figure.axes[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
-    _write(figure, path)
+    write_figure(figure, path)
 
 
-def _label_ticks(axis) -> None:
-    low, high = axis.get_ylim()
+def label_ticks(axis) -> None:
+    """Labels more than the powers of ten on a logarithmic `xaxis` or `yaxis` that has few of them."""
+    low, high = sorted(axis.get_view_interval())
     if high < 100 * low:  # too few powers of ten to read it by
-        axis.yaxis.set_major_formatter("{x:g}")
-        digits = "23456789" if high < 4 * low else "235"
-        axis.yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if f"{y:e}"[0] in digits else "")
+        axis.set_major_formatter("{x:g}")
+        digits = "123456789" if high < 2 * low else "23456789" if high < 4 * low else "235"
+        axis.set_minor_formatter(lambda y, _: f"{y:g}" if f"{y:e}"[0] in digits else "")
 
 
-def _write(figure, path: Path) -> None:
+def write_figure(figure, path: Path) -> None:
+    """Writes a figure, so that it is either the old one or the new one, and closes it."""
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, dpi=130)
     temporary.replace(path)

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 import oplora_jax
 from experiments import ExperimentError, methods, storage
 from experiments.storage import Config
+from experiments.task import Task
 
 BUCKETED = 32  # batches whose examples are sorted by length together
 
@@ -31,14 +32,19 @@ def start(config: Config) -> tuple[State, Any]:
     """(the state before the first step, the frozen parameters)."""
     method = methods.find(config.method)
     trainable, frozen = config.task.init(config.seed, full=method.gradient == "full")
-    optimizer = _optimizer(config.task, config.method, config.learning_rate, config.seed, steps=1)
+    optimizer = make_optimizer(config.task, config.method, config.learning_rate, config.seed, steps=1)
     return State(trainable, optimizer.init(trainable)), frozen
 
 
 def optimizer_bytes(config: Config) -> int:
     """The size of the optimizer's state."""
     state, _ = jax.eval_shape(partial(start, config))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.optimizer))
+    return size_in_bytes(state.optimizer)
+
+
+def size_in_bytes(tree: Any) -> int:
+    """The size of a tree of arrays, or of their shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def batches(
@@ -117,7 +123,7 @@ def train(config: Config, notify: Callable[[int, int, dict], None] = lambda *_: 
             seconds.append(time.perf_counter() - began)
             shapes = tuple(z.shape for z in jax.tree.leaves(batch))
             if shapes not in memory:  # the compiled step is there already
-                memory[shapes] = _peak_memory(_step.lower(*arguments).compile())
+                memory[shapes] = peak_memory(_step.lower(*arguments).compile())
             notify(step + 1, total, rows[-1] if rows else {})
         passes = storage.whole(epoch + (part + 1) / parts)
         row = {"epoch": passes, "train_loss": float(np.mean(losses))}
@@ -144,8 +150,8 @@ def load_parameters(config: Config) -> tuple[Any, Any]:
     return serialization.from_bytes(state.trainable, content), frozen
 
 
-def _optimizer(
-    task: storage.Task, name: str, learning_rate: Any, seed: int, steps: int
+def make_optimizer(
+    task: Task, name: str, learning_rate: Any, seed: int, steps: int
 ) -> optax.GradientTransformation:
     """A method's optimizer, with the task's clipping and schedule, for so many steps."""
     if task.decay:
@@ -157,24 +163,32 @@ def _optimizer(
     return optax.chain(oplora_jax.clip_by_global_norm(task.max_norm), optimizer)
 
 
-# The learning rate is an argument, so that all runs of a method share one compilation.
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _step(task, name, steps, learning_rate, key, step, state, frozen, batch, weights):
-    differentiate = {
-        "exact": oplora_jax.value_and_grad,
-        "outer": partial(oplora_jax.value_and_grad, gradient="outer"),
-    }.get(methods.find(name).gradient, jax.value_and_grad)
-    key = jax.random.fold_in(key, step)
-    loss, gradients = differentiate(task.loss)(state.trainable, frozen, batch, weights, key)
-    optimizer = _optimizer(task, name, learning_rate, 0, steps)
+def advance(
+    value_and_grad: Callable[..., Any],
+    optimizer: optax.GradientTransformation,
+    state: State,
+    *arguments: Any,
+) -> tuple[State, Any]:
+    """One step: (the state after it, the loss before it); the arguments are the loss's behind what trains."""
+    loss, gradients = value_and_grad(state.trainable, *arguments)
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
     return State(optax.apply_updates(state.trainable, updates), optimizer_state), loss
 
 
-def _peak_memory(compiled: Any) -> int:
-    """The bytes of a program's arguments, results and temporary buffers."""
+# The learning rate is an argument, so that all runs of a method share one compilation.
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _step(task, name, steps, learning_rate, key, step, state, frozen, batch, weights):
+    value_and_grad = methods.differentiate(methods.find(name).gradient)(task.loss)
+    optimizer = make_optimizer(task, name, learning_rate, 0, steps)
+    key = jax.random.fold_in(key, step)
+    return advance(value_and_grad, optimizer, state, frozen, batch, weights, key)
+
+
+def peak_memory(compiled: Any) -> int:
+    """The bytes of a program's arguments, results and temporary buffers; of what it overwrites, once."""
     sizes = compiled.memory_analysis()
-    return sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes
+    results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return sizes.argument_size_in_bytes + results + sizes.temp_size_in_bytes
 
 
 def _check(config: Config, size: int) -> None:

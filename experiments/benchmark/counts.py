@@ -1,0 +1,163 @@
+"""What a program costs, as XLA counts it for the compiled program."""
+
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun, jaxprs_in_params
+
+from experiments.training import peak_memory
+
+
+class Counts(NamedTuple):
+    """The cost of one run of a program, and of compiling it."""
+
+    flops: float  # arithmetic operations of the code that XLA makes
+    decomposition_flops: float  # those of the decompositions that it leaves to LAPACK and the like
+    bytes_accessed: float  # read and written by all operations of the compiled program
+    temporary_bytes: int
+    peak_bytes: int  # arguments, results and temporary buffers; what is overwritten counts once
+    compile_seconds: float  # of tracing, lowering and compiling, with empty caches
+
+
+def count(function: Callable[..., Any], *arguments: Any, donated: tuple[int, ...] = ()) -> tuple[Counts, Any]:
+    """Compiles a function and counts what it costs.
+
+    XLA counts the body of a loop once, however often it runs, and of a condition the costlier branch. So the
+    operations and the bytes accessed are counted in an equivalent program in which every loop of known length
+    is unrolled, and every condition has the branch of the fewest operations: that of most steps, where a
+    condition guards a start or an update now and then. Memory and compile time are those of the program
+    itself. Decompositions, which XLA calls a library for and counts nothing of, are counted by the textbook.
+
+    Args:
+      function: what is compiled. One that JAX has not seen, so that no cache knows it.
+      *arguments: arrays, or their `jax.ShapeDtypeStruct`.
+      donated: the indices of the arguments that the program may overwrite.
+
+    Returns:
+      The counts, and the compiled program.
+    """
+    _start_compiler()
+    jax.clear_caches()  # the functions inside, which it may share with others, are traced anew as well
+    with _no_persistent_cache():
+        began = time.perf_counter()
+        compiled = jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
+        seconds = time.perf_counter() - began
+        program = jax.make_jaxpr(function)(*arguments)
+        counted = compiled
+        if _bends(program.jaxpr):
+            straight = jaxpr_as_fun(program.replace(jaxpr=_straight(program.jaxpr)))
+            counted = jax.jit(straight).lower(*jax.tree.leaves(arguments)).compile()
+    found = counted.cost_analysis()
+    counts = Counts(
+        flops=max(0.0, found.get("flops", 0.0)),  # -1 where XLA counts nothing at all
+        decomposition_flops=decomposition_flops(program.jaxpr),
+        bytes_accessed=max(0.0, found.get("bytes accessed", 0.0)),
+        temporary_bytes=compiled.memory_analysis().temp_size_in_bytes,
+        peak_bytes=peak_memory(compiled),
+        compile_seconds=seconds,
+    )
+    return counts, compiled
+
+
+@functools.cache
+def _start_compiler() -> None:
+    """Has the first program of a process compiled, which takes longer than a later one."""
+    jax.jit(lambda x: x @ x).lower(jax.ShapeDtypeStruct((8, 8), "float32")).compile()
+
+
+@contextmanager
+def _no_persistent_cache() -> Iterator[None]:
+    before = jax.config.jax_enable_compilation_cache
+    try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # what JAX has found out about the cache it does not look up again
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
+
+
+def _bends(program: Jaxpr) -> bool:
+    """Whether XLA's counts of a program are not those of what runs."""
+    return any(
+        eqn.primitive.name == "cond"
+        or (eqn.primitive.name == "scan" and eqn.params["length"] > 1)
+        or any(map(_bends, jaxprs_in_params(eqn.params)))
+        for eqn in program.eqns
+    )
+
+
+def _straight(program: Jaxpr) -> Jaxpr:
+    """The program with its loops unrolled and the shortest branches alone, sub-programs included."""
+    eqns = []
+    for eqn in program.eqns:
+        params = {name: _straight_param(value) for name, value in eqn.params.items()}
+        if eqn.primitive.name == "scan":
+            params["unroll"] = max(1, params["length"])
+        elif eqn.primitive.name == "cond":
+            branches = params["branches"]
+            params["branches"] = (min(branches, key=lambda z: _size(z.jaxpr)),) * len(branches)
+        eqns.append(eqn.replace(params=params))
+    return program.replace(eqns=eqns)
+
+
+def _straight_param(value: Any) -> Any:
+    if isinstance(value, ClosedJaxpr):
+        return value.replace(jaxpr=_straight(value.jaxpr))
+    if isinstance(value, Jaxpr):
+        return _straight(value)
+    if type(value) is tuple:
+        return tuple(_straight_param(z) for z in value)
+    return value
+
+
+def _size(program: Jaxpr) -> int:
+    inside = (_size(z) for eqn in program.eqns for z in jaxprs_in_params(eqn.params))
+    return len(program.eqns) + sum(inside)
+
+
+def decomposition_flops(program: Jaxpr) -> float:
+    """The operations of a program's decompositions and triangular solves, by the textbook's leading terms.
+
+    Conditions count as in `count`.
+
+    References:
+      Golub and Van Loan, Matrix Computations, 4th edition: Cholesky 4.2, QR 5.2, eigenvalues 8.3, SVD 8.6.
+    """
+    total = 0.0
+    for eqn in program.eqns:
+        inside = [decomposition_flops(z) for z in jaxprs_in_params(eqn.params)]
+        if eqn.primitive.name == "cond":
+            sizes = [_size(branch.jaxpr) for branch in eqn.params["branches"]]
+            total += inside[sizes.index(min(sizes))]
+        elif eqn.primitive.name in _DECOMPOSITIONS:
+            *batch, rows, columns = eqn.invars[0].aval.shape
+            operations = _DECOMPOSITIONS[eqn.primitive.name]
+            total += math.prod(batch) * operations(eqn, max(rows, columns), min(rows, columns))
+        else:
+            total += eqn.params.get("length", 1) * sum(inside)
+    return total
+
+
+def _right_sides(eqn: Any) -> int:
+    """How many systems a triangular solve solves."""
+    *_, rows, columns = eqn.invars[1].aval.shape
+    return columns if eqn.params["left_side"] else rows
+
+
+# Of a matrix with n rows and m <= n columns, or the other way round.
+_DECOMPOSITIONS: dict[str, Callable[[Any, int, int], float]] = {
+    "cholesky": lambda _, n, m: m**3 / 3,
+    "triangular_solve": lambda eqn, n, m: m**2 * _right_sides(eqn),
+    "qr": lambda _, n, m: 4 * n * m**2 - 4 * m**3 / 3,  # R, and then Q
+    "eigh": lambda _, n, m: 9 * m**3,
+    "svd": lambda eqn, n, m: (
+        14 * n * m**2 + 8 * m**3 if eqn.params["compute_uv"] else 4 * n * m**2 - 4 * m**3 / 3
+    ),
+}

@@ -1,0 +1,38 @@
+"""`benchmark stack`: a training step of many layers of one size."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from experiments.benchmark import report
+from experiments.benchmark.layers import Layers
+from experiments.benchmark.steps import DEFAULT, NAMES
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """A training step of a stack of residual layers."""
+
+    layers: int = 12
+    """How many."""
+    width: int = 768
+    """Inputs and outputs of a layer."""
+    tokens: int = 4096
+    """In a batch."""
+    rank: int = 8
+    """Of the LoRA parameters."""
+    scan: bool = False
+    """Whether the layers run in a loop over stacked parameters."""
+    methods: Annotated[tuple[str, ...], tyro.conf.arg(help=NAMES)] = DEFAULT
+    pairs: int = 5
+    """Measured steps of each method, in turn with one of lora_adamw's; 0 for the counts alone."""
+    output: Path = Path("outputs/benchmark")
+    """Folder for stack.csv and stack.png, with --scan stack_scan.csv and stack_scan.png."""
+
+    def run(self, console: Console) -> None:
+        """Measures, prints a table, and writes it and a figure."""
+        task = Layers(self.layers, self.width, self.tokens, self.rank, self.scan)
+        report.compare(self, "stack_scan" if self.scan else "stack", task, task.data(), console)

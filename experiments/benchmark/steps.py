@@ -1,0 +1,149 @@
+"""The cost of training steps, next to the step of LoRA with AdamW."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import ExperimentError, methods
+from experiments.benchmark.counts import Counts, count
+from experiments.benchmark.timing import alternate, runner
+from experiments.task import Task
+from experiments.training import State, advance, make_optimizer, size_in_bytes
+
+BASELINE = "lora_adamw"
+PLAIN = "plain"
+NAMES = (
+    f"{methods.NAMES}; with :outer, :dense or :factors behind a name that of an exact gradient, for the kind "
+    f"to train with; all for every method; {PLAIN} for {BASELINE} without lora_dot"
+)
+# Every optimizer, and the kinds of gradient and iterations of those that there are several of.
+DEFAULT = (
+    PLAIN,
+    *(f"oplora_{k}:{kind}" for kind in ("outer", "dense", "factors") for k in (1, 2, 8)),
+    *(f"scaled_oplora_{k}" for k in (1, 2, 8)),
+    "svdlora",
+    *(
+        name
+        for name in methods.ALL
+        if name not in (BASELINE, "svdlora", "oplora_1", "oplora_2", "scaled_oplora_1")
+    ),
+)
+COUNTED = (
+    "flops",
+    "bytes_accessed",
+    "temporary_bytes",
+    "peak_bytes",
+    "optimizer_bytes",
+    "compile_seconds",
+)
+RATE = 1e-3  # small enough for every method to stay finite; the cost does not depend on it
+
+
+class Variant(NamedTuple):
+    """A method and the kind of gradient it trains with."""
+
+    name: str
+    method: str
+    gradient: str
+    plain: bool = False
+
+
+def parse(name: str, task: Task) -> Variant:
+    """The variant of a name such as "svdlora" or "oplora_2:dense".
+
+    Raises:
+      ExperimentError: there is no such method for the task, or it does not train with this gradient.
+    """
+    if name == PLAIN and hasattr(task, "plain"):
+        return Variant(name, BASELINE, "factors", plain=True)
+    method, _, kind = name.partition(":")
+    needed = methods.find(method).gradient
+    allowed = ("outer", "dense", "factors") if needed == "exact" else (needed,)
+    if kind and kind not in allowed:
+        raise ExperimentError(f"{method} with gradient {kind!r}; expected one of {', '.join(allowed)}")
+    return Variant(name, method, kind or needed)
+
+
+def build(task: Task, variant: Variant) -> tuple[Callable[..., Any], Callable[[], tuple[State, Any]]]:
+    """A training step, (state, frozen, *data) to (state, loss), and what makes its (state, frozen)."""
+    if variant.plain:
+        task = dataclasses.replace(task, plain=True)
+    optimizer = make_optimizer(task, variant.method, RATE, seed=0, steps=1000)
+    value_and_grad = methods.differentiate(variant.gradient)(task.loss)
+
+    def step(state, frozen, *data):
+        return advance(value_and_grad, optimizer, state, frozen, *data)
+
+    def start():
+        trainable, frozen = task.init(0, full=variant.gradient == "full")
+        # Copies, for a step overwrites the state.
+        init = lambda trainable: jax.tree.map(jnp.copy, State(trainable, optimizer.init(trainable)))
+        return jax.jit(init)(trainable), frozen
+
+    return step, start
+
+
+def measure(
+    task: Task,
+    data: Sequence[Any],
+    variants: Sequence[Variant],
+    pairs: int,
+    begin: Callable[[str], Callable[[int, int, dict], None]],
+) -> Iterator[dict[str, Any]]:
+    """One row for each variant: counts, times, and both in units of the first one's.
+
+    Args:
+      task: what is trained; its loss takes (trainable, frozen, *data).
+      data: arrays.
+      variants: the first one is what the others are held against, itself too.
+      pairs: how many steps of each are measured, in turn with one of the first variant's; 0 for none.
+      begin: as `progress` yields it.
+    """
+    first = baseline = None
+    for variant in variants:
+        notify = begin(variant.name)
+        notify(0, pairs + 1, {})
+        counts, optimizer_bytes, make_runner = prepare(task, data, variant)
+        if first is None:
+            first = counts, optimizer_bytes
+            baseline = make_runner() if pairs else None
+        notify(1, pairs + 1, {})
+        row = {"method": variant.name, "gradient": variant.gradient}
+        row |= counts._asdict() | {"optimizer_bytes": optimizer_bytes}
+        row["milliseconds"] = row["time_ratio"] = row["time_ratio_least"] = row["time_ratio_largest"] = None
+        units = first[0]._asdict() | {"optimizer_bytes": first[1]}
+        row |= {f"{name}_ratio": row[name] / units[name] for name in COUNTED}
+        if pairs:
+            seconds, ratios = alternate(
+                baseline, make_runner(), pairs, lambda done, notify=notify: notify(done + 1, pairs + 1, {})
+            )
+            row["milliseconds"] = 1e3 * float(np.median(seconds))
+            row["time_ratio"] = float(np.median(ratios))
+            row["time_ratio_least"], row["time_ratio_largest"] = float(min(ratios)), float(max(ratios))
+        yield row
+
+
+def prepare(
+    task: Task, data: Sequence[Any], variant: Variant
+) -> tuple[Counts, int, Callable[[], Callable[[], float]]]:
+    """(the counts of a step, the bytes of the optimizer's state, what makes a runner of steps)."""
+    step, start = build(task, variant)
+    state, frozen = jax.eval_shape(start)
+    counts, compiled = count(step, state, frozen, *data, donated=(0,))
+
+    def make_runner():
+        state, frozen = start()
+        return runner(compiled, state, jax.device_put(frozen), *jax.device_put(tuple(data)))
+
+    return counts, size_in_bytes(state.optimizer), make_runner
+
+
+def at_least(least: int, **sizes: int) -> None:
+    """Raises ExperimentError for a size that is smaller."""
+    for name, size in sizes.items():
+        if size < least:
+            raise ExperimentError(f"{name.replace('_', '-')} is {size}; expected {least} or more")
