@@ -24,6 +24,7 @@ class Layers(Task):
     tokens: int
     rank: int
     scan: bool = False  # the layers run in a loop over stacked parameters
+    checkpoint: bool = False  # the activations of a layer are computed again in the backward pass
     plain: bool = False  # LoRA is written out, without lora_dot
 
     momentum = 0.9
@@ -61,11 +62,12 @@ class Layers(Task):
         """The mean squared error."""
         kernels = {**frozen, **trainable}["kernels"]
         loras = trainable.get("loras")
+        apply = jax.checkpoint(self._layer) if self.checkpoint else self._layer
         if self.scan:
-            x, _ = jax.lax.scan(lambda x, layer: (self._layer(x, *layer), None), x, (kernels, loras))
+            x, _ = jax.lax.scan(lambda x, layer: (apply(x, *layer), None), x, (kernels, loras))
         else:
             for layer in zip(kernels, loras or [None] * self.layers, strict=True):
-                x = self._layer(x, *layer)
+                x = apply(x, *layer)
         return jnp.mean((x - y) ** 2)
 
     def _layer(self, x, kernel, lora):

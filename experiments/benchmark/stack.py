@@ -26,13 +26,16 @@ class Stack:
     """Of the LoRA parameters."""
     scan: bool = False
     """Whether the layers run in a loop over stacked parameters."""
+    checkpoint: bool = False
+    """Whether a layer's activations are computed again in the backward pass."""
     methods: Annotated[tuple[str, ...], tyro.conf.arg(help=NAMES)] = DEFAULT
     pairs: int = 5
     """Measured steps of each method, in turn with one of lora_adamw's; 0 for the counts alone."""
     output: Path = Path("outputs/benchmark")
-    """Folder for stack.csv and stack.png, with --scan stack_scan.csv and stack_scan.png."""
+    """Folder for stack.csv and stack.png; stack_scan.csv with --scan, stack_checkpoint.csv, and so on."""
 
     def run(self, console: Console) -> None:
         """Measures, prints a table, and writes it and a figure."""
-        task = Layers(self.layers, self.width, self.tokens, self.rank, self.scan)
-        report.compare(self, "stack_scan" if self.scan else "stack", task, task.data(), console)
+        task = Layers(self.layers, self.width, self.tokens, self.rank, self.scan, self.checkpoint)
+        name = "stack" + "_scan" * self.scan + "_checkpoint" * self.checkpoint
+        report.compare(self, name, task, task.data(), console)

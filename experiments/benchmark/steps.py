@@ -2,12 +2,15 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
+import oplora_jax
 from experiments import ExperimentError, methods
 from experiments.benchmark.counts import Counts, count
 from experiments.benchmark.timing import alternate, runner
@@ -16,9 +19,11 @@ from experiments.training import State, advance, make_optimizer, size_in_bytes
 
 BASELINE = "lora_adamw"
 PLAIN = "plain"
+IN_BACKWARD = "in_backward"
 NAMES = (
     f"{methods.NAMES}; with :outer, :dense or :factors behind a name that of an exact gradient, for the kind "
-    f"to train with; all for every method; {PLAIN} for {BASELINE} without lora_dot"
+    f"to train with, or :in_backward, for value_and_update; all for every method; {PLAIN} for {BASELINE} "
+    "without lora_dot"
 )
 # Every optimizer, and the kinds of gradient and iterations of those that there are several of.
 DEFAULT = (
@@ -63,6 +68,8 @@ def parse(name: str, task: Task) -> Variant:
     method, _, kind = name.partition(":")
     needed = methods.find(method).gradient
     allowed = ("outer", "dense", "factors") if needed == "exact" else (needed,)
+    if methods.find(method).of.startswith(("oplora", "scaled_oplora")):
+        allowed += (IN_BACKWARD,)
     if kind and kind not in allowed:
         raise ExperimentError(f"{method} with gradient {kind!r}; expected one of {', '.join(allowed)}")
     return Variant(name, method, kind or needed)
@@ -73,10 +80,10 @@ def build(task: Task, variant: Variant) -> tuple[Callable[..., Any], Callable[[]
     if variant.plain:
         task = dataclasses.replace(task, plain=True)
     optimizer = make_optimizer(task, variant.method, RATE, seed=0, steps=1000)
-    value_and_grad = methods.differentiate(variant.gradient)(task.loss)
-
-    def step(state, frozen, *data):
-        return advance(value_and_grad, optimizer, state, frozen, *data)
+    if variant.gradient == IN_BACKWARD:
+        step = _in_backward(task, optimizer)
+    else:
+        step = partial(advance, methods.differentiate(variant.gradient)(task.loss), optimizer)
 
     def start():
         trainable, frozen = task.init(0, full=variant.gradient == "full")
@@ -85,6 +92,16 @@ def build(task: Task, variant: Variant) -> tuple[Callable[..., Any], Callable[[]
         return jax.jit(init)(trainable), frozen
 
     return step, start
+
+
+def _in_backward(task: Task, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
+    value_and_update = oplora_jax.value_and_update(task.loss, optimizer)
+
+    def step(state, frozen, *data):
+        loss, updates, optimizer_state = value_and_update(state.trainable, state.optimizer, frozen, *data)
+        return State(optax.apply_updates(state.trainable, updates), optimizer_state), loss
+
+    return step
 
 
 def measure(

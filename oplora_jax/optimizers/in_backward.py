@@ -27,9 +27,10 @@ def value_and_update(
     increments of the factors and the new state.
 
     What needs all gradients at once is not possible: clipping by a global norm, accumulation over
-    microbatches, `optax.chain`, or transformations within `tx` that look across parameters. In a scan a step
-    that is not finite is left out, and counted, for each layer by itself. A parameter in a branch of
-    `jax.lax.cond` that is not taken is left alone, its state too.
+    microbatches, `optax.chain`. The same holds for a base that is given to `svdlora`, `reflora` or as one of
+    their settings, which is not checked. In a scan a step that is not finite is left out, and counted, for
+    each layer by itself. A parameter that the backward pass does not reach, in a branch of `jax.lax.cond`
+    that is not taken or behind `jax.lax.stop_gradient`, is left alone: no momentum, no weight decay.
 
     Args:
       loss_fn: a function of (params, *args, **kwargs) that returns a scalar loss, or with `has_aux` a pair of
@@ -43,7 +44,7 @@ def value_and_update(
 
     Raises:
       ValueError: a state that is not of one of this package's optimizers, or a LoRA parameter that is used
-        several times or merged; the message names its path.
+        several times, merged, or cast to another type within the loss; the message names its path.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -141,12 +142,20 @@ def _steps(tx: Any, params: Any, state: Any, uses: list[Uses | None]) -> tuple[A
         old = [
             kept[path] if own else _spread(kept[path], batch) for path, own in zip(paths, owned, strict=True)
         ]
+        types = [z.dtype for z in (node.a, node.b, *old)]
         own_paths = [path for path, own in zip(paths, owned, strict=True) if own]
         for path in own_paths:
             if not jnp.issubdtype(kept[path].dtype, jnp.floating):
                 raise ValueError(f"{name}: its state{path} is {kept[path].dtype}; expected floating point")
 
         def rule(a, b, held, x, dy):
+            found = [z.dtype for z in (a, b, *held)]
+            if found != types:  # the state would be rounded too
+                raise ValueError(
+                    f"{name}: the loss casts this LoRA parameter to {a.dtype}; expected {node.a.dtype}, as "
+                    "lora_dot computes in the type of x and the kernel. Cast those alone, or take the "
+                    "gradients with value_and_grad"
+                )
             at = (0,) * (a.ndim - 2)
             leaves = [z if own else z[at] for z, own in zip(held, owned, strict=True)]
             before = own_structure.unflatten(leaves)

@@ -133,6 +133,17 @@ def test_scanned_layers_count_each():
     assert longer.flops == pytest.approx(2 * scan.flops, rel=0.15)  # backward into x is not in the first one
 
 
+def test_a_step_in_the_backward_pass_keeps_no_gradients():
+    task = Layers(layers=8, width=32, tokens=256, rank=2, scan=True, checkpoint=True)
+    inside, behind = (
+        steps.prepare(task, task.data(), steps.parse(f"oplora_1:{kind}", task))[0]
+        for kind in (steps.IN_BACKWARD, "outer")
+    )
+    # The same arithmetic but for bookkeeping; x and dy of eight layers are not there.
+    assert inside.flops == pytest.approx(behind.flops, rel=0.05)
+    assert inside.temporary_bytes < behind.temporary_bytes - 2 * 7 * 4 * task.tokens * task.width
+
+
 def test_the_baseline_next_to_itself():
     variants = [steps.parse(steps.BASELINE, TINY)] * 2 + [steps.parse("lora_sgd", TINY)]
     rows = list(steps.measure(TINY, TINY.data(), variants, 0, lambda _: lambda *_: None))

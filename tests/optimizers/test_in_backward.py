@@ -153,6 +153,11 @@ def twice(params, x, y):
     return loss_fn(params, x, y) + loss_fn(params, y, x)
 
 
+def cast(params, x, y):
+    loss_fn, *_ = stack(dtype=jnp.float32)
+    return loss_fn(jax.tree.map(lambda z: z.astype(jnp.bfloat16), params), x, y)
+
+
 CHAIN = optax.chain(oplora_jax.clip_by_global_norm(1.0), oplora_jax.oplora(0.1))
 
 
@@ -161,6 +166,7 @@ CHAIN = optax.chain(oplora_jax.clip_by_global_norm(1.0), oplora_jax.oplora(0.1))
     [
         (merged, oplora_jax.oplora(0.1), ["['lora']", "merged", "value_and_grad"]),
         (twice, oplora_jax.oplora(0.1), ["['lora']", "used 2 times", "value_and_grad"]),
+        (cast, oplora_jax.oplora(0.1), ["['lora']", "casts", "bfloat16", "expected float32"]),
         (None, CHAIN, ["tuple", "by itself", "value_and_grad"]),
         (None, oplora_jax.lora_rite(0.1), ["max_norm is 1.0", "None"]),
     ],
