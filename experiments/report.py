@@ -227,7 +227,9 @@ def best(groups: list[Group], metric: str) -> list[Group]:
 def _save(figure, path: Path) -> None:
     for axis in figure.axes:
         label_ticks(axis.yaxis)
-    figure.axes[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+    entries = len(figure.axes[-1].get_legend_handles_labels()[1])
+    columns = 1 + (entries - 1) // 17  # that fit the height of a figure
+    figure.axes[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, ncols=columns)
     write_figure(figure, path)
 
 
