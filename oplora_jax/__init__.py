@@ -38,8 +38,8 @@ from oplora_jax.optimizers import (
     scaled_oplora,
     set_to_zero,
     svdlora,
-    value_and_update,
 )
+from oplora_jax.optimizers.in_backward import value_and_update
 from oplora_jax.pairs import from_low_rank, pair_factors, to_low_rank
 from oplora_jax.restart import merge_and_restart, merge_and_restart_layers
 from oplora_jax.svd import svd

@@ -1,7 +1,6 @@
 """The optimizers, one file each."""
 
 from oplora_jax.optimizers.altlora import altlora, altlora_plus
-from oplora_jax.optimizers.in_backward import value_and_update
 from oplora_jax.optimizers.lora_fa import lora_fa
 from oplora_jax.optimizers.lora_plus import lora_plus
 from oplora_jax.optimizers.lora_pre import lora_pre
@@ -32,5 +31,4 @@ __all__ = [
     "scaled_oplora",
     "set_to_zero",
     "svdlora",
-    "value_and_update",
 ]
