@@ -24,10 +24,10 @@ def stack_loss(params, kernels, x, y):
     return jnp.mean((x - y) ** 2)
 
 
-def compile_step(tx, value_and_grad):
+def compile_step(tx, value_and_grad, layers=LAYERS):
     """A training step of 12 layers of 768, 4096 tokens, rank 8: compiled, never run."""
-    params = [LowRank(shapes(WIDTH, RANK), shapes(RANK, WIDTH)) for _ in range(LAYERS)]
-    kernels = [shapes(WIDTH, WIDTH) for _ in range(LAYERS)]
+    params = [LowRank(shapes(WIDTH, RANK), shapes(RANK, WIDTH)) for _ in range(layers)]
+    kernels = [shapes(WIDTH, WIDTH) for _ in range(layers)]
 
     def step(params, state, kernels, x, y):
         loss, gradients = value_and_grad(params, kernels, x, y)
@@ -87,6 +87,26 @@ def test_each_layer_is_passed_over_once():
 def test_plain_lora_takes_the_factors_gradients(lora_adamw):
     """The same count where they are read."""
     assert products_over_tokens(lora_adamw) == {WIDTH: 2 * LAYERS - 1, RANK: 4 * LAYERS}
+
+
+def distinct_fusions(compiled):
+    """How many different fused computations there are, whatever their names."""
+    text = re.sub(r", (metadata|backend_config|frontend_attributes)=\{.*", "", compiled.as_text())
+    bodies = dict(re.findall(r"^%(\S+) \(.*?\{\n(.*?)^\}", text, re.M | re.S))
+    distinct = set()
+    for name in re.findall(r" fusion\(.*calls=%([\w.-]+)", text):
+        names = {}
+        number = lambda found, names=names: str(names.setdefault(found[0], len(names)))
+        distinct.add(re.sub(r"%[\w.-]+", number, bodies[name]))
+    return len(distinct)
+
+
+def test_layers_share_their_kernels():
+    """The CPU compiler makes code for one of several equal kernels. The first layers' may be others."""
+    tx, value_and_grad = oplora_jax.oplora(0.1), oplora_jax.value_and_grad(stack_loss, "outer")
+    few, many = (distinct_fusions(compile_step(tx, value_and_grad, layers)) for layers in (4, 12))
+    print(f"\n4 layers: {few} different fusions, 12 layers: {many}")
+    assert many <= few + 2
 
 
 OPTIMIZERS = {

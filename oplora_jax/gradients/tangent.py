@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from oplora_jax.lorsum import inverse
+from oplora_jax.inverse import inverse
 from oplora_jax.matrix import (
     HIGHEST,
     LowRank,

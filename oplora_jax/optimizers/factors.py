@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from oplora_jax.gradients.tangent import factor_gradients
-from oplora_jax.lorsum import inverse
+from oplora_jax.inverse import inverse
 from oplora_jax.matrix import HIGHEST, LowRank, Matrix, finite_or_nan, matmul, solve_dtype, transpose
 from oplora_jax.optimizers.low_rank import is_zero
 

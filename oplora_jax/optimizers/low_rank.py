@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from oplora_jax.gradients.tangent import factor_gradients, tangent_gradient
 from oplora_jax.matrix import LowRank, Matrix, OuterProduct, check_factors, is_low_rank
+from oplora_jax.optimizers.finite import keep_finite
 from oplora_jax.optimizers.precision import with_state_dtype
 from oplora_jax.sharding import in_auto_axes, specs_of
 
@@ -64,10 +65,12 @@ def for_lora(
         old_state = optax.tree.map_params(
             lora, _restore_nodes, state.lora, lora_params, is_leaf=lambda _: True
         )
-        step = lambda *arguments: lora.update(*arguments, **extra_args)
-        like = lambda: specs_of((lora_params, old_state))
-        lora_updates, lora_state = in_auto_axes(step, like, lora_updates, old_state, lora_params)
-        lora_updates, lora_state, skipped = _keep_finite(lora, lora_updates, lora_state, old_state)
+
+        def step(updates, state, params):
+            return keep_finite(lora, *lora.update(updates, state, params, **extra_args), state)
+
+        like = lambda: specs_of((lora_params, old_state, state.skipped))
+        lora_updates, lora_state, skipped = in_auto_axes(step, like, lora_updates, old_state, lora_params)
         other_updates, other_state = others.update(other_updates, state.others, other_params, **extra_args)
         updates = jax.tree.map(
             lambda p, u, v: u if is_low_rank(p) else v,
@@ -214,46 +217,3 @@ def _check_gradients(updates: Any, params: Any) -> None:
             )
         if got != expected:
             raise ValueError(f"{name}: the gradient has shape {got}; the parameter needs {expected}")
-
-
-def _keep_finite(tx: Any, updates: Any, state: Any, old_state: Any) -> tuple[Any, Any, Array]:
-    """Zero updates and the old state for the LoRA parameters with a non-finite update or state."""
-    nodes, treedef = jax.tree.flatten(updates, is_leaf=is_low_rank)
-    owners = treedef.unflatten(range(len(nodes)))
-    # Which parameter each array of the state belongs to; None for counters and the like. A node may hold
-    # the state of one factor alone.
-    owner_of = optax.tree.map_params(
-        tx,
-        lambda node, owner: jax.tree.map(lambda _: _Owner(owner), node),
-        state,
-        owners,
-        transform_non_params=lambda _: _Owner(None),
-        is_leaf=lambda node: isinstance(node, LowRank),
-    )
-    owned = jax.tree.leaves(owner_of, is_leaf=lambda node: isinstance(node, _Owner))
-    finite = [_all_finite(node) for node in nodes]
-    for owner, array in zip(owned, jax.tree.leaves(state), strict=True):
-        if owner.index is not None:
-            finite[owner.index] &= _all_finite(array)
-    keep = lambda index, new, old: new if index is None else jnp.where(finite[index], new, old)
-    kept = [
-        keep(owner.index, new, old)
-        for owner, new, old in zip(owned, jax.tree.leaves(state), jax.tree.leaves(old_state), strict=True)
-    ]
-    updates = treedef.unflatten(
-        jax.tree.map(lambda u, i=i: keep(i, u, jnp.zeros_like(u)), node) for i, node in enumerate(nodes)
-    )
-    skipped = sum((1 - f.astype(jnp.int32) for f in finite), jnp.zeros((), jnp.int32))
-    return updates, jax.tree.unflatten(jax.tree.structure(state), kept), skipped
-
-
-class _Owner:
-    """A leaf that names the parameter an array of the state belongs to."""
-
-    def __init__(self, index: int | None):
-        self.index = index
-
-
-def _all_finite(tree: Any) -> Array:
-    finite = [jnp.sum(leaf * 0) == 0 for leaf in jax.tree.leaves(tree)]  # one pass over each leaf
-    return jnp.all(jnp.stack(finite))

@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from oplora_jax.lorsum import Problem, Sum, solve_problems
-from oplora_jax.matrix import LowRank, Matrix, is_low_rank, share_scale, solve_dtype
+from oplora_jax.matrix import LowRank, is_low_rank, share_scale, solve_dtype
+from oplora_jax.optimizers.finite import Checked
 from oplora_jax.optimizers.low_rank import difference, is_zero, map_lora
+from oplora_jax.problems import Problem, Sum, solve_problems
 
 
 def init_momentum(params: Any, seed: Any, rank: Any = None) -> Any:
@@ -29,23 +30,17 @@ def _random_start(key, param, rank):
     return share_scale(LowRank(a, b), param)
 
 
-def with_momentum(
-    gradient: Matrix, momentum: LowRank, weights: Sum, decay: Any, share: Any, regularization: Any
-) -> Problem:
-    """The new weights, a sum over [gradient, momentum], and the new momentum, in one pass over the gradient.
-
-    The momentum is LoRSum[(decay, momentum), (share, gradient)].
-    """
+def momentum_sum(decay: Any, share: Any, regularization: Any) -> Callable[[LowRank], Sum]:
+    """What makes the sum (decay, momentum), (share, gradient), over the matrices [gradient, momentum]."""
     # The authors' code adds 1e-6 to the diagonal of every Gram matrix. It shows in the momentum alone,
     # which starts at zero: at most 0.2 % of the regularization, so that a step of size 0 changes nothing.
     shrinkage = 0.0 if is_zero(regularization) else jnp.minimum(1e-6, 2e-3 * regularization)
-    moments = Sum(decay, momentum, [share, None], regularization, shrinkage)
-    return Problem([gradient, momentum], [weights, moments])
+    return lambda momentum: Sum(decay, momentum, [share, None], regularization, shrinkage, balanced=True)
 
 
 def take_steps(
     problem_of: Callable[..., Problem], num_iters: Any, params: Any, *rest: Any
-) -> tuple[Any, Any]:
+) -> tuple[Checked, Any]:
     """Solves one problem for each LoRA parameter.
 
     Args:
@@ -56,26 +51,14 @@ def take_steps(
       rest: trees like it.
 
     Returns:
-      The increments of the parameters, and the new momenta, None where there is none: two trees.
+      The increments of the parameters with what is known of them, and the new momenta, None where there is
+      none: two trees.
     """
     nodes, treedef = jax.tree.flatten(params, is_leaf=is_low_rank)
     rest = [treedef.flatten_up_to(tree) for tree in rest]
     problems = [problem_of(*arguments) for arguments in zip(nodes, *rest, strict=True)]
     solved = solve_problems(problems, num_iters=num_iters)
-    updates = [difference(new, param) for (new, *_), param in zip(solved, nodes, strict=True)]
-    moments = [_rebalance(*moment) if moment else None for _, *moment in solved]
-    return treedef.unflatten(updates), treedef.unflatten(moments)
-
-
-def _rebalance(moment: LowRank) -> LowRank:
-    """The same matrix, with the norm of a not below that of b.
-
-    The decay by mu falls on the factor that is solved first, and the other one grows in return. Left alone,
-    a would vanish like mu^k, until the regularization outweighed it and froze b.
-    """
-    norm = lambda z: jnp.linalg.norm(z.astype(solve_dtype(z)), axis=(-2, -1), keepdims=True)
-    left, right = norm(moment.a), norm(moment.b)
-    smaller = (left > 0) & (left < right)
-    root = jnp.sqrt(jnp.where(smaller, right / jnp.where(smaller, left, 1), 1))
-    balanced = LowRank(moment.a * root, moment.b / root, moment.scale)
-    return jax.tree.map(lambda new, old: new.astype(old.dtype), balanced, moment)
+    updates = [difference(z.sums[0], param) for z, param in zip(solved, nodes, strict=True)]
+    moments = [z.sums[1] if len(z.sums) > 1 else None for z in solved]
+    finite = treedef.unflatten(z.finite for z in solved)
+    return Checked(treedef.unflatten(updates), finite), treedef.unflatten(moments)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from oplora_jax.lorsum import Problem, Sum, inverse, lorsum
+from oplora_jax.inverse import inverse
+from oplora_jax.lorsum import lorsum
 from oplora_jax.matrix import (
     HIGHEST,
     LowRank,
@@ -19,8 +20,9 @@ from oplora_jax.matrix import (
     transpose,
 )
 from oplora_jax.optimizers.low_rank import at_step, difference, for_lora, full_gradient, is_zero, map_lora
-from oplora_jax.optimizers.momentum import init_momentum, take_steps, with_momentum
+from oplora_jax.optimizers.momentum import init_momentum, momentum_sum, take_steps
 from oplora_jax.optimizers.precision import check_state_dtype
+from oplora_jax.problems import Problem, Sum
 
 
 class OPLoRAState(NamedTuple):
@@ -138,24 +140,27 @@ def oplora(
         if momentum_regularization is not None:
             ridge_m = 0.0 if is_zero(momentum_regularization) else lr * momentum_regularization
         share = 1 - dampening
+        decay = 0.0 if is_zero(momentum) else momentum
+        rate, pull = -lr * share, -lr * decay
+        moments = momentum_sum(decay, share, ridge_m)
 
         def plain(param, gradient):
-            return Problem([full_gradient(param, gradient)], [Sum(weight, param, [-lr * share], ridge)])
+            return Problem([full_gradient(param, gradient)], [Sum(weight, param, [rate], ridge)])
 
         def low_rank(param, gradient, old):
-            weights = Sum(weight, param, [-lr * share, -lr * momentum], ridge)
-            return with_momentum(full_gradient(param, gradient), old, weights, momentum, share, ridge_m)
+            weights = Sum(weight, param, [rate, pull], ridge)
+            return Problem([full_gradient(param, gradient), old], [weights, moments(old)])
 
         def extrapolated(param, gradient, old):
             g = full_gradient(param, gradient)
             settings = {"num_iters": num_iters, "regularization": ridge}
-            z = lorsum([(weight, param), (-lr * share, g)], **settings)
+            z = lorsum([(weight, param), (rate, g)], **settings)
             new = lorsum([(1 + momentum, z), (-momentum, old)], **settings)
             return difference(new, param), z
 
         def projected(param, gradient, buffers, previous):
             g = full_gradient(param, gradient)
-            terms = [(weight, param), (-lr * share, g)]
+            terms = [(weight, param), (rate, g)]
             z = lorsum(terms, num_iters=num_iters, regularization=ridge)
             step, moment = _transport(z, g, buffers, previous, momentum, share, ridge)
             new = jax.tree.map(lambda old, u: old - (lr * momentum * u).astype(old.dtype), z, step)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from oplora_jax.matrix import LowRank, is_low_rank
+from oplora_jax.optimizers.finite import Checked
 
 
 def with_state_dtype(
@@ -41,7 +42,11 @@ def with_state_dtype(
         wide = widest(params)
         at, state = _cast(params, wide), _cast_low_rank(state, wide)
         updates, state = tx.update(updates, state, at, **extra_args)
-        updates = jax.tree.map(lambda p, u: _cast(u, p.dtype), params, updates)
+        like_params = lambda tree: jax.tree.map(lambda p, u: _cast(u, p.dtype), params, tree)
+        if isinstance(updates, Checked):
+            updates = updates._replace(updates=like_params(updates.updates))
+        else:
+            updates = like_params(updates)
         return updates, _cast_low_rank(state, stored)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -6,7 +6,7 @@ from typing import Any
 import optax
 
 from oplora_jax.gradients.tangent import factor_gradients
-from oplora_jax.lorsum import inverse
+from oplora_jax.inverse import inverse
 from oplora_jax.matrix import (
     HIGHEST,
     LowRank,

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from oplora_jax.lorsum import Problem, Sum
 from oplora_jax.matrix import DenseGradient, LowRank, OuterProduct, is_low_rank, solve_dtype
 from oplora_jax.metrics import (
     KroneckerMetric,
@@ -19,8 +18,9 @@ from oplora_jax.metrics import (
     shampoo_moments,
 )
 from oplora_jax.optimizers.low_rank import at_step, for_lora, full_gradient, is_zero, map_lora
-from oplora_jax.optimizers.momentum import init_momentum, take_steps, with_momentum
+from oplora_jax.optimizers.momentum import init_momentum, momentum_sum, take_steps
 from oplora_jax.optimizers.precision import check_state_dtype
+from oplora_jax.problems import Problem, Sum
 
 
 class ScaledOPLoRAState(NamedTuple):
@@ -153,6 +153,8 @@ def scaled_oplora(
         lr = at_step(learning_rate, state.count)
         ridge = jnp.maximum(lr * regularization, 1e-5)
         share = 1 - b1
+        rate, pull = -lr * share, -lr * b1
+        new_momentum = momentum_sum(b1, share, ridge)
         count = optax.safe_increment(state.count)
         corrected = (1 - b2) / (1 - jnp.asarray(b2, lr.dtype) ** count)
         weight = jnp.where(bias_correction, corrected, 1 - b2)
@@ -172,8 +174,8 @@ def scaled_oplora(
             metrics = KroneckerMetric(*sides[:2]), KroneckerMetric(*sides[2:])
             weights = lambda *coefficients: Sum(1.0, param, coefficients, ridge, 0.0, *metrics)
             if old is None:
-                return Problem([gradient], [weights(-lr * share)])
-            return with_momentum(gradient, old, weights(-lr * share, -lr * b1), b1, share, ridge)
+                return Problem([gradient], [weights(rate)])
+            return Problem([gradient, old], [weights(rate, pull), new_momentum(old)])
 
         moments = KroneckerMetric(*map_lora(measure, 2, params, updates, *state.moments))
         decompose = lambda: map_lora(raise_sides, 4, params, *moments)
