@@ -15,8 +15,12 @@ def inverse(gram: Float[Array, "*batch r r"], regularization: Any) -> Float[Arra
 
     Finite for every finite Gram matrix. Rounding leaves the small eigenvalues of a float32 Gram matrix
     undetermined to eps times the largest, so directions below that are cut off (pseudo-inverse) or floored
-    (elimination in the matrix scaled to a unit diagonal). One Newton step takes the floor's bias out of all
-    directions that are determined.
+    (elimination, with a diagonal larger by 8 r eps of itself). One Newton step takes the floor's bias out of
+    all directions that are determined.
+
+    Args:
+      gram: symmetric and positive semidefinite.
+      regularization: a number, one for each of the matrices along the first axes, or None.
     """
     r = gram.shape[-1]
     eps, tiny = jnp.finfo(gram.dtype).eps, jnp.finfo(gram.dtype).tiny
@@ -25,24 +29,27 @@ def inverse(gram: Float[Array, "*batch r r"], regularization: Any) -> Float[Arra
         kept = values > jnp.maximum(r * eps * values[..., -1:], tiny)
         reciprocals = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
         return matmul(vectors * reciprocals[..., None, :], transpose(vectors), HIGHEST)
-    eye, floor = jnp.broadcast_to(jnp.eye(r, dtype=gram.dtype), gram.shape), 8 * r * eps
+    eye = jnp.broadcast_to(jnp.eye(r, dtype=gram.dtype), gram.shape)
     added = jnp.asarray(regularization, gram.dtype)
-    diagonal = jnp.sum(gram * eye, axis=-1) + (added[..., 0] if added.ndim else added)
-    # Not `diagonal > tiny`, so that a NaN stays one and is seen. The reciprocal root of infinity is zero.
-    root = jax.lax.rsqrt(jnp.where(diagonal <= tiny, jnp.inf, diagonal))
-    unit = (gram + added * eye) * root[..., :, None] * root[..., None, :] + floor * eye
-    guess = jax.lax.fori_loop(0, r, _eliminate, unit)
-    guess = guess + matmul(guess, eye + floor * guess - matmul(unit, guess, HIGHEST), HIGHEST)
-    return guess * root[..., :, None] * root[..., None, :]
+    matrix = gram + jax.lax.broadcast_in_dim(added, gram.shape, range(added.ndim)) * eye
+    # A pivot of infinity leaves an empty direction out. Not `matrix > limit`: a NaN stays one and is seen.
+    empty = (matrix <= tiny / eps) & (eye > 0)
+    start = jnp.where(empty, jnp.inf, matrix * (1 + 8 * r * eps * eye))
+    guess = jax.lax.fori_loop(0, r, _eliminate, start)
+    return guess + matmul(guess, eye - matmul(matrix, guess, HIGHEST), HIGHEST)
 
 
 def _eliminate(k: Array, matrix: Float[Array, "*batch r r"]) -> Float[Array, "*batch r r"]:
     """A step of Gauss-Jordan elimination in place: after all r of them the matrix is its inverse.
 
-    No pivots are searched for: in a positive definite matrix of unit diagonal they are between its least
-    eigenvalue and 1, and the error is that of a Cholesky decomposition.
+    No pivots are searched for: in a positive definite matrix the error is that of a Cholesky decomposition.
+    Rows and columns of any size are rounded alike.
     """
     column, row = (jax.lax.dynamic_slice_in_dim(matrix, k, 1, axis) for axis in (-1, -2))
     pivot = jax.lax.dynamic_slice_in_dim(row, k, 1, -1)
-    e = (jax.lax.broadcasted_iota(jnp.int32, row.shape, row.ndim - 1) == k).astype(matrix.dtype)
-    return matrix - (column - transpose(e)) * ((row + e) / pivot)
+    at_row, at_column = (
+        jax.lax.broadcasted_iota(jnp.int32, z.shape, axis) == k
+        for z, axis in ((column, column.ndim - 2), (row, row.ndim - 1))
+    )
+    rest = jnp.where(at_row | at_column, 0, matrix)
+    return rest - jnp.where(at_row, -1, column) * (jnp.where(at_column, 1, row) / pivot)

@@ -1,6 +1,8 @@
 """Many LoRSums at once: those of all LoRA parameters of a model."""
 
+import functools
 import itertools
+import operator
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -100,7 +102,7 @@ class _Stack(NamedTuple):
     Factors are wide here, a^T and b: the solve for a is that for b of the transposed problem.
     """
 
-    weight: Array  # (S, 1, ..., 1), as the other numbers
+    weight: Array  # (S,), as the other numbers
     anchor: tuple[Array, Array]  # a^T (S, *batch, r, n) and b (S, *batch, r, m)
     coefficients: Sequence[Any]  # None where none of the sums has the matrix
     regularization: Any  # None for pseudo-inverses
@@ -172,37 +174,38 @@ def _finish(alike, stacks, *changes) -> Solution:
     new, total = {}, 0.0
     for indices, stack, *of_both in zip(alike, stacks, *changes, strict=True):
         at, b = (_factor(side, stack, change) for side, change in enumerate(of_both))
-        left, right = (jnp.sum(z * z, axis=(-2, -1), keepdims=True) for z in (at, b))
-        total += sum(jnp.sum(z) for z in left + right)
+        left, right = (jnp.sum(z * z, axis=(-2, -1)) for z in (at, b))
+        total += jnp.sum(left + right)
         if stack.balanced is not None:
             to_a, to_b = _balance(stack.balanced, left, right)
-            at, b = at * to_a, b * to_b
+            at, b = _times(to_a, at), _times(to_b, b)
         new |= {index: LowRank(transpose(at[place]), b[place]) for place, index in enumerate(indices)}
     return Solution([new[index] for index in range(len(new))], total < jnp.inf)
 
 
-def _balance(chosen: Array, left: Array, right: Array) -> Array:
+def _balance(chosen: Array, left: Array, right: Array) -> Float[Array, "2 S *batch"]:
     """What to multiply a and b with, so that the norm of a is not below that of b, in the chosen matrices.
 
     A momentum's decay by mu falls on the factor that is solved first, and the other one grows in return. Left
     alone, a would vanish like mu^k, until the regularization outweighed it and froze b.
 
     Args:
-      chosen: bool, and of its shape
-      left: the squared norms of a, and
+      chosen: bool (S,).
+      left: the squared norms of a, (S, *batch), and
       right: those of b.
     """
+    chosen = jax.lax.broadcast_in_dim(chosen, left.shape, [0])
     smaller = chosen & (left > 0) & (left < right) & (right < jnp.inf)
-    ratios = jnp.where(smaller, jnp.stack([right / left, left / right]), 1)
-    limits = jnp.finfo(ratios.dtype)
-    return jnp.sqrt(jnp.sqrt(jnp.clip(ratios, limits.tiny, 1 / limits.tiny)))
+    ratios, limits = jnp.stack([right / left, left / right]), jnp.finfo(left.dtype)
+    ratios = jnp.where(smaller, jax.lax.clamp(limits.tiny, ratios, 1 / limits.tiny), 1)
+    return jnp.sqrt(jnp.sqrt(ratios))
 
 
 def _stack(sums: Sequence[Sum]) -> _Stack:
     """Sums with their anchors at scale 1, and all of them in the type of the solves."""
     anchors = [absorb_scale(total.anchor) for total in sums]
-    dtype, ndim = anchors[0].dtype, anchors[0].a.ndim + 1
-    numbers = lambda values: jnp.stack([jnp.asarray(z, dtype) for z in values]).reshape(-1, *[1] * (ndim - 1))
+    dtype = anchors[0].dtype
+    numbers = lambda values: jnp.stack([jnp.asarray(z, dtype) for z in values])
     arrays = lambda trees: jax.tree.map(lambda *z: _stacked([w.astype(dtype) for w in z]), *trees)
     coefficients = [
         None if all(z is None for z in column) else numbers(0.0 if z is None else z for z in column)
@@ -217,14 +220,21 @@ def _stack(sums: Sequence[Sum]) -> _Stack:
         shrinkage=numbers(total.shrinkage for total in sums),
         metric=arrays([total.metric for total in sums]),
         inverse_metric=arrays([total.inverse_metric for total in sums]),
-        balanced=numbers(chosen) > 0 if any(chosen) else None,
+        balanced=np.asarray(chosen) if any(chosen) else None,
     )
 
 
 def _stacked(arrays: Sequence[Array]) -> Array:
     """jnp.stack for finite arrays, as a sum: XLA makes several times as much code of a concatenation."""
-    masks = np.eye(len(arrays), dtype=arrays[0].dtype).reshape(len(arrays), -1, *[1] * arrays[0].ndim)
-    return sum(mask * array[None] for mask, array in zip(masks, arrays, strict=True))
+    shape = len(arrays), *arrays[0].shape
+    masks = np.eye(len(arrays), dtype=arrays[0].dtype)
+    spread = (jax.lax.broadcast_in_dim(array, shape, range(1, len(shape))) for array in arrays)
+    return functools.reduce(operator.add, map(_times, masks, spread))
+
+
+def _times(numbers: Array | np.ndarray, arrays: Array) -> Array:
+    """Each array along the first axes times its number. An axis of size 1 would cost more to compile."""
+    return jax.lax.broadcast_in_dim(numbers, arrays.shape, range(np.ndim(numbers))) * arrays
 
 
 # Solved for the change from the anchor: with d = a D_in (a - c_0 a_0)^T of a wide factor a, that of b is
@@ -277,7 +287,8 @@ def _inverses(systems: Sequence[Sequence[tuple[Array, Any]]]) -> list[list[_Inve
             [(i, j)] = places
             out[i][j] = _Inverses(inverse(grams[0], added[0]), None)
             continue
-        of_all = inverse(jnp.concatenate(grams), None if added[0] is None else jnp.concatenate(added))
+        added = None if added[0] is None else jnp.concatenate(added)
+        of_all = inverse(jnp.concatenate(grams), added)
         ends = itertools.accumulate(map(len, grams), initial=0)
         for (i, j), (start, end) in zip(places, itertools.pairwise(ends), strict=True):
             out[i][j] = _Inverses(of_all, np.arange(start, end))
@@ -302,17 +313,17 @@ def _changes(
         anchor, measured = stack.anchor[side], _measured(side, stack, other)
         if stack.metric is not None:
             product = times_output(product, stack.inverse_metric[side])
-        drift = (1 - stack.weight) * matmul(measured, transpose(stack.anchor[1 - side]), HIGHEST)
-        if change is not None:
-            drift += matmul(measured, transpose(change), HIGHEST)
-        residual = product - matmul(drift, anchor, HIGHEST) - stack.shrinkage * anchor
+        moved = _times(1 - stack.weight, stack.anchor[1 - side])
+        moved = moved if change is None else moved + change
+        drift = matmul(measured, transpose(moved), HIGHEST)
+        residual = product - matmul(drift, anchor, HIGHEST) - _times(stack.shrinkage, anchor)
         new.append(matmul(solver.pick(), residual, HIGHEST))
     return new
 
 
 def _weighted_products(matrices, stacks, thins):
     """sum_i c_i thin T_i for each stack, with its own thin matrices, in one pass over each T_i."""
-    totals = [jnp.zeros((), thin.dtype) for thin in thins]
+    totals = [[] for _ in thins]
     for i, matrix in enumerate(matrices):
         users = [p for p, stack in enumerate(stacks) if stack.coefficients[i] is not None]
         rows = [_as_rows(thins[p]) for p in users]
@@ -320,8 +331,10 @@ def _weighted_products(matrices, stacks, thins):
         parts = jnp.split(left_product(jnp.concatenate(rows, axis=-2), matrix), ends[:-1], axis=-2)
         for p, part in zip(users, parts, strict=True):
             part = part.reshape(*part.shape[:-2], len(thins[p]), -1, part.shape[-1])
-            totals[p] += stacks[p].coefficients[i] * jnp.moveaxis(part, -3, 0).astype(thins[p].dtype)
-    return totals
+            part = jnp.moveaxis(part, -3, 0).astype(thins[p].dtype)
+            totals[p].append(_times(stacks[p].coefficients[i], part))
+    nothing = [jnp.zeros((), thins[0].dtype)]
+    return [functools.reduce(operator.add, parts or nothing) for parts in totals]
 
 
 def _as_rows(thin: Float[Array, "S *batch r m"]) -> Float[Array, "*batch S*r m"]:
