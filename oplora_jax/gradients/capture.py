@@ -176,11 +176,9 @@ def _capture(taps, precision, rule, x, y, held, dy):
     batch = held[0].shape[:-2] if rule else taps[0].shape[:-2]
     rows = [z.reshape(*batch, -1, z.shape[-1]) for z in (x, dy)]
     cotangents = rule(*held[:2], held[2:], *rows) if rule else _captures(*rows, taps, precision)
-    captured = [
-        _over_devices(c.reshape(tap.shape).astype(tap.dtype), jnp.zeros(tap.shape, tap.dtype))
-        for c, tap in zip(cotangents, taps, strict=True)
-    ]
-    return jnp.zeros_like(x), jnp.zeros_like(y), *captured
+    captured = [c.reshape(tap.shape).astype(tap.dtype) for c, tap in zip(cotangents, taps, strict=True)]
+    primals = [jnp.zeros(tap.shape, tap.dtype) for tap in taps]
+    return jnp.zeros_like(x), jnp.zeros_like(y), *_over_devices(captured, primals)
 
 
 def _no_cotangent(z: Array) -> Any:
@@ -201,9 +199,10 @@ def _captures(x: Array, dy: Array, taps: tuple[Any, ...], precision: Any) -> tup
     return product, *moments, jnp.full(tokens.shape, x.shape[-2], tokens.dtype)
 
 
-def _over_devices(cotangent: Array, primal: Array) -> Array:
-    """The sum over the devices of a `jax.shard_map` that see the same primal; otherwise the cotangent."""
-    return jax.vjp(lambda p: p + jnp.zeros_like(cotangent), primal)[1](cotangent)[0]
+def _over_devices(cotangents: list[Array], primals: list[Array]) -> list[Array]:
+    """The sums over the devices of a `jax.shard_map` that see the same primals; otherwise the cotangents."""
+    add_zeros = lambda at: [p + jnp.zeros_like(c) for p, c in zip(at, cotangents, strict=True)]
+    return jax.vjp(add_zeros, primals)[1](cotangents)[0]
 
 
 _captured.defvjp(_captured_fwd, _captured_bwd)
@@ -285,11 +284,11 @@ def _to_dense_batch(arguments, axes, *, scale):
 
 def _primitive(name: str, function: Any, jvp: Any, batch: Any, parameters: tuple[str, ...]) -> Primitive:
     """A primitive that computes `function`, with its own rules for derivatives and vmap."""
-    primitive = Primitive(name)
-    primitive.def_impl(jax.jit(function, static_argnames=parameters))
+    primitive, cached = Primitive(name), jax.jit(function, static_argnames=parameters)
+    primitive.def_impl(cached)
 
     def abstract(*avals, **parameters):
-        [out] = jax.make_jaxpr(partial(function, **parameters))(*avals).out_avals
+        [out] = jax.make_jaxpr(partial(cached, **parameters))(*avals).out_avals
         return out
 
     primitive.def_abstract_eval(abstract)
