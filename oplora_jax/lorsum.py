@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from oplora_jax.matrix import LowRank, Terms, common_shape, solve_dtype
 from oplora_jax.metrics import KroneckerMetric, as_type, check_metric, powers
-from oplora_jax.problems import Problem, Sum, solve_problems
+from oplora_jax.problems import Problem, Rule, Sum, solve_problems
 from oplora_jax.sharding import in_auto_axes, specs_of
 
 
@@ -72,12 +72,12 @@ def lorsum(
 def _lorsum(terms, regularization, metric, *, num_iters, first):
     shape = common_shape(terms)
     (weight, anchor), *rest = terms
-    total = Sum(weight, anchor, [coefficient for coefficient, _ in rest], regularization)
+    rule, total = Rule(weight, [coefficient for coefficient, _ in rest], regularization), Sum(anchor)
     if metric is not None:
         check_metric(metric, shape)
         metric = as_type(metric, solve_dtype(anchor.a, anchor.b))
         forward, backward = powers(metric, 1, batch_ndim=len(shape) - 2)
-        total = total._replace(metric=forward, inverse_metric=backward)
+        total = Sum(anchor, forward, backward)
     problem = Problem([matrix for _, matrix in rest], [total])
-    [solution] = solve_problems([problem], num_iters=num_iters, first=first)
+    [solution] = solve_problems([rule], [problem], num_iters=num_iters, first=first)
     return solution.sums[0]

@@ -28,17 +28,22 @@ from oplora_jax.matrix import (
 from oplora_jax.metrics import KroneckerMetric, times_output
 
 
-class Sum(NamedTuple):
-    """One of several sums over the same matrices."""
+class Rule(NamedTuple):
+    """The numbers of a sum of an anchor and other matrices, which may be one sum in each layer."""
 
     weight: Any  # the anchor's coefficient
-    anchor: LowRank
     coefficients: Sequence[Any]  # one for each of the matrices; None where the sum lacks it
     regularization: Any = 0.0
     shrinkage: Any = 0.0  # added to the Gram matrices as well, but pulls towards zero, not the anchor
+    balanced: Any = None  # True for factors of equal norms where that of a would be below that of b
+
+
+class Sum(NamedTuple):
+    """What one sum has for itself."""
+
+    anchor: LowRank
     metric: KroneckerMetric | None = None
     inverse_metric: KroneckerMetric | None = None
-    balanced: Any = None  # True for factors of equal norms where that of a would be below that of b
 
 
 class Problem(NamedTuple):
@@ -55,13 +60,16 @@ class Solution(NamedTuple):
     finite: Array  # bool (): whether the norms of all factors are, before the factors take these types
 
 
-def solve_problems(problems: Sequence[Problem], *, num_iters: Any = 1, first: str = "a") -> list[Solution]:
+def solve_problems(
+    rules: Sequence[Rule], problems: Sequence[Problem], *, num_iters: Any = 1, first: str = "a"
+) -> list[Solution]:
     """LoRSums of several matrices: of all LoRA parameters of a model.
 
     In a single iteration, without metrics, the small solves of all problems are done together. Otherwise the
     matrices of each would wait in memory for all others, and the problems are solved one after the other.
 
     Args:
+      rules: one for each sum of a problem, the same for all problems.
       problems: what is to be solved.
       num_iters: as for `lorsum`.
       first: as for `lorsum`.
@@ -74,26 +82,37 @@ def solve_problems(problems: Sequence[Problem], *, num_iters: Any = 1, first: st
     static = isinstance(num_iters, int)
     if static and num_iters < 0:
         raise ValueError(f"num_iters is {num_iters}; expected 0 (the Jacobi step) or more")
-    checked = [Problem(list(matrices), list(map(_checked, sums))) for matrices, sums in problems]
     solve = partial(_solve_static if static else _solve, num_iters=num_iters, first=first)
-    together = static and num_iters <= 1 and all(z.metric is None for _, sums in checked for z in sums)
-    solved = solve(checked) if together else [solve([problem])[0] for problem in checked]
+    together = static and num_iters <= 1 and all(z.metric is None for _, sums in problems for z in sums)
+    rules = list(map(_checked, rules))
+    groups = [problems] if together else [[problem] for problem in problems]
+    solved = [solution for group in groups for solution in solve(rules, group)]
     return [
         Solution([share_scale(*z) for z in zip(new, [total.anchor for total in sums], strict=True)], finite)
         for (new, finite), (_, sums) in zip(solved, problems, strict=True)
     ]
 
 
-def _checked(total: Sum) -> Sum:
-    """The sum, with a regularization of None, for pseudo-inverses, where it is known to be zero.
+def _checked(rule: Rule) -> Rule:
+    """The rule, with a regularization of None, for pseudo-inverses, where it is known to be zero.
 
     A traced zero is left to the floor in `inverse`.
     """
-    reg = total.regularization
+    reg = rule.regularization
     known = isinstance(reg, int | float)
     if known and reg < 0:
         raise ValueError(f"regularization is {reg}; expected a non-negative number")
-    return total._replace(regularization=None if known and reg == 0 else reg)
+    return rule._replace(regularization=None if known and reg == 0 else reg)
+
+
+class _Numbers(NamedTuple):
+    """Those of the rules of several sums, each of shape (S,)."""
+
+    decay: Array  # 1 - the anchor's coefficient
+    coefficients: Sequence[Any]  # None where none of the sums has the matrix
+    ridge: Any  # regularization + shrinkage; None for pseudo-inverses
+    shrinkage: Array
+    balanced: Any  # bool; None where none of the sums is to be
 
 
 class _Stack(NamedTuple):
@@ -102,26 +121,30 @@ class _Stack(NamedTuple):
     Factors are wide here, a^T and b: the solve for a is that for b of the transposed problem.
     """
 
-    weight: Array  # (S,), as the other numbers
     anchor: tuple[Array, Array]  # a^T (S, *batch, r, n) and b (S, *batch, r, m)
-    coefficients: Sequence[Any]  # None where none of the sums has the matrix
-    regularization: Any  # None for pseudo-inverses
-    shrinkage: Array
     metric: KroneckerMetric | None
     inverse_metric: KroneckerMetric | None
-    balanced: Any  # None where none of the sums is to be
+    numbers: Any = None
 
 
-def _solve(problems, *, num_iters, first):
-    alike = [_alike(sums) for _, sums in problems]
-    stacks = [_stacks(sums, indices) for (_, sums), indices in zip(problems, alike, strict=True)]
+def _solve(rules, problems, *, num_iters, first):
+    alike = [_alike(rules, sums) for _, sums in problems]
+    numbers: dict[Any, _Numbers] = {}
+    stacks = []
+    for (_, sums), groups in zip(problems, alike, strict=True):
+        stacks.append([])
+        for indices, stack in zip(groups, _stacks(sums, groups), strict=True):
+            key = indices, stack.anchor[0].dtype
+            if key not in numbers:
+                numbers[key] = _numbers([rules[index] for index in indices], key[1])
+            stacks[-1].append(stack._replace(numbers=numbers[key]))
     matrices = [matrices for matrices, _ in problems]
     sides = [list(map(transposed, each)) for each in matrices], matrices
 
     def half_step(side, changes):
         """The changes of one factor of all stacks, a^T (0) or b (1), from the other one's."""
-        systems = [_systems(side, *z) for z in zip(stacks, changes, strict=True)]
-        inverses = _inverses(systems)
+        grams = [_grams(side, *z) for z in zip(stacks, changes, strict=True)]
+        inverses = _inverses(stacks, grams)
         return [_changes(side, *z) for z in zip(sides[side], stacks, changes, inverses, strict=True)]
 
     def iterate(_, changes):
@@ -152,12 +175,12 @@ def _solve(problems, *, num_iters, first):
 _solve_static = jax.jit(_solve, static_argnames=("num_iters", "first"))
 
 
-def _alike(sums: Sequence[Sum]) -> tuple[tuple[int, ...], ...]:
+def _alike(rules: Sequence[Rule], sums: Sequence[Sum]) -> tuple[tuple[int, ...], ...]:
     """The indices of sums that can be stacked with each other."""
     groups: dict[Any, list[int]] = {}
-    for index, total in enumerate(sums):
+    for index, (rule, total) in enumerate(zip(rules, sums, strict=True)):
         shapes = total.anchor.a.shape, total.anchor.b.shape, solve_dtype(*jax.tree.leaves(total.anchor))
-        kind = total.regularization is None, jax.tree.structure(total.metric)
+        kind = rule.regularization is None, jax.tree.structure(total.metric)
         groups.setdefault((*shapes, *kind), []).append(index)
     return tuple(map(tuple, groups.values()))
 
@@ -176,8 +199,8 @@ def _finish(alike, stacks, *changes) -> Solution:
         at, b = (_factor(side, stack, change) for side, change in enumerate(of_both))
         left, right = (jnp.sum(z * z, axis=(-2, -1)) for z in (at, b))
         total += jnp.sum(left + right)
-        if stack.balanced is not None:
-            to_a, to_b = _balance(stack.balanced, left, right)
+        if stack.numbers.balanced is not None:
+            to_a, to_b = _balance(stack.numbers.balanced, left, right)
             at, b = _times(to_a, at), _times(to_b, b)
         new |= {index: LowRank(transpose(at[place]), b[place]) for place, index in enumerate(indices)}
     return Solution([new[index] for index in range(len(new))], total < jnp.inf)
@@ -194,33 +217,37 @@ def _balance(chosen: Array, left: Array, right: Array) -> Float[Array, "2 S *bat
       left: the squared norms of a, (S, *batch), and
       right: those of b.
     """
-    chosen = jax.lax.broadcast_in_dim(chosen, left.shape, [0])
-    smaller = chosen & (left > 0) & (left < right) & (right < jnp.inf)
-    ratios, limits = jnp.stack([right / left, left / right]), jnp.finfo(left.dtype)
-    ratios = jnp.where(smaller, jax.lax.clamp(limits.tiny, ratios, 1 / limits.tiny), 1)
-    return jnp.sqrt(jnp.sqrt(ratios))
+    chosen = jax.lax.broadcast_in_dim(chosen, left.shape, [0]) & (left > 0)
+    ratios, limit = jax.lax.select(chosen, right / left, jnp.ones_like(left)), 1 / jnp.finfo(left.dtype).tiny
+    ratios = jax.lax.clamp(1.0, ratios, limit)
+    return jnp.sqrt(jnp.sqrt(jnp.stack([ratios, 1 / ratios])))
 
 
 def _stack(sums: Sequence[Sum]) -> _Stack:
     """Sums with their anchors at scale 1, and all of them in the type of the solves."""
     anchors = [absorb_scale(total.anchor) for total in sums]
     dtype = anchors[0].dtype
-    numbers = lambda values: jnp.stack([jnp.asarray(z, dtype) for z in values])
     arrays = lambda trees: jax.tree.map(lambda *z: _stacked([w.astype(dtype) for w in z]), *trees)
-    coefficients = [
-        None if all(z is None for z in column) else numbers(0.0 if z is None else z for z in column)
-        for column in zip(*(total.coefficients for total in sums), strict=True)
-    ]
-    exact, chosen = sums[0].regularization is None, [total.balanced is not None for total in sums]
     return _Stack(
-        weight=numbers(total.weight for total in sums),
         anchor=arrays([(transpose(anchor.a), anchor.b) for anchor in anchors]),
-        coefficients=coefficients,
-        regularization=None if exact else numbers(total.regularization for total in sums),
-        shrinkage=numbers(total.shrinkage for total in sums),
         metric=arrays([total.metric for total in sums]),
         inverse_metric=arrays([total.inverse_metric for total in sums]),
-        balanced=np.asarray(chosen) if any(chosen) else None,
+    )
+
+
+def _numbers(rules: Sequence[Rule], dtype: Any) -> _Numbers:
+    numbers = lambda values: jnp.stack([jnp.asarray(z, dtype) for z in values])
+    coefficients = [
+        None if all(z is None for z in column) else numbers(0.0 if z is None else z for z in column)
+        for column in zip(*(rule.coefficients for rule in rules), strict=True)
+    ]
+    exact, balanced = rules[0].regularization is None, [rule.balanced is not None for rule in rules]
+    return _Numbers(
+        decay=numbers(1 - rule.weight for rule in rules),
+        coefficients=coefficients,
+        ridge=None if exact else numbers(rule.regularization + rule.shrinkage for rule in rules),
+        shrinkage=numbers(rule.shrinkage for rule in rules),
+        balanced=np.asarray(balanced) if any(balanced) else None,
     )
 
 
@@ -241,18 +268,16 @@ def _times(numbers: Array | np.ndarray, arrays: Array) -> Array:
 # (a D_in a^T + lam I)^-1 (a D_in (S - c_0 P) - d b0). Nothing cancels where little changes, and a singular
 # Gram matrix leaves the anchor's directions alone.
 @partial(jax.jit, static_argnums=0)
-def _systems(side: int, stacks: Sequence[_Stack], changes: Sequence[Any]) -> list[tuple[Array, Any]]:
-    """The Gram matrices to invert for a^T (side 0) or b (side 1), and what is added to their diagonals.
+def _grams(side: int, stacks: Sequence[_Stack], changes: Sequence[Any]) -> list[Array]:
+    """The Gram matrices to invert for a^T (side 0) or b (side 1).
 
     From the changes of the other factors, None before there are any.
     """
-    systems = []
-    for stack, change in zip(stacks, changes, strict=True):
-        other = _factor(1 - side, stack, change)
-        gram = matmul(other, transpose(_measured(side, stack, other)), HIGHEST)
-        exact = stack.regularization is None
-        systems.append((gram, None if exact else stack.regularization + stack.shrinkage))
-    return systems
+    others = [_factor(1 - side, *z) for z in zip(stacks, changes, strict=True)]
+    return [
+        matmul(other, transpose(_measured(side, stack, other)), HIGHEST)
+        for stack, other in zip(stacks, others, strict=True)
+    ]
 
 
 def _factor(side: int, stack: _Stack, change: Any) -> Array:
@@ -274,22 +299,23 @@ class _Inverses(NamedTuple):
         return self.of_all if self.places is None else jnp.take(self.of_all, self.places, axis=0, mode="clip")
 
 
-def _inverses(systems: Sequence[Sequence[tuple[Array, Any]]]) -> list[list[_Inverses]]:
+def _inverses(stacks: Sequence[Sequence[_Stack]], grams: Sequence[Sequence[Array]]) -> list[list[_Inverses]]:
     """The inverses of all Gram matrices, those of one shape together."""
     groups: dict[Any, list[tuple[int, int]]] = {}
-    for i, of_one in enumerate(systems):
-        for j, (gram, added) in enumerate(of_one):
-            groups.setdefault((gram.shape[1:], gram.dtype, added is None), []).append((i, j))
-    out: list[list[Any]] = [[None] * len(of_one) for of_one in systems]
+    for i, of_one in enumerate(grams):
+        for j, gram in enumerate(of_one):
+            kind = gram.shape[1:], gram.dtype, stacks[i][j].numbers.ridge is None
+            groups.setdefault(kind, []).append((i, j))
+    out: list[list[Any]] = [[None] * len(of_one) for of_one in grams]
     for places in groups.values():
-        grams, added = zip(*(systems[i][j] for i, j in places), strict=True)
+        of_group = [grams[i][j] for i, j in places]
+        ridges = [stacks[i][j].numbers.ridge for i, j in places]
         if len(places) == 1:
             [(i, j)] = places
-            out[i][j] = _Inverses(inverse(grams[0], added[0]), None)
+            out[i][j] = _Inverses(inverse(*of_group, *ridges), None)
             continue
-        added = None if added[0] is None else jnp.concatenate(added)
-        of_all = inverse(jnp.concatenate(grams), added)
-        ends = itertools.accumulate(map(len, grams), initial=0)
+        of_all = inverse(jnp.concatenate(of_group), None if ridges[0] is None else jnp.concatenate(ridges))
+        ends = itertools.accumulate(map(len, of_group), initial=0)
         for (i, j), (start, end) in zip(places, itertools.pairwise(ends), strict=True):
             out[i][j] = _Inverses(of_all, np.arange(start, end))
     return out
@@ -313,10 +339,10 @@ def _changes(
         anchor, measured = stack.anchor[side], _measured(side, stack, other)
         if stack.metric is not None:
             product = times_output(product, stack.inverse_metric[side])
-        moved = _times(1 - stack.weight, stack.anchor[1 - side])
+        moved = _times(stack.numbers.decay, stack.anchor[1 - side])
         moved = moved if change is None else moved + change
         drift = matmul(measured, transpose(moved), HIGHEST)
-        residual = product - matmul(drift, anchor, HIGHEST) - _times(stack.shrinkage, anchor)
+        residual = product - matmul(drift, anchor, HIGHEST) - _times(stack.numbers.shrinkage, anchor)
         new.append(matmul(solver.pick(), residual, HIGHEST))
     return new
 
@@ -325,14 +351,14 @@ def _weighted_products(matrices, stacks, thins):
     """sum_i c_i thin T_i for each stack, with its own thin matrices, in one pass over each T_i."""
     totals = [[] for _ in thins]
     for i, matrix in enumerate(matrices):
-        users = [p for p, stack in enumerate(stacks) if stack.coefficients[i] is not None]
+        users = [p for p, stack in enumerate(stacks) if stack.numbers.coefficients[i] is not None]
         rows = [_as_rows(thins[p]) for p in users]
         ends = list(itertools.accumulate(z.shape[-2] for z in rows))
         parts = jnp.split(left_product(jnp.concatenate(rows, axis=-2), matrix), ends[:-1], axis=-2)
         for p, part in zip(users, parts, strict=True):
             part = part.reshape(*part.shape[:-2], len(thins[p]), -1, part.shape[-1])
             part = jnp.moveaxis(part, -3, 0).astype(thins[p].dtype)
-            totals[p].append(_times(stacks[p].coefficients[i], part))
+            totals[p].append(_times(stacks[p].numbers.coefficients[i], part))
     nothing = [jnp.zeros((), thins[0].dtype)]
     return [functools.reduce(operator.add, parts or nothing) for parts in totals]
 

@@ -35,19 +35,15 @@ def count(function: Callable[..., Any], *arguments: Any, donated: tuple[int, ...
     itself. Decompositions, which XLA calls a library for and counts nothing of, are counted by the textbook.
 
     Args:
-      function: what is compiled. One that JAX has not seen, so that no cache knows it.
+      function: what is compiled.
       *arguments: arrays, or their `jax.ShapeDtypeStruct`.
       donated: the indices of the arguments that the program may overwrite.
 
     Returns:
       The counts, and the compiled program.
     """
-    _start_compiler()
-    jax.clear_caches()  # the functions inside, which it may share with others, are traced anew as well
+    seconds, compiled = compile_anew(function, *arguments, donated=donated)
     with _no_persistent_cache():
-        began = time.perf_counter()
-        compiled = jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
-        seconds = time.perf_counter() - began
         program = jax.make_jaxpr(function)(*arguments)
         counted = compiled
         if _bends(program.jaxpr):
@@ -63,6 +59,18 @@ def count(function: Callable[..., Any], *arguments: Any, donated: tuple[int, ...
         compile_seconds=seconds,
     )
     return counts, compiled
+
+
+def compile_anew(
+    function: Callable[..., Any], *arguments: Any, donated: tuple[int, ...] = ()
+) -> tuple[float, Any]:
+    """(the seconds to trace, lower and compile a function with empty caches, the compiled program)."""
+    _start_compiler()
+    jax.clear_caches()  # of the functions inside too, which it may share with others
+    with _no_persistent_cache():
+        began = time.perf_counter()
+        compiled = jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
+        return time.perf_counter() - began, compiled
 
 
 @functools.cache

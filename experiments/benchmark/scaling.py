@@ -103,7 +103,7 @@ def measure(steps: list[Step], begin: Callable[[str], Callable[[int, int, dict],
         notify = begin(f"{variant.name}, {kind}, width {task.width}, tokens {task.tokens}")
         notify(0, 1, {})
         if (task, variant) not in known:
-            known[task, variant], *_ = prepare(task, task.data(), variant)
+            known[task, variant] = prepare(task, task.data(), variant).counts
         counts = known[task, variant]
         sizes = {name: getattr(task, name) for name in (*VARIED, "rank", "scan")}
         yield {"varied": varied, "method": variant.name, **sizes, **counts._asdict()}

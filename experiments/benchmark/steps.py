@@ -12,7 +12,7 @@ import optax
 
 import oplora_jax
 from experiments import ExperimentError, methods
-from experiments.benchmark.counts import Counts, count
+from experiments.benchmark.counts import Counts, compile_anew, count
 from experiments.benchmark.timing import alternate, runner
 from experiments.task import Task
 from experiments.training import State, advance, make_optimizer, size_in_bytes
@@ -45,6 +45,7 @@ COUNTED = (
     "optimizer_bytes",
     "compile_seconds",
 )
+COMPILATIONS = 3  # that are measured, of each step and of the baseline's
 RATE = 1e-3  # small enough for every method to stay finite; the cost does not depend on it
 
 
@@ -118,22 +119,26 @@ def measure(
       data: arrays.
       variants: the first one is what the others are held against, itself too.
       pairs: how many steps of each are measured, in turn with one of the first variant's; 0 for none.
+        Compilations are measured likewise, in any case.
       begin: as `progress` yields it.
     """
     first = baseline = None
     for variant in variants:
         notify = begin(variant.name)
         notify(0, pairs + 1, {})
-        counts, optimizer_bytes, make_runner = prepare(task, data, variant)
+        prepared = prepare(task, data, variant)
+        counts, optimizer_bytes, make_runner, _ = prepared
         if first is None:
-            first = counts, optimizer_bytes
+            first = prepared
             baseline = make_runner() if pairs else None
+        compilations = alternate(first.compile, prepared.compile, COMPILATIONS, lambda _: None)
         notify(1, pairs + 1, {})
         row = {"method": variant.name, "gradient": variant.gradient}
         row |= counts._asdict() | {"optimizer_bytes": optimizer_bytes}
         row["milliseconds"] = row["time_ratio"] = row["time_ratio_least"] = row["time_ratio_largest"] = None
-        units = first[0]._asdict() | {"optimizer_bytes": first[1]}
+        units = first.counts._asdict() | {"optimizer_bytes": first.optimizer_bytes}
         row |= {f"{name}_ratio": row[name] / units[name] for name in COUNTED}
+        row["compile_seconds"], row["compile_seconds_ratio"] = map(float, map(np.median, compilations))
         if pairs:
             seconds, ratios = alternate(
                 baseline, make_runner(), pairs, lambda done, notify=notify: notify(done + 1, pairs + 1, {})
@@ -144,19 +149,28 @@ def measure(
         yield row
 
 
-def prepare(
-    task: Task, data: Sequence[Any], variant: Variant
-) -> tuple[Counts, int, Callable[[], Callable[[], float]]]:
-    """(the counts of a step, the bytes of the optimizer's state, what makes a runner of steps)."""
+class Prepared(NamedTuple):
+    """A training step that is compiled."""
+
+    counts: Counts
+    optimizer_bytes: int  # of the optimizer's state
+    make_runner: Callable[[], Callable[[], float]]  # makes a runner of steps
+    compile: Callable[[], float]  # compiles it again and returns the seconds
+
+
+def prepare(task: Task, data: Sequence[Any], variant: Variant) -> Prepared:
+    """Compiles a training step."""
     step, start = build(task, variant)
     state, frozen = jax.eval_shape(start)
-    counts, compiled = count(step, state, frozen, *data, donated=(0,))
+    arguments, donated = (step, state, frozen, *data), (0,)
+    counts, compiled = count(*arguments, donated=donated)
 
     def make_runner():
         state, frozen = start()
         return runner(compiled, state, jax.device_put(frozen), *jax.device_put(tuple(data)))
 
-    return counts, size_in_bytes(state.optimizer), make_runner
+    compile_again = lambda: compile_anew(*arguments, donated=donated)[0]
+    return Prepared(counts, size_in_bytes(state.optimizer), make_runner, compile_again)
 
 
 def at_least(least: int, **sizes: int) -> None:

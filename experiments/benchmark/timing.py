@@ -43,7 +43,7 @@ def alternate(
     """Runs the baseline and the method in turn.
 
     Args:
-      baseline: takes a step and returns its seconds.
+      baseline: takes a step, or compiles it, and returns its seconds.
       method: likewise.
       pairs: how many of each are measured, after the warm-up.
       notify: called with the pairs that are done.

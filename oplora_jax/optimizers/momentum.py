@@ -1,6 +1,6 @@
 """The low-rank momentum that several optimizers keep."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from oplora_jax.matrix import LowRank, is_low_rank, share_scale, solve_dtype
 from oplora_jax.optimizers.finite import Checked
 from oplora_jax.optimizers.low_rank import difference, is_zero, map_lora
-from oplora_jax.problems import Problem, Sum, solve_problems
+from oplora_jax.problems import Problem, Rule, solve_problems
 
 
 def init_momentum(params: Any, seed: Any, rank: Any = None) -> Any:
@@ -30,22 +30,23 @@ def _random_start(key, param, rank):
     return share_scale(LowRank(a, b), param)
 
 
-def momentum_sum(decay: Any, share: Any, regularization: Any) -> Callable[[LowRank], Sum]:
-    """What makes the sum (decay, momentum), (share, gradient), over the matrices [gradient, momentum]."""
+def momentum_rule(decay: Any, share: Any, regularization: Any) -> Rule:
+    """That of the sum (decay, momentum), (share, gradient), over the matrices [gradient, momentum]."""
     # The authors' code adds 1e-6 to the diagonal of every Gram matrix. It shows in the momentum alone,
     # which starts at zero: at most 0.2 % of the regularization, so that a step of size 0 changes nothing.
     shrinkage = 0.0 if is_zero(regularization) else jnp.minimum(1e-6, 2e-3 * regularization)
-    return lambda momentum: Sum(decay, momentum, [share, None], regularization, shrinkage, balanced=True)
+    return Rule(decay, [share, None], regularization, shrinkage, balanced=True)
 
 
 def take_steps(
-    problem_of: Callable[..., Problem], num_iters: Any, params: Any, *rest: Any
+    rules: Sequence[Rule], problem_of: Callable[..., Problem], num_iters: Any, params: Any, *rest: Any
 ) -> tuple[Checked, Any]:
     """Solves one problem for each LoRA parameter.
 
     Args:
-      problem_of: the problem of one parameter, whose first sum is the new weights and whose second one, if
-        there is one, the new momentum. Called with the parameter and what stands there in `rest`.
+      rules: of the new weights and, if there is one, the new momentum.
+      problem_of: the problem of one parameter, with these two sums. Called with the parameter and what stands
+        there in `rest`.
       num_iters: as for `lorsum`.
       params: a tree of parameters.
       rest: trees like it.
@@ -57,7 +58,7 @@ def take_steps(
     nodes, treedef = jax.tree.flatten(params, is_leaf=is_low_rank)
     rest = [treedef.flatten_up_to(tree) for tree in rest]
     problems = [problem_of(*arguments) for arguments in zip(nodes, *rest, strict=True)]
-    solved = solve_problems(problems, num_iters=num_iters)
+    solved = solve_problems(rules, problems, num_iters=num_iters)
     updates = [difference(z.sums[0], param) for z, param in zip(solved, nodes, strict=True)]
     moments = [z.sums[1] if len(z.sums) > 1 else None for z in solved]
     finite = treedef.unflatten(z.finite for z in solved)

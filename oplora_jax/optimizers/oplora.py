@@ -20,9 +20,9 @@ from oplora_jax.matrix import (
     transpose,
 )
 from oplora_jax.optimizers.low_rank import at_step, difference, for_lora, full_gradient, is_zero, map_lora
-from oplora_jax.optimizers.momentum import init_momentum, momentum_sum, take_steps
+from oplora_jax.optimizers.momentum import init_momentum, momentum_rule, take_steps
 from oplora_jax.optimizers.precision import check_state_dtype
-from oplora_jax.problems import Problem, Sum
+from oplora_jax.problems import Problem, Rule, Sum
 
 
 class OPLoRAState(NamedTuple):
@@ -142,14 +142,12 @@ def oplora(
         share = 1 - dampening
         decay = 0.0 if is_zero(momentum) else momentum
         rate, pull = -lr * share, -lr * decay
-        moments = momentum_sum(decay, share, ridge_m)
 
         def plain(param, gradient):
-            return Problem([full_gradient(param, gradient)], [Sum(weight, param, [rate], ridge)])
+            return Problem([full_gradient(param, gradient)], [Sum(param)])
 
         def low_rank(param, gradient, old):
-            weights = Sum(weight, param, [rate, pull], ridge)
-            return Problem([full_gradient(param, gradient), old], [weights, moments(old)])
+            return Problem([full_gradient(param, gradient), old], [Sum(param), Sum(old)])
 
         def extrapolated(param, gradient, old):
             g = full_gradient(param, gradient)
@@ -174,9 +172,10 @@ def oplora(
             updates, last = map_lora(extrapolated, 2, params, updates, state.momentum)
             return updates, OPLoRAState(count, last)
         if kind == "none":
-            updates, _ = take_steps(plain, num_iters, params, updates)
+            updates, _ = take_steps([Rule(weight, [rate], ridge)], plain, num_iters, params, updates)
             return updates, OPLoRAState(count, momentum=None)
-        updates, moment = take_steps(low_rank, num_iters, params, updates, state.momentum)
+        rules = Rule(weight, [rate, pull], ridge), momentum_rule(decay, share, ridge_m)
+        updates, moment = take_steps(rules, low_rank, num_iters, params, updates, state.momentum)
         return updates, OPLoRAState(count, moment)
 
     state_dtype = check_state_dtype(state_dtype)

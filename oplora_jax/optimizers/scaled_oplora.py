@@ -18,9 +18,9 @@ from oplora_jax.metrics import (
     shampoo_moments,
 )
 from oplora_jax.optimizers.low_rank import at_step, for_lora, full_gradient, is_zero, map_lora
-from oplora_jax.optimizers.momentum import init_momentum, momentum_sum, take_steps
+from oplora_jax.optimizers.momentum import init_momentum, momentum_rule, take_steps
 from oplora_jax.optimizers.precision import check_state_dtype
-from oplora_jax.problems import Problem, Sum
+from oplora_jax.problems import Problem, Rule, Sum
 
 
 class ScaledOPLoRAState(NamedTuple):
@@ -154,7 +154,9 @@ def scaled_oplora(
         ridge = jnp.maximum(lr * regularization, 1e-5)
         share = 1 - b1
         rate, pull = -lr * share, -lr * b1
-        new_momentum = momentum_sum(b1, share, ridge)
+        rules = [Rule(1.0, [rate, pull], ridge), momentum_rule(b1, share, ridge)]
+        if not has_momentum:
+            rules = [Rule(1.0, [rate], ridge)]
         count = optax.safe_increment(state.count)
         corrected = (1 - b2) / (1 - jnp.asarray(b2, lr.dtype) ** count)
         weight = jnp.where(bias_correction, corrected, 1 - b2)
@@ -172,10 +174,12 @@ def scaled_oplora(
             gradient = full_gradient(param, gradient)
             *sides, old = sides if has_momentum else (*sides, None)
             metrics = KroneckerMetric(*sides[:2]), KroneckerMetric(*sides[2:])
-            weights = lambda *coefficients: Sum(1.0, param, coefficients, ridge, 0.0, *metrics)
-            if old is None:
-                return Problem([gradient], [weights(rate)])
-            return Problem([gradient, old], [weights(rate, pull), new_momentum(old)])
+            weights = Sum(param, *metrics)
+            return (
+                Problem([gradient], [weights])
+                if old is None
+                else Problem([gradient, old], [weights, Sum(old)])
+            )
 
         moments = KroneckerMetric(*map_lora(measure, 2, params, updates, *state.moments))
         decompose = lambda: map_lora(raise_sides, 4, params, *moments)
@@ -185,7 +189,7 @@ def scaled_oplora(
         else:
             sides = decompose()
         olds = [state.momentum] if has_momentum else []
-        updates, momentum = take_steps(problem, num_iters, params, updates, *sides, *olds)
+        updates, momentum = take_steps(rules, problem, num_iters, params, updates, *sides, *olds)
         caches = (KroneckerMetric(*sides[:2]), KroneckerMetric(*sides[2:])) if dense else ()
         return updates, ScaledOPLoRAState(count, momentum if olds else None, moments, *caches)
 

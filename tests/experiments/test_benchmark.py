@@ -33,7 +33,7 @@ def table(path):
 
 
 def counted(name, task):
-    return steps.prepare(task, task.data(), steps.parse(name, task))[0]
+    return steps.prepare(task, task.data(), steps.parse(name, task)).counts
 
 
 def test_a_product_by_hand():
@@ -135,7 +135,7 @@ def test_scanned_layers_count_each():
 def test_a_step_in_the_backward_pass_keeps_no_gradients():
     task = Layers(layers=8, width=32, tokens=256, rank=2, scan=True, checkpoint=True)
     inside, behind = (
-        steps.prepare(task, task.data(), steps.parse(f"oplora_1:{kind}", task))[0]
+        steps.prepare(task, task.data(), steps.parse(f"oplora_1:{kind}", task)).counts
         for kind in (steps.IN_BACKWARD, "outer")
     )
     # The same arithmetic but for bookkeeping; x and dy of eight layers are not there.
