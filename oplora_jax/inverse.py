@@ -1,5 +1,6 @@
 """The inverse of many small Gram matrices."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,39 +15,43 @@ def inverse(gram: Float[Array, "*batch r r"], regularization: Any) -> Float[Arra
     """(gram + regularization I)^-1 of a Gram matrix; the pseudo-inverse where regularization is None.
 
     Finite for every finite Gram matrix. Rounding leaves the small eigenvalues of a float32 Gram matrix
-    undetermined to eps times the largest, so directions below that are cut off (pseudo-inverse) or floored
-    (elimination, with a diagonal larger by 8 r eps of itself). One Newton step takes the floor's bias out of
-    all directions that are determined.
+    undetermined to eps times the largest, so directions below that are cut off (pseudo-inverse), or a pivot
+    counts as 8 r eps of its diagonal entry (elimination).
 
     Args:
       gram: symmetric and positive semidefinite.
       regularization: a number, one for each of the matrices along the first axes, or None.
     """
     r = gram.shape[-1]
-    eps, tiny = jnp.finfo(gram.dtype).eps, jnp.finfo(gram.dtype).tiny
     if regularization is None:
         values, vectors = jnp.linalg.eigh(gram)
+        eps, tiny = jnp.finfo(gram.dtype).eps, jnp.finfo(gram.dtype).tiny
         kept = values > jnp.maximum(r * eps * values[..., -1:], tiny)
         reciprocals = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
         return matmul(vectors * reciprocals[..., None, :], transpose(vectors), HIGHEST)
-    eye = jnp.broadcast_to(jnp.eye(r, dtype=gram.dtype), gram.shape)
     added = jnp.asarray(regularization, gram.dtype)
-    matrix = gram + jax.lax.broadcast_in_dim(added, gram.shape, range(added.ndim)) * eye
-    # A pivot of infinity leaves an empty direction out. Not `matrix > limit`: a NaN stays one and is seen.
-    empty = (matrix <= tiny / eps) & (eye > 0)
-    start = jnp.where(empty, jnp.inf, matrix * (1 + 8 * r * eps * eye))
-    guess = jax.lax.fori_loop(0, r, _eliminate, start)
-    return guess + matmul(guess, eye - matmul(matrix, guess, HIGHEST), HIGHEST)
+    return jax.lax.fori_loop(0, r, partial(_eliminate, gram, added), gram)
 
 
-def _eliminate(k: Array, matrix: Float[Array, "*batch r r"]) -> Float[Array, "*batch r r"]:
+def _eliminate(
+    gram: Float[Array, "*batch r r"],
+    added: Array,
+    k: Array,
+    matrix: Float[Array, "*batch r r"],
+) -> Float[Array, "*batch r r"]:
     """A step of Gauss-Jordan elimination in place: after all r of them the matrix is its inverse.
 
-    No pivots are searched for: in a positive definite matrix the error is that of a Cholesky decomposition.
-    Rows and columns of any size are rounded alike.
+    What is added to the diagonal is added to the pivot. No pivots are searched for: in a positive definite
+    matrix the error is that of a Cholesky decomposition. Rows and columns of any size are rounded alike.
     """
-    column, row = (jax.lax.dynamic_slice_in_dim(matrix, k, 1, axis) for axis in (-1, -2))
-    pivot = jax.lax.dynamic_slice_in_dim(row, k, 1, -1)
+    at = lambda z, axis: jax.lax.dynamic_slice_in_dim(z, k, 1, axis)
+    column, row = at(matrix, -1), at(matrix, -2)
+    eps, tiny = jnp.finfo(gram.dtype).eps, jnp.finfo(gram.dtype).tiny
+    added = jax.lax.broadcast_in_dim(added, (*gram.shape[:-2], 1, 1), range(added.ndim))
+    whole = at(at(gram, -2), -1) + added
+    # An infinite pivot leaves an empty direction out. A NaN stays one and is seen.
+    floor = jnp.where(whole <= tiny / eps, jnp.inf, 8 * gram.shape[-1] * eps * whole)
+    pivot = jnp.maximum(at(row, -1) + added, floor)
     at_row, at_column = (
         jax.lax.broadcasted_iota(jnp.int32, z.shape, axis) == k
         for z, axis in ((column, column.ndim - 2), (row, row.ndim - 1))

@@ -72,7 +72,7 @@ def lorsum(
 def _lorsum(terms, regularization, metric, *, num_iters, first):
     shape = common_shape(terms)
     (weight, anchor), *rest = terms
-    rule, total = Rule(weight, [coefficient for coefficient, _ in rest], regularization), Sum(anchor)
+    rule, total = Rule([weight], [coefficient for coefficient, _ in rest], regularization), Sum(anchor)
     if metric is not None:
         check_metric(metric, shape)
         metric = as_type(metric, solve_dtype(anchor.a, anchor.b))

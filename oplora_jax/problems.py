@@ -21,7 +21,6 @@ from oplora_jax.matrix import (
     left_product,
     matmul,
     share_scale,
-    solve_dtype,
     transpose,
     transposed,
 )
@@ -29,13 +28,13 @@ from oplora_jax.metrics import KroneckerMetric, times_output
 
 
 class Rule(NamedTuple):
-    """The numbers of a sum of an anchor and other matrices, which may be one sum in each layer."""
+    """The numbers of one of the sums of a problem."""
 
-    weight: Any  # the anchor's coefficient
-    coefficients: Sequence[Any]  # one for each of the matrices; None where the sum lacks it
+    anchors: Sequence[Any]  # the coefficients of the anchors of all sums
+    matrices: Sequence[Any]  # those of the matrices
     regularization: Any = 0.0
     shrinkage: Any = 0.0  # added to the Gram matrices as well, but pulls towards zero, not the anchor
-    balanced: Any = None  # True for factors of equal norms where that of a would be below that of b
+    balanced: bool = False  # whether the norm of a is not to be below that of b
 
 
 class Sum(NamedTuple):
@@ -54,9 +53,10 @@ class Problem(NamedTuple):
 
 
 class Solution(NamedTuple):
-    """What a problem comes to."""
+    """What a problem comes to, with the anchors' shapes, types and scales."""
 
-    sums: list[LowRank]  # each with the anchor's shapes, types and scale
+    sums: list[LowRank]
+    changes: list[LowRank]  # from the anchors' factors to those of the sums, before these are balanced
     finite: Array  # bool (): whether the norms of all factors are, before the factors take these types
 
 
@@ -65,8 +65,9 @@ def solve_problems(
 ) -> list[Solution]:
     """LoRSums of several matrices: of all LoRA parameters of a model.
 
-    In a single iteration, without metrics, the small solves of all problems are done together. Otherwise the
-    matrices of each would wait in memory for all others, and the problems are solved one after the other.
+    The factors of a problem's sums are stacked: F has the rows of all a^T, or of all b, one sum below the
+    other. A half-step adds A F + sum_i B_i F' T_i, with F' the other stack, T_i the matrices, and A and B_i
+    small and square: those of all problems are made together.
 
     Args:
       rules: one for each sum of a problem, the same for all problems.
@@ -82,15 +83,10 @@ def solve_problems(
     static = isinstance(num_iters, int)
     if static and num_iters < 0:
         raise ValueError(f"num_iters is {num_iters}; expected 0 (the Jacobi step) or more")
-    solve = partial(_solve_static if static else _solve, num_iters=num_iters, first=first)
-    together = static and num_iters <= 1 and all(z.metric is None for _, sums in problems for z in sums)
-    rules = list(map(_checked, rules))
-    groups = [problems] if together else [[problem] for problem in problems]
-    solved = [solution for group in groups for solution in solve(rules, group)]
-    return [
-        Solution([share_scale(*z) for z in zip(new, [total.anchor for total in sums], strict=True)], finite)
-        for (new, finite), (_, sums) in zip(solved, problems, strict=True)
-    ]
+    solve = _solve_static if static else _solve
+    balanced = tuple(rule.balanced for rule in rules)
+    rules = [_checked(rule) for rule in rules]
+    return solve(rules, problems, num_iters=num_iters, first=first, balanced=balanced)
 
 
 def _checked(rule: Rule) -> Rule:
@@ -102,50 +98,28 @@ def _checked(rule: Rule) -> Rule:
     known = isinstance(reg, int | float)
     if known and reg < 0:
         raise ValueError(f"regularization is {reg}; expected a non-negative number")
-    return rule._replace(regularization=None if known and reg == 0 else reg)
-
-
-class _Numbers(NamedTuple):
-    """Those of the rules of several sums, each of shape (S,)."""
-
-    decay: Array  # 1 - the anchor's coefficient
-    coefficients: Sequence[Any]  # None where none of the sums has the matrix
-    ridge: Any  # regularization + shrinkage; None for pseudo-inverses
-    shrinkage: Array
-    balanced: Any  # bool; None where none of the sums is to be
+    return rule._replace(regularization=None if known and reg == 0 else reg, balanced=None)
 
 
 class _Stack(NamedTuple):
-    """Sums of one shape, along a new first axis of all arrays: one solve for all of them.
+    """The sums of one problem: rows of all of them, R in all."""
 
-    Factors are wide here, a^T and b: the solve for a is that for b of the transposed problem.
-    """
-
-    anchor: tuple[Array, Array]  # a^T (S, *batch, r, n) and b (S, *batch, r, m)
-    metric: KroneckerMetric | None
-    inverse_metric: KroneckerMetric | None
-    numbers: Any = None
+    factors: tuple[Array, Array]  # a^T (*batch, R, n) and b (*batch, R, m), of the anchors
+    metrics: list[KroneckerMetric | None]
+    inverse_metrics: list[KroneckerMetric | None]
 
 
-def _solve(rules, problems, *, num_iters, first):
-    alike = [_alike(rules, sums) for _, sums in problems]
-    numbers: dict[Any, _Numbers] = {}
-    stacks = []
-    for (_, sums), groups in zip(problems, alike, strict=True):
-        stacks.append([])
-        for indices, stack in zip(groups, _stacks(sums, groups), strict=True):
-            key = indices, stack.anchor[0].dtype
-            if key not in numbers:
-                numbers[key] = _numbers([rules[index] for index in indices], key[1])
-            stacks[-1].append(stack._replace(numbers=numbers[key]))
-    matrices = [matrices for matrices, _ in problems]
+def _solve(rules, problems, *, num_iters, first, balanced):
+    stacks = [_stack(sums) for _, sums in problems]
+    ranks = [tuple(total.anchor.a.shape[-1] for total in sums) for _, sums in problems]
+    matrices = [list(matrices) for matrices, _ in problems]
     sides = [list(map(transposed, each)) for each in matrices], matrices
 
     def half_step(side, changes):
         """The changes of one factor of all stacks, a^T (0) or b (1), from the other one's."""
-        grams = [_grams(side, *z) for z in zip(stacks, changes, strict=True)]
-        inverses = _inverses(stacks, grams)
-        return [_changes(side, *z) for z in zip(sides[side], stacks, changes, inverses, strict=True)]
+        grams = [_grams(side, *z) for z in zip(ranks, stacks, changes, strict=True)]
+        steps = _steps(rules, ranks, grams)
+        return [_change(side, *z) for z in zip(ranks, sides[side], stacks, changes, steps, strict=True)]
 
     def iterate(_, changes):
         side = 0 if first == "a" else 1
@@ -159,210 +133,210 @@ def _solve(rules, problems, *, num_iters, first):
     def jacobi(changes):
         return half_step(0, changes[1]), half_step(1, changes[0])
 
-    def nothing(side):
-        return [[jnp.zeros_like(stack.anchor[side]) for stack in of_one] for of_one in stacks]
-
-    none = [[None] * len(of_one) for of_one in stacks]
+    nothing = tuple([jnp.zeros_like(stack.factors[side]) for stack in stacks] for side in (0, 1))
+    none = ([None] * len(stacks),) * 2
     if not isinstance(num_iters, int):
-        changes = jax.lax.cond(num_iters > 0, alternate, jacobi, (nothing(0), nothing(1)))
+        changes = jax.lax.cond(num_iters > 0, alternate, jacobi, nothing)
     elif num_iters > 1:
-        changes = alternate((nothing(0), nothing(1)))
+        changes = alternate(nothing)
     else:
-        changes = iterate(0, (none, none)) if num_iters else jacobi((none, none))
-    return [_finish(*z) for z in zip(alike, stacks, *changes, strict=True)]
+        changes = iterate(0, none) if num_iters else jacobi(none)
+    anchors = [[total.anchor for total in sums] for _, sums in problems]
+    return [_finish(balanced, *z) for z in zip(anchors, stacks, *changes, strict=True)]
 
 
-_solve_static = jax.jit(_solve, static_argnames=("num_iters", "first"))
-
-
-def _alike(rules: Sequence[Rule], sums: Sequence[Sum]) -> tuple[tuple[int, ...], ...]:
-    """The indices of sums that can be stacked with each other."""
-    groups: dict[Any, list[int]] = {}
-    for index, (rule, total) in enumerate(zip(rules, sums, strict=True)):
-        shapes = total.anchor.a.shape, total.anchor.b.shape, solve_dtype(*jax.tree.leaves(total.anchor))
-        kind = rule.regularization is None, jax.tree.structure(total.metric)
-        groups.setdefault((*shapes, *kind), []).append(index)
-    return tuple(map(tuple, groups.values()))
+_solve_static = jax.jit(_solve, static_argnames=("num_iters", "first", "balanced"))
 
 
 # Compiled by themselves, the parts of a problem are traced once for all layers of a shape.
-@partial(jax.jit, static_argnums=1)
-def _stacks(sums: Sequence[Sum], alike: tuple[tuple[int, ...], ...]) -> list[_Stack]:
-    return [_stack([sums[index] for index in indices]) for indices in alike]
-
-
-@partial(jax.jit, static_argnums=0)
-def _finish(alike, stacks, *changes) -> Solution:
-    """The sums in their order, and whether all of them are finite."""
-    new, total = {}, 0.0
-    for indices, stack, *of_both in zip(alike, stacks, *changes, strict=True):
-        at, b = (_factor(side, stack, change) for side, change in enumerate(of_both))
-        left, right = (jnp.sum(z * z, axis=(-2, -1)) for z in (at, b))
-        total += jnp.sum(left + right)
-        if stack.numbers.balanced is not None:
-            to_a, to_b = _balance(stack.numbers.balanced, left, right)
-            at, b = _times(to_a, at), _times(to_b, b)
-        new |= {index: LowRank(transpose(at[place]), b[place]) for place, index in enumerate(indices)}
-    return Solution([new[index] for index in range(len(new))], total < jnp.inf)
-
-
-def _balance(chosen: Array, left: Array, right: Array) -> Float[Array, "2 S *batch"]:
-    """What to multiply a and b with, so that the norm of a is not below that of b, in the chosen matrices.
-
-    A momentum's decay by mu falls on the factor that is solved first, and the other one grows in return. Left
-    alone, a would vanish like mu^k, until the regularization outweighed it and froze b.
-
-    Args:
-      chosen: bool (S,).
-      left: the squared norms of a, (S, *batch), and
-      right: those of b.
-    """
-    chosen = jax.lax.broadcast_in_dim(chosen, left.shape, [0]) & (left > 0)
-    ratios, limit = jax.lax.select(chosen, right / left, jnp.ones_like(left)), 1 / jnp.finfo(left.dtype).tiny
-    ratios = jax.lax.clamp(1.0, ratios, limit)
-    return jnp.sqrt(jnp.sqrt(jnp.stack([ratios, 1 / ratios])))
-
-
+@jax.jit
 def _stack(sums: Sequence[Sum]) -> _Stack:
-    """Sums with their anchors at scale 1, and all of them in the type of the solves."""
+    """The anchors at scale 1, and all arrays in the type of the solves."""
     anchors = [absorb_scale(total.anchor) for total in sums]
-    dtype = anchors[0].dtype
-    arrays = lambda trees: jax.tree.map(lambda *z: _stacked([w.astype(dtype) for w in z]), *trees)
+    dtype = jnp.result_type(*(anchor.dtype for anchor in anchors))
+    cast = lambda tree: jax.tree.map(lambda z: z.astype(dtype), tree)
     return _Stack(
-        anchor=arrays([(transpose(anchor.a), anchor.b) for anchor in anchors]),
-        metric=arrays([total.metric for total in sums]),
-        inverse_metric=arrays([total.inverse_metric for total in sums]),
+        factors=(
+            _joined(cast([transpose(anchor.a) for anchor in anchors]), axis=-2),
+            _joined(cast([anchor.b for anchor in anchors]), axis=-2),
+        ),
+        metrics=cast([total.metric for total in sums]),
+        inverse_metrics=cast([total.inverse_metric for total in sums]),
     )
-
-
-def _numbers(rules: Sequence[Rule], dtype: Any) -> _Numbers:
-    numbers = lambda values: jnp.stack([jnp.asarray(z, dtype) for z in values])
-    coefficients = [
-        None if all(z is None for z in column) else numbers(0.0 if z is None else z for z in column)
-        for column in zip(*(rule.coefficients for rule in rules), strict=True)
-    ]
-    exact, balanced = rules[0].regularization is None, [rule.balanced is not None for rule in rules]
-    return _Numbers(
-        decay=numbers(1 - rule.weight for rule in rules),
-        coefficients=coefficients,
-        ridge=None if exact else numbers(rule.regularization + rule.shrinkage for rule in rules),
-        shrinkage=numbers(rule.shrinkage for rule in rules),
-        balanced=np.asarray(balanced) if any(balanced) else None,
-    )
-
-
-def _stacked(arrays: Sequence[Array]) -> Array:
-    """jnp.stack for finite arrays, as a sum: XLA makes several times as much code of a concatenation."""
-    shape = len(arrays), *arrays[0].shape
-    masks = np.eye(len(arrays), dtype=arrays[0].dtype)
-    spread = (jax.lax.broadcast_in_dim(array, shape, range(1, len(shape))) for array in arrays)
-    return functools.reduce(operator.add, map(_times, masks, spread))
-
-
-def _times(numbers: Array | np.ndarray, arrays: Array) -> Array:
-    """Each array along the first axes times its number. An axis of size 1 would cost more to compile."""
-    return jax.lax.broadcast_in_dim(numbers, arrays.shape, range(np.ndim(numbers))) * arrays
 
 
 # Solved for the change from the anchor: with d = a D_in (a - c_0 a_0)^T of a wide factor a, that of b is
 # (a D_in a^T + lam I)^-1 (a D_in (S - c_0 P) - d b0). Nothing cancels where little changes, and a singular
 # Gram matrix leaves the anchor's directions alone.
-@partial(jax.jit, static_argnums=0)
-def _grams(side: int, stacks: Sequence[_Stack], changes: Sequence[Any]) -> list[Array]:
-    """The Gram matrices to invert for a^T (side 0) or b (side 1).
+class _Grams(NamedTuple):
+    """Products, R x R, of the factor that is not solved for: in its metric, but for `others`."""
 
-    From the changes of the other factors, None before there are any.
-    """
-    others = [_factor(1 - side, *z) for z in zip(stacks, changes, strict=True)]
-    return [
-        matmul(other, transpose(_measured(side, stack, other)), HIGHEST)
-        for stack, other in zip(stacks, others, strict=True)
-    ]
+    gram: Array  # with itself
+    drift: Any  # with its change; None before there is one
+    others: Any  # with the anchors, not in the metric; None of a single sum, and without a metric
 
 
-def _factor(side: int, stack: _Stack, change: Any) -> Array:
-    return stack.anchor[side] if change is None else stack.anchor[side] + change
+@partial(jax.jit, static_argnums=(0, 1))
+def _grams(side: int, ranks: tuple[int, ...], stack: _Stack, change: Any) -> _Grams:
+    """From the change of the other factor, None before there is any, for a half-step of a^T (0) or b (1)."""
+    anchor, product = stack.factors[1 - side], lambda x, y: matmul(x, transpose(y), HIGHEST)
+    other = anchor if change is None else anchor + change
+    measured = _in_metric(other, [metric and metric[1 - side] for metric in stack.metrics], ranks)
+    drift = None if change is None else product(measured, change)
+    plain = measured is other or len(ranks) == 1
+    return _Grams(product(measured, other), drift, None if plain else product(other, anchor))
 
 
-def _measured(side: int, stack: _Stack, other: Array) -> Array:
-    return other if stack.metric is None else times_output(other, stack.metric[1 - side])
+def _in_metric(factor: Array, metrics: Sequence[Any], ranks: Sequence[int]) -> Array:
+    """The rows of each sum times its side of a metric, if it has one."""
+    if all(side is None for side in metrics):
+        return factor
+    parts = zip(_parts(factor, ranks), metrics, strict=True)
+    return _joined([z if side is None else times_output(z, side) for z, side in parts], axis=-2)
 
 
-class _Inverses(NamedTuple):
-    """The inverses of one stack's Gram matrices, among those of all layers."""
+def _joined(arrays: Sequence[Array], axis: int) -> Array:
+    """jnp.concatenate, as a sum: XLA compiles each concatenation anew, but one of several equal sums."""
+    sizes = [z.shape[axis] for z in arrays]
+    ends = list(itertools.accumulate(sizes))
+    padded = []
+    for array, size, end in zip(arrays, sizes, ends, strict=True):
+        around = [(0, 0, 0)] * array.ndim
+        around[axis] = (end - size, ends[-1] - end, 0)
+        padded.append(jax.lax.pad(array, jnp.zeros((), array.dtype), around))
+    return functools.reduce(operator.add, padded)
 
-    of_all: Array  # (T, *batch, r, r)
-    places: Any  # integers (S,); None for all of them
 
-    def pick(self) -> Array:
-        """By a gather, which is one kernel for all layers; slices would be one each to compile."""
-        return self.of_all if self.places is None else jnp.take(self.of_all, self.places, axis=0, mode="clip")
+def _parts(rows: Array, ranks: Sequence[int]) -> list[Array]:
+    """The rows of each sum."""
+    return jnp.split(rows, list(itertools.accumulate(ranks))[:-1], axis=-2)
 
 
-def _inverses(stacks: Sequence[Sequence[_Stack]], grams: Sequence[Sequence[Array]]) -> list[list[_Inverses]]:
-    """The inverses of all Gram matrices, those of one shape together."""
-    groups: dict[Any, list[tuple[int, int]]] = {}
-    for i, of_one in enumerate(grams):
-        for j, gram in enumerate(of_one):
-            kind = gram.shape[1:], gram.dtype, stacks[i][j].numbers.ridge is None
-            groups.setdefault(kind, []).append((i, j))
-    out: list[list[Any]] = [[None] * len(of_one) for of_one in grams]
-    for places in groups.values():
-        of_group = [grams[i][j] for i, j in places]
-        ridges = [stacks[i][j].numbers.ridge for i, j in places]
+def _steps(rules: Sequence[Rule], ranks: Sequence[tuple[int, ...]], grams: Sequence[_Grams]) -> list[Array]:
+    """The half-steps of all problems, those of one structure together."""
+    groups: dict[Any, list[int]] = {}
+    for place, (of_sums, one) in enumerate(zip(ranks, grams, strict=True)):
+        kind = of_sums, one.gram.shape, one.gram.dtype, jax.tree.structure(one)
+        groups.setdefault(kind, []).append(place)
+    steps: list[Any] = [None] * len(grams)
+    for (of_sums, *_), places in groups.items():
+        some = [grams[place] for place in places]
         if len(places) == 1:
-            [(i, j)] = places
-            out[i][j] = _Inverses(inverse(*of_group, *ridges), None)
+            steps[places[0]] = _step(of_sums, rules, some[0])
             continue
-        of_all = inverse(jnp.concatenate(of_group), None if ridges[0] is None else jnp.concatenate(ridges))
-        ends = itertools.accumulate(map(len, of_group), initial=0)
-        for (i, j), (start, end) in zip(places, itertools.pairwise(ends), strict=True):
-            out[i][j] = _Inverses(of_all, np.arange(start, end))
-    return out
+        together = _step(of_sums, rules, jax.tree.map(lambda *z: jnp.stack(z), *some))
+        shape = together.shape[1:]
+        rows = together.reshape(-1, shape[-1])
+        chosen = np.arange(len(rows)).reshape(len(places), -1, 1)
+        for index, place in enumerate(places):
+            # Gathered, by one kernel for all layers. Slices would be one each to compile.
+            steps[place] = jnp.take(rows, chosen[index], axis=0, mode="clip").reshape(shape)
+    return steps
+
+
+def _step(ranks: Sequence[int], rules: Sequence[Rule], grams: _Grams) -> Float[Array, "*batch R C"]:
+    """What to multiply the factor and its products with the matrices with, for its change.
+
+    Its columns are those for the factor, for each matrix and, with a metric, for the other sums' anchors.
+    """
+    gram, drift, others = grams
+    block = np.repeat(range(len(ranks)), ranks)
+    over = lambda z: jax.lax.broadcast_in_dim(z, gram.shape, range(gram.ndim)[-z.ndim :])
+    spread = lambda some: jnp.stack([jnp.asarray(z, gram.dtype) for z in some])[block]
+    same = over(block[:, None] == block)
+    coefficients = over(jnp.stack([spread(rule.anchors) for rule in rules])[block])
+    shrinkage = over(jnp.diag(spread(rule.shrinkage for rule in rules)))
+    moved = gram if drift is None else gram - drift
+    held = (1 - coefficients) * moved + shrinkage
+    held = held if drift is None else held + drift
+    taken = coefficients * (moved if others is None else others)
+    of_matrices = zip(*(rule.matrices for rule in rules), strict=True)
+    matrices = [over(jnp.diag(spread(column))) for column in of_matrices]
+    if others is None:
+        columns = [jnp.where(same, -held, taken), *matrices]
+    else:
+        columns = [jnp.where(same, -held, 0), *matrices, jnp.where(same, 0, taken)]
+    return _solve_blocks(ranks, rules, gram, jnp.concatenate(columns, axis=-1))
+
+
+def _solve_blocks(ranks: Sequence[int], rules: Sequence[Rule], gram: Array, right: Array) -> Array:
+    """The inverse of each sum's Gram matrix, on the diagonal, times its rows; those of one size together."""
+    groups: dict[Any, list[int]] = {}
+    for p, rule in enumerate(rules):
+        groups.setdefault((ranks[p], rule.regularization is None), []).append(p)
+    rows, starts = _parts(right, ranks), [0, *itertools.accumulate(ranks)]
+    for (rank, exact), members in groups.items():
+        at = [slice(starts[p], starts[p] + rank) for p in members]
+        ridge = None
+        if not exact:
+            numbers = (rules[p].regularization + rules[p].shrinkage for p in members)
+            ridge = jnp.stack([jnp.asarray(z, gram.dtype) for z in numbers])
+        inverses = inverse(jnp.stack([gram[..., z, z] for z in at]), ridge)
+        solved = matmul(inverses, jnp.stack([rows[p] for p in members]), HIGHEST)
+        for p, found in zip(members, solved, strict=True):
+            rows[p] = found
+    return jnp.concatenate(rows, axis=-2)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _change(
+    side: int, ranks: Sequence[int], matrices: Sequence[Matrix], stack: _Stack, change: Any, step: Array
+) -> Array:
+    """That of a^T (side 0) or b (side 1), from the other factor's."""
+    anchor, other = stack.factors[side], stack.factors[1 - side]
+    other = other if change is None else other + change
+    products = [left_product(other, matrix).astype(anchor.dtype) for matrix in matrices]
+    multiply = lambda step, *rows: matmul(step, _joined(rows, axis=-2), HIGHEST)
+    inverse_metrics = [metric and metric[side] for metric in stack.inverse_metrics]
+    if all(z is None for z in inverse_metrics):
+        return multiply(step, anchor, *products)
+    within, rest = jnp.split(step, [anchor.shape[-2]], axis=-1)
+    rows = products if len(ranks) == 1 else [*products, anchor]
+    own = multiply(within, anchor)
+    return own + _in_metric(multiply(rest, *rows), inverse_metrics, ranks) if rows else own
 
 
 @partial(jax.jit, static_argnums=0)
-def _changes(
-    side: int,
-    matrices: Sequence[Matrix],
-    stacks: Sequence[_Stack],
-    changes: Sequence[Any],
-    inverses: Sequence[_Inverses],
-) -> list[Array]:
-    """Those of a^T (side 0) or b (side 1), from the other factors' and their inverse Gram matrices."""
-    new = []
-    others = [_factor(1 - side, *z) for z in zip(stacks, changes, strict=True)]
-    products = _weighted_products(matrices, stacks, others)
-    for stack, other, change, solver, product in zip(
-        stacks, others, changes, inverses, products, strict=True
-    ):
-        anchor, measured = stack.anchor[side], _measured(side, stack, other)
-        if stack.metric is not None:
-            product = times_output(product, stack.inverse_metric[side])
-        moved = _times(stack.numbers.decay, stack.anchor[1 - side])
-        moved = moved if change is None else moved + change
-        drift = matmul(measured, transpose(moved), HIGHEST)
-        residual = product - matmul(drift, anchor, HIGHEST) - _times(stack.numbers.shrinkage, anchor)
-        new.append(matmul(solver.pick(), residual, HIGHEST))
-    return new
+def _finish(balanced: Sequence[bool], anchors: Sequence[LowRank], stack: _Stack, *changes: Array) -> Solution:
+    """The sums, and whether all of them are finite."""
+    ranks = [anchor.a.shape[-1] for anchor in anchors]
+    factors = [z + change for z, change in zip(stack.factors, changes, strict=True)]
+    left, right = (_squares(z, ranks) for z in factors)
+    sums = []
+    for p, (at, b, anchor) in enumerate(zip(*(_parts(z, ranks) for z in factors), anchors, strict=True)):
+        if balanced[p]:
+            to_a, to_b = _balance(left[..., p], right[..., p])[..., None, None]
+            at, b = to_a * at, to_b * b
+        sums.append(share_scale(LowRank(transpose(at), b), anchor))
+    changes = [
+        share_scale(LowRank(transpose(at), b), anchor)
+        for at, b, anchor in zip(*(_parts(change, ranks) for change in changes), anchors, strict=True)
+    ]
+    # Not jnp.sum, which the compiler would not compute where it is used.
+    total = functools.reduce(operator.add, (jnp.sum((left + right)[..., p]) for p in range(len(ranks))))
+    return Solution(sums, changes, total < jnp.inf)
 
 
-def _weighted_products(matrices, stacks, thins):
-    """sum_i c_i thin T_i for each stack, with its own thin matrices, in one pass over each T_i."""
-    totals = [[] for _ in thins]
-    for i, matrix in enumerate(matrices):
-        users = [p for p, stack in enumerate(stacks) if stack.numbers.coefficients[i] is not None]
-        rows = [_as_rows(thins[p]) for p in users]
-        ends = list(itertools.accumulate(z.shape[-2] for z in rows))
-        parts = jnp.split(left_product(jnp.concatenate(rows, axis=-2), matrix), ends[:-1], axis=-2)
-        for p, part in zip(users, parts, strict=True):
-            part = part.reshape(*part.shape[:-2], len(thins[p]), -1, part.shape[-1])
-            part = jnp.moveaxis(part, -3, 0).astype(thins[p].dtype)
-            totals[p].append(_times(stacks[p].numbers.coefficients[i], part))
-    nothing = [jnp.zeros((), thins[0].dtype)]
-    return [functools.reduce(operator.add, parts or nothing) for parts in totals]
+def _squares(factor: Array, ranks: Sequence[int]) -> Float[Array, "*batch P"]:
+    """The squared norm of the rows of each sum."""
+    gram = matmul(factor, transpose(factor), HIGHEST)[..., None, :, :]
+    block = np.repeat(range(len(ranks)), ranks)
+    chosen = np.eye(len(block), dtype=bool) & (block == np.arange(len(ranks))[:, None, None])
+    shape = (*gram.shape[:-3], *chosen.shape)
+    chosen = jax.lax.broadcast_in_dim(chosen, shape, range(len(shape))[-3:])
+    return jnp.sum(jnp.where(chosen, gram, 0), axis=(-2, -1))
 
 
-def _as_rows(thin: Float[Array, "S *batch r m"]) -> Float[Array, "*batch S*r m"]:
-    thin = jnp.moveaxis(thin, 0, -3)
-    return thin.reshape(*thin.shape[:-3], -1, thin.shape[-1])
+def _balance(left: Float[Array, "*batch"], right: Float[Array, "*batch"]) -> Float[Array, "2 *batch"]:
+    """What to multiply a and b with, so that the norm of a is not below that of b.
+
+    A momentum's decay by mu falls on the factor that is solved first, and the other one grows in return. Left
+    alone, a would vanish like mu^k, until the regularization outweighed it and froze b.
+
+    Args:
+      left: the squared norm of a, and
+      right: that of b.
+    """
+    limit = 1 / jnp.finfo(left.dtype).tiny
+    ratio = jax.lax.clamp(1.0, jnp.where(left > 0, right / left, 1.0), limit)
+    return jnp.sqrt(jnp.sqrt(jnp.stack([ratio, 1 / ratio])))

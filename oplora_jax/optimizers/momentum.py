@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from oplora_jax.matrix import LowRank, is_low_rank, share_scale, solve_dtype
 from oplora_jax.optimizers.finite import Checked
-from oplora_jax.optimizers.low_rank import difference, is_zero, map_lora
+from oplora_jax.optimizers.low_rank import is_zero, map_lora
 from oplora_jax.problems import Problem, Rule, solve_problems
 
 
@@ -31,11 +31,11 @@ def _random_start(key, param, rank):
 
 
 def momentum_rule(decay: Any, share: Any, regularization: Any) -> Rule:
-    """That of the sum (decay, momentum), (share, gradient), over the matrices [gradient, momentum]."""
+    """That of the sum (decay, momentum), (share, gradient), the second one of a problem."""
     # The authors' code adds 1e-6 to the diagonal of every Gram matrix. It shows in the momentum alone,
     # which starts at zero: at most 0.2 % of the regularization, so that a step of size 0 changes nothing.
     shrinkage = 0.0 if is_zero(regularization) else jnp.minimum(1e-6, 2e-3 * regularization)
-    return Rule(decay, [share, None], regularization, shrinkage, balanced=True)
+    return Rule([0.0, decay], [share], regularization, shrinkage, balanced=True)
 
 
 def take_steps(
@@ -59,7 +59,7 @@ def take_steps(
     rest = [treedef.flatten_up_to(tree) for tree in rest]
     problems = [problem_of(*arguments) for arguments in zip(nodes, *rest, strict=True)]
     solved = solve_problems(rules, problems, num_iters=num_iters)
-    updates = [difference(z.sums[0], param) for z, param in zip(solved, nodes, strict=True)]
+    updates = [z.changes[0] for z in solved]
     moments = [z.sums[1] if len(z.sums) > 1 else None for z in solved]
     finite = treedef.unflatten(z.finite for z in solved)
     return Checked(treedef.unflatten(updates), finite), treedef.unflatten(moments)

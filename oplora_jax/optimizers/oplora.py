@@ -147,7 +147,7 @@ def oplora(
             return Problem([full_gradient(param, gradient)], [Sum(param)])
 
         def low_rank(param, gradient, old):
-            return Problem([full_gradient(param, gradient), old], [Sum(param), Sum(old)])
+            return Problem([full_gradient(param, gradient)], [Sum(param), Sum(old)])
 
         def extrapolated(param, gradient, old):
             g = full_gradient(param, gradient)
@@ -172,9 +172,9 @@ def oplora(
             updates, last = map_lora(extrapolated, 2, params, updates, state.momentum)
             return updates, OPLoRAState(count, last)
         if kind == "none":
-            updates, _ = take_steps([Rule(weight, [rate], ridge)], plain, num_iters, params, updates)
+            updates, _ = take_steps([Rule([weight], [rate], ridge)], plain, num_iters, params, updates)
             return updates, OPLoRAState(count, momentum=None)
-        rules = Rule(weight, [rate, pull], ridge), momentum_rule(decay, share, ridge_m)
+        rules = Rule([weight, pull], [rate], ridge), momentum_rule(decay, share, ridge_m)
         updates, moment = take_steps(rules, low_rank, num_iters, params, updates, state.momentum)
         return updates, OPLoRAState(count, moment)
 

@@ -154,9 +154,9 @@ def scaled_oplora(
         ridge = jnp.maximum(lr * regularization, 1e-5)
         share = 1 - b1
         rate, pull = -lr * share, -lr * b1
-        rules = [Rule(1.0, [rate, pull], ridge), momentum_rule(b1, share, ridge)]
+        rules = [Rule([1.0, pull], [rate], ridge), momentum_rule(b1, share, ridge)]
         if not has_momentum:
-            rules = [Rule(1.0, [rate], ridge)]
+            rules = [Rule([1.0], [rate], ridge)]
         count = optax.safe_increment(state.count)
         corrected = (1 - b2) / (1 - jnp.asarray(b2, lr.dtype) ** count)
         weight = jnp.where(bias_correction, corrected, 1 - b2)
@@ -174,12 +174,7 @@ def scaled_oplora(
             gradient = full_gradient(param, gradient)
             *sides, old = sides if has_momentum else (*sides, None)
             metrics = KroneckerMetric(*sides[:2]), KroneckerMetric(*sides[2:])
-            weights = Sum(param, *metrics)
-            return (
-                Problem([gradient], [weights])
-                if old is None
-                else Problem([gradient, old], [weights, Sum(old)])
-            )
+            return Problem([gradient], [Sum(param, *metrics), *(() if old is None else (Sum(old),))])
 
         moments = KroneckerMetric(*map_lora(measure, 2, params, updates, *state.moments))
         decompose = lambda: map_lora(raise_sides, 4, params, *moments)
