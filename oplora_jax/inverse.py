@@ -20,7 +20,7 @@ def inverse(gram: Float[Array, "*batch r r"], regularization: Any) -> Float[Arra
 
     Args:
       gram: symmetric and positive semidefinite.
-      regularization: a number, one for each of the matrices along the first axes, or None.
+      regularization: a number, one for each of the matrices along the last batch axes, or None.
     """
     r = gram.shape[-1]
     if regularization is None:
@@ -47,7 +47,7 @@ def _eliminate(
     at = lambda z, axis: jax.lax.dynamic_slice_in_dim(z, k, 1, axis)
     column, row = at(matrix, -1), at(matrix, -2)
     eps, tiny = jnp.finfo(gram.dtype).eps, jnp.finfo(gram.dtype).tiny
-    added = jax.lax.broadcast_in_dim(added, (*gram.shape[:-2], 1, 1), range(added.ndim))
+    added = jnp.broadcast_to(added, gram.shape[:-2])[..., None, None]
     whole = at(at(gram, -2), -1) + added
     # An infinite pivot leaves an empty direction out. A NaN stays one and is seen.
     floor = jnp.where(whole <= tiny / eps, jnp.inf, 8 * gram.shape[-1] * eps * whole)

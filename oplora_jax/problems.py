@@ -241,41 +241,39 @@ def _step(ranks: Sequence[int], rules: Sequence[Rule], grams: _Grams) -> Float[A
     """
     gram, drift, others = grams
     block = np.repeat(range(len(ranks)), ranks)
+    same = block[:, None] == block
     over = lambda z: jax.lax.broadcast_in_dim(z, gram.shape, range(gram.ndim)[-z.ndim :])
     spread = lambda some: jnp.stack([jnp.asarray(z, gram.dtype) for z in some])[block]
-    same = over(block[:, None] == block)
-    coefficients = over(jnp.stack([spread(rule.anchors) for rule in rules])[block])
-    shrinkage = over(jnp.diag(spread(rule.shrinkage for rule in rules)))
-    moved = gram if drift is None else gram - drift
-    held = (1 - coefficients) * moved + shrinkage
-    held = held if drift is None else held + drift
-    taken = coefficients * (moved if others is None else others)
+    anchors = jnp.stack([spread(rule.anchors) for rule in rules])[block]
+    own = over(anchors - same) * (gram if drift is None else gram - drift)
+    own = own - over(jnp.diag(spread(rule.shrinkage for rule in rules)))
+    own = own if drift is None else own - jnp.where(over(same), drift, 0)
     of_matrices = zip(*(rule.matrices for rule in rules), strict=True)
-    matrices = [over(jnp.diag(spread(column))) for column in of_matrices]
-    if others is None:
-        columns = [jnp.where(same, -held, taken), *matrices]
-    else:
-        columns = [jnp.where(same, -held, 0), *matrices, jnp.where(same, 0, taken)]
+    columns = [own, *(over(jnp.diag(spread(column))) for column in of_matrices)]
+    if others is not None:
+        columns[0] = jnp.where(over(same), own, 0)
+        columns.append(jnp.where(over(same), 0, over(anchors) * others))
     return _solve_blocks(ranks, rules, gram, jnp.concatenate(columns, axis=-1))
 
 
 def _solve_blocks(ranks: Sequence[int], rules: Sequence[Rule], gram: Array, right: Array) -> Array:
-    """The inverse of each sum's Gram matrix, on the diagonal, times its rows; those of one size together."""
-    groups: dict[Any, list[int]] = {}
-    for p, rule in enumerate(rules):
-        groups.setdefault((ranks[p], rule.regularization is None), []).append(p)
-    rows, starts = _parts(right, ranks), [0, *itertools.accumulate(ranks)]
-    for (rank, exact), members in groups.items():
-        at = [slice(starts[p], starts[p] + rank) for p in members]
+    """The inverse of each sum's Gram matrix, on the diagonal, times its rows; those of a kind together."""
+    kind = lambda p: (ranks[p], rules[p].regularization is None)
+    solved, start = [], 0
+    for (rank, exact), members in itertools.groupby(range(len(ranks)), kind):
+        members = list(members)
+        stop = start + rank * len(members)
         ridge = None
         if not exact:
             numbers = (rules[p].regularization + rules[p].shrinkage for p in members)
             ridge = jnp.stack([jnp.asarray(z, gram.dtype) for z in numbers])
-        inverses = inverse(jnp.stack([gram[..., z, z] for z in at]), ridge)
-        solved = matmul(inverses, jnp.stack([rows[p] for p in members]), HIGHEST)
-        for p, found in zip(members, solved, strict=True):
-            rows[p] = found
-    return jnp.concatenate(rows, axis=-2)
+        blocks = [gram[..., at : at + rank, at : at + rank] for at in range(start, stop, rank)]
+        inverses = inverse(jnp.stack(blocks, axis=-3), ridge)
+        rows = right[..., start:stop, :]
+        found = matmul(inverses, rows.reshape(*inverses.shape[:-1], -1), HIGHEST)
+        solved.append(found.reshape(rows.shape))
+        start = stop
+    return jnp.concatenate(solved, axis=-2)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -313,18 +311,17 @@ def _finish(balanced: Sequence[bool], anchors: Sequence[LowRank], stack: _Stack,
         for at, b, anchor in zip(*(_parts(change, ranks) for change in changes), anchors, strict=True)
     ]
     # Not jnp.sum, which the compiler would not compute where it is used.
-    total = functools.reduce(operator.add, (jnp.sum((left + right)[..., p]) for p in range(len(ranks))))
+    total = sum(jnp.sum((left + right)[..., p]) for p in range(len(ranks)))
     return Solution(sums, changes, total < jnp.inf)
 
 
 def _squares(factor: Array, ranks: Sequence[int]) -> Float[Array, "*batch P"]:
     """The squared norm of the rows of each sum."""
-    gram = matmul(factor, transpose(factor), HIGHEST)[..., None, :, :]
-    block = np.repeat(range(len(ranks)), ranks)
-    chosen = np.eye(len(block), dtype=bool) & (block == np.arange(len(ranks))[:, None, None])
-    shape = (*gram.shape[:-3], *chosen.shape)
-    chosen = jax.lax.broadcast_in_dim(chosen, shape, range(len(shape))[-3:])
-    return jnp.sum(jnp.where(chosen, gram, 0), axis=(-2, -1))
+    norms = lambda z: jnp.sum(jnp.square(z), axis=(-2, -1))
+    if len(set(ranks)) == 1:
+        *batch, rows, size = factor.shape
+        return norms(factor.reshape(*batch, len(ranks), rows // len(ranks), size))
+    return jnp.stack([norms(part) for part in _parts(factor, ranks)], axis=-1)
 
 
 def _balance(left: Float[Array, "*batch"], right: Float[Array, "*batch"]) -> Float[Array, "2 *batch"]:

@@ -58,7 +58,7 @@ def keep_finite(tx: Any, updates: Any, state: Any, old_state: Any) -> tuple[Any,
     updates = treedef.unflatten(
         jax.tree.map(lambda u, i=i: keep(i, u, jnp.zeros_like(u)), node) for i, node in enumerate(nodes)
     )
-    skipped = sum((1 - f.astype(jnp.int32) for f in finite), jnp.zeros((), jnp.int32))
+    skipped = jnp.sum(~jnp.asarray(finite, bool), dtype=jnp.int32)
     return updates, jax.tree.unflatten(jax.tree.structure(state), kept), skipped
 
 
