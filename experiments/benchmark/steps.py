@@ -12,6 +12,7 @@ import optax
 
 import oplora_jax
 from experiments import ExperimentError, methods
+from experiments.benchmark.bounds import measure_rates
 from experiments.benchmark.counts import Counts, compile_anew, count
 from experiments.benchmark.timing import alternate, runner
 from experiments.task import Task
@@ -44,6 +45,14 @@ COUNTED = (
     "peak_bytes",
     "optimizer_bytes",
     "compile_seconds",
+)
+TIMED = (
+    "milliseconds",
+    "time_ratio",
+    "time_ratio_least",
+    "time_ratio_largest",
+    "bound_ratio",  # the least time for its operations, or for its bytes, in the first variant's
+    "bound_by",
 )
 COMPILATIONS = 3  # that are measured, of each step and of the baseline's
 RATE = 1e-3  # small enough for every method to stay finite; the cost does not depend on it
@@ -118,11 +127,11 @@ def measure(
       task: what is trained; its loss takes (trainable, frozen, *data).
       data: arrays.
       variants: the first one is what the others are held against, itself too.
-      pairs: how many steps of each are measured, in turn with one of the first variant's; 0 for none.
-        Compilations are measured likewise, in any case.
+      pairs: how many steps of each are measured, in turn with one of the first variant's, and what bounds
+        them; 0 for none. Compilations are measured likewise, in any case.
       begin: as `progress` yields it.
     """
-    first = baseline = None
+    first = baseline = rates = None
     for variant in variants:
         notify = begin(variant.name)
         notify(0, pairs + 1, {})
@@ -131,11 +140,12 @@ def measure(
         if first is None:
             first = prepared
             baseline = make_runner() if pairs else None
+            rates = measure_rates(baseline, pairs) if pairs else None
         compilations = alternate(first.compile, prepared.compile, COMPILATIONS, lambda _: None)
         notify(1, pairs + 1, {})
         row = {"method": variant.name, "gradient": variant.gradient}
         row |= counts._asdict() | {"optimizer_bytes": optimizer_bytes}
-        row["milliseconds"] = row["time_ratio"] = row["time_ratio_least"] = row["time_ratio_largest"] = None
+        row |= dict.fromkeys(TIMED)
         units = first.counts._asdict() | {"optimizer_bytes": first.optimizer_bytes}
         row |= {f"{name}_ratio": row[name] / units[name] for name in COUNTED}
         row["compile_seconds"], row["compile_seconds_ratio"] = map(float, map(np.median, compilations))
@@ -146,6 +156,8 @@ def measure(
             row["milliseconds"] = 1e3 * float(np.median(seconds))
             row["time_ratio"] = float(np.median(ratios))
             row["time_ratio_least"], row["time_ratio_largest"] = float(min(ratios)), float(max(ratios))
+            operations = counts.flops + counts.decomposition_flops
+            row["bound_ratio"], row["bound_by"] = rates.bound(operations, counts.bytes_accessed)
         yield row
 
 

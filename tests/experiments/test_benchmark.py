@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments.__main__ import main
-from experiments.benchmark import approximations, encoder, matrix, powers, steps, timing
+from experiments.benchmark import approximations, bounds, encoder, matrix, powers, steps, timing
 from experiments.benchmark.counts import count
 from experiments.benchmark.layers import Layers
 from experiments.benchmark.stack import Stack
@@ -170,6 +170,18 @@ def test_alternation():
     np.testing.assert_array_equal(found.ratios, [3, 1.5, 0.75])
 
 
+def test_what_bounds_a_step(monkeypatch):
+    rates = bounds.Rates(flops=100.0, bytes=10.0)
+    assert rates.bound(50, 4) == (0.5, "flops")
+    assert rates.bound(50, 6) == (0.6, "bytes")
+    # A product of two 2048 x 2048 matrices in twice the baseline's time, a copy of 64 MiB in half of it.
+    monkeypatch.setattr(
+        bounds, "runner", lambda compiled, state, *arguments: lambda: 2.0 if arguments else 0.5
+    )
+    measured = bounds.measure_rates(lambda: 1.0, 1)
+    assert measured == (2 * 2048**3 / 2, 2 * 64 * 2**20 / 0.5)
+
+
 def test_each_step_goes_on_from_the_last():
     seen = []
     run = timing.runner(lambda state, by: seen.append(state) or (state + by, None), 1, 2)
@@ -272,6 +284,7 @@ def test_stack(scan, tmp_path, capsys):
         least, median, largest = (float(row[f"time_ratio{part}"]) for part in ("_least", "", "_largest"))
         assert 0 < least <= median <= largest and float(row["milliseconds"]) > 0
         assert float(row["flops_ratio"]) == float(row["flops"]) / float(rows[0]["flops"])
+        assert float(row["bound_ratio"]) > 0 and row["bound_by"] in ("flops", "bytes")
     assert float(rows[1]["flops_ratio"]) > 1
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     settings = json.loads((tmp_path / f"{name}.json").read_text())
@@ -284,7 +297,7 @@ def test_stack_without_times(tmp_path):
     arguments = ["benchmark", *STACK, "--methods", "lora_adamw", "--pairs", "0"]
     assert main([*arguments, "--output", str(tmp_path)]) == 0
     [row] = table(tmp_path / "stack.csv")
-    assert row["time_ratio"] == "" and float(row["temporary_bytes_ratio"]) == 1
+    assert row["time_ratio"] == row["bound_ratio"] == "" and float(row["temporary_bytes_ratio"]) == 1
     assert (tmp_path / "stack.png").exists()
 
 
