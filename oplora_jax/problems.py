@@ -157,8 +157,8 @@ def _stack(sums: Sequence[Sum]) -> _Stack:
     cast = lambda tree: jax.tree.map(lambda z: z.astype(dtype), tree)
     return _Stack(
         factors=(
-            _joined(cast([transpose(anchor.a) for anchor in anchors]), axis=-2),
-            _joined(cast([anchor.b for anchor in anchors]), axis=-2),
+            _joined(cast([transpose(anchor.a) for anchor in anchors])),
+            _joined(cast([anchor.b for anchor in anchors])),
         ),
         metrics=cast([total.metric for total in sums]),
         inverse_metrics=cast([total.inverse_metric for total in sums]),
@@ -192,18 +192,17 @@ def _in_metric(factor: Array, metrics: Sequence[Any], ranks: Sequence[int]) -> A
     if all(side is None for side in metrics):
         return factor
     parts = zip(_parts(factor, ranks), metrics, strict=True)
-    return _joined([z if side is None else times_output(z, side) for z, side in parts], axis=-2)
+    return _joined([z if side is None else times_output(z, side) for z, side in parts])
 
 
-def _joined(arrays: Sequence[Array], axis: int) -> Array:
-    """jnp.concatenate, as a sum: XLA compiles each concatenation anew, but one of several equal sums."""
-    sizes = [z.shape[axis] for z in arrays]
+def _joined(parts: Sequence[Array]) -> Array:
+    """The rows of all, as a sum: XLA compiles each concatenation anew, but one of several equal sums."""
+    sizes = [part.shape[-2] for part in parts]
     ends = list(itertools.accumulate(sizes))
     padded = []
-    for array, size, end in zip(arrays, sizes, ends, strict=True):
-        around = [(0, 0, 0)] * array.ndim
-        around[axis] = (end - size, ends[-1] - end, 0)
-        padded.append(jax.lax.pad(array, jnp.zeros((), array.dtype), around))
+    for part, size, end in zip(parts, sizes, ends, strict=True):
+        around = [(0, 0, 0)] * (part.ndim - 2) + [(end - size, ends[-1] - end, 0), (0, 0, 0)]
+        padded.append(jax.lax.pad(part, jnp.zeros((), part.dtype), around))
     return functools.reduce(operator.add, padded)
 
 
@@ -284,14 +283,12 @@ def _change(
     anchor, other = stack.factors[side], stack.factors[1 - side]
     other = other if change is None else other + change
     products = [left_product(other, matrix).astype(anchor.dtype) for matrix in matrices]
-    multiply = lambda step, *rows: matmul(step, _joined(rows, axis=-2), HIGHEST)
-    inverse_metrics = [metric and metric[side] for metric in stack.inverse_metrics]
-    if all(z is None for z in inverse_metrics):
-        return multiply(step, anchor, *products)
-    within, rest = jnp.split(step, [anchor.shape[-2]], axis=-1)
-    rows = products if len(ranks) == 1 else [*products, anchor]
-    own = multiply(within, anchor)
-    return own + _in_metric(multiply(rest, *rows), inverse_metrics, ranks) if rows else own
+    multiply = lambda step, *rows: matmul(step, _joined(rows), HIGHEST)
+    in_metric = lambda rows: _in_metric(rows, [z and z[side] for z in stack.inverse_metrics], ranks)
+    if step.shape[-1] == (1 + len(products)) * anchor.shape[-2]:
+        return multiply(step, anchor, *map(in_metric, products))
+    own, rest = jnp.split(step, [anchor.shape[-2]], axis=-1)
+    return multiply(own, anchor) + in_metric(multiply(rest, *products, anchor))
 
 
 @partial(jax.jit, static_argnums=0)
