@@ -10,7 +10,7 @@ import numpy as np
 from experiments.benchmark.timing import alternate, runner
 
 SIZE = 2048  # of the square matrices that are multiplied
-NUMBERS = 2**24  # that are copied: 64 MiB, more than caches hold
+NUMBERS = 2**24  # that are copied: 64 MiB
 
 
 class Rates(NamedTuple):
