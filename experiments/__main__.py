@@ -1,6 +1,6 @@
-"""The command line: `python -m experiments run|compare|ablate TASK`, `benchmark WORKLOAD`, or `optimizers`.
+"""The command line: `python -m experiments run|compare|ablate TASK`, or `optimizers`.
 
-TASK is linear, mnist, cifar100, text or conditioned; WORKLOAD is stack, encoder, matrix or scaling.
+TASK is linear, mnist, cifar100, text or conditioned.
 """
 
 import dataclasses
@@ -14,10 +14,6 @@ import tyro
 from rich.console import Console
 
 from experiments import ExperimentError, catalogue, methods, report, storage
-from experiments.benchmark.encoder import Encoder
-from experiments.benchmark.matrix import Matrix
-from experiments.benchmark.scaling import Scaling
-from experiments.benchmark.stack import Stack
 from experiments.progress import describe, progress
 from experiments.storage import Config, Task
 from experiments.training import train
@@ -82,17 +78,6 @@ class Ablate:
 
 
 @dataclasses.dataclass(frozen=True)
-class Benchmark:
-    """Measure what training steps, or LoRSum alone, cost next to LoRA with AdamW, or to an SVD.
-
-    Prints a table, and writes it, figures and the settings. XLA counts operations, bytes accessed and memory
-    of the compiled program, loops as often as they run; times are measured in turn with the baseline's.
-    """
-
-    workload: Stack | Encoder | Matrix | Scaling
-
-
-@dataclasses.dataclass(frozen=True)
 class Optimizers:
     """Print the table of all optimizers: what each needs, keeps and costs."""
 
@@ -100,7 +85,7 @@ class Optimizers:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit status."""
     command = tyro.cli(
-        Run | Compare | Ablate | Benchmark | Optimizers,
+        Run | Compare | Ablate | Optimizers,
         prog="python -m experiments",
         description=__doc__,
         args=arguments,
@@ -118,7 +103,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             Run: run,
             Compare: compare,
             Ablate: ablate,
-            Benchmark: benchmark,
             Optimizers: optimizers,
         }
         commands[type(command)](command, console)
@@ -126,10 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        rest = "the same command goes on from the last finished epoch"
-        if isinstance(command, Benchmark):
-            rest = "the rows that were measured are in the table; the same command begins anew"
-        print(f"interrupted: {rest}", file=sys.stderr)
+        print("interrupted: the same command goes on from the last finished epoch", file=sys.stderr)
         return 130
     return 0
 
@@ -162,11 +143,6 @@ def ablate(command: Ablate, console: Console) -> None:
     groups = _groups(command, tuple(variants), console)
     report.draw_ablation(groups, variants, command.task.metrics[0], output / "ablation.png")
     console.print(f"in {output / 'summary.csv'}, {output / 'ablation.png'}", soft_wrap=True)
-
-
-def benchmark(command: Benchmark, console: Console) -> None:
-    """Measures a workload."""
-    command.workload.run(console)
 
 
 def optimizers(command: Optimizers, console: Console) -> None:

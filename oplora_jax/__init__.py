@@ -1,12 +1,19 @@
 """LoRA optimizers that step like full fine-tuning, as Optax gradient transformations."""
 
+from oplora_jax.adapters import (
+    from_low_rank,
+    init_lora,
+    merge,
+    merge_and_restart,
+    merge_and_restart_layers,
+    pair_factors,
+    to_low_rank,
+)
 from oplora_jax.gradients import (
     clip_by_global_norm,
     global_norm,
     grad,
-    init_lora,
     lora_dot,
-    merge,
     tangent_gradient,
     value_and_grad,
 )
@@ -40,8 +47,6 @@ from oplora_jax.optimizers import (
     svdlora,
 )
 from oplora_jax.optimizers.in_backward import value_and_update
-from oplora_jax.pairs import from_low_rank, pair_factors, to_low_rank
-from oplora_jax.restart import merge_and_restart, merge_and_restart_layers
 from oplora_jax.svd import svd
 
 __version__ = "0.1.0"

@@ -2,10 +2,10 @@
 
 from typing import Any, Literal
 
-from oplora_jax.matrix import LowRank, Terms, common_shape, solve_dtype
+from oplora_jax.matrix import LowRank, Terms, common_shape, compute_dtype
 from oplora_jax.metrics import KroneckerMetric, as_type, check_metric, powers
 from oplora_jax.problems import Problem, Rule, Sum, solve_problems
-from oplora_jax.sharding import in_auto_axes, specs_of
+from oplora_jax.sharding import specs_of, under_auto_sharding
 
 
 def lorsum(
@@ -66,7 +66,7 @@ def lorsum(
         raise ValueError("terms must begin with the anchor, a pair of a coefficient and a LowRank")
     common_shape(terms)
     step = lambda *arguments: _lorsum(*arguments, num_iters=num_iters, first=first)
-    return in_auto_axes(step, lambda: specs_of(terms[0][1]), list(terms), regularization, metric)
+    return under_auto_sharding(step, lambda: specs_of(terms[0][1]), list(terms), regularization, metric)
 
 
 def _lorsum(terms, regularization, metric, *, num_iters, first):
@@ -75,7 +75,7 @@ def _lorsum(terms, regularization, metric, *, num_iters, first):
     rule, total = Rule([weight], [coefficient for coefficient, _ in rest], regularization), Sum(anchor)
     if metric is not None:
         check_metric(metric, shape)
-        metric = as_type(metric, solve_dtype(anchor.a, anchor.b))
+        metric = as_type(metric, compute_dtype(anchor.a, anchor.b))
         forward, backward = powers(metric, 1, batch_ndim=len(shape) - 2)
         total = Sum(anchor, forward, backward)
     problem = Problem([matrix for _, matrix in rest], [total])

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from oplora_jax.sharding import entries, in_auto_axes, partition
+from oplora_jax.sharding import entries, partition, under_auto_sharding
 
 # Products of rank-sized matrices decide how well conditioned a solve is. TPUs, and GPUs with TF32, would
 # multiply float32 in 8 to 11 bits of mantissa unless told otherwise.
@@ -33,6 +33,8 @@ class LowRank:
       a: the left factor, `Float[Array, "*batch n r"]`.
       b: the right factor, `Float[Array, "*batch r m"]`.
       scale: a static positive number, LoRA's alpha / r.
+      roles: static, of a kernel of other axes than (*batch, n, m): a letter for each of its axes, "b" for a
+        batch axis, "i" for one of the inputs, "o" for one of the outputs.
 
     Example:
       >>> import jax.numpy as jnp
@@ -48,6 +50,11 @@ class LowRank:
     a: Any  # Float[Array, "*batch n r"]
     b: Any  # Float[Array, "*batch r m"]
     scale: float | int = dataclasses.field(default=1.0, metadata={"static": True})
+    roles: str | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def with_factors(self, a: Any, b: Any) -> "LowRank":
+        """The same node of a tree with other factors."""
+        return dataclasses.replace(self, a=a, b=b)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -60,7 +67,7 @@ class LowRank:
 
     def to_dense(self) -> Float[Array, "*batch n m"]:
         form = lambda a, b: (self.scale * matmul(a, b, HIGHEST)).astype(self.dtype)
-        return in_auto_axes(form, lambda: partition(*matrix_entries(self)), self.a, self.b)
+        return under_auto_sharding(form, lambda: partition(*matrix_entries(self)), self.a, self.b)
 
 
 @jax.tree_util.register_dataclass
@@ -91,7 +98,7 @@ class OuterProduct:
 
     def to_dense(self) -> Float[Array, "*batch n m"]:
         form = lambda x, dy: matmul(transpose(x), dy).astype(self.dtype)
-        return in_auto_axes(form, lambda: partition(*matrix_entries(self)), self.x, self.dy)
+        return under_auto_sharding(form, lambda: partition(*matrix_entries(self)), self.x, self.dy)
 
 
 @jax.tree_util.register_dataclass
@@ -156,14 +163,14 @@ def transpose(x: Float[Array, "*batch n m"]) -> Float[Array, "*batch m n"]:
     return jnp.swapaxes(x, -1, -2)
 
 
-def solve_dtype(*arrays: Any) -> jnp.dtype:
+def compute_dtype(*arrays: Any) -> jnp.dtype:
     """The type to accumulate and solve in: that of the arrays, float32 at least."""
     return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
 
 
 def matmul(x: Array, y: Array, precision: Any = None) -> Array:
     """x @ y over batch axes, accumulated and returned in float32 at least."""
-    return jnp.matmul(x, y, precision=precision, preferred_element_type=solve_dtype(x, y))
+    return jnp.matmul(x, y, precision=precision, preferred_element_type=compute_dtype(x, y))
 
 
 def as_wide(thin: Float[Array, "*batch k n"]) -> Float[Array, "*batch k n"]:
@@ -256,7 +263,7 @@ def inner_product(first: Matrix, second: Matrix) -> Float[Array, "*batch"]:
       >>> float(inner_product(ones, 2 * jnp.ones((3, 2))))
       12.0
     """
-    return in_auto_axes(_inner_product, lambda: partition(*matrix_entries(first)[:-2]), first, second)
+    return under_auto_sharding(_inner_product, lambda: partition(*matrix_entries(first)[:-2]), first, second)
 
 
 def _inner_product(first: Matrix, second: Matrix) -> Array:
@@ -269,7 +276,7 @@ def _inner_product(first: Matrix, second: Matrix) -> Array:
 
 
 def _sum_of_products(x: Array, y: Array) -> Array:
-    dtype = solve_dtype(x, y)
+    dtype = compute_dtype(x, y)
     return jnp.sum(x.astype(dtype) * y.astype(dtype), axis=(-2, -1))
 
 
@@ -289,12 +296,12 @@ def frobenius_norm(matrix: Matrix) -> Float[Array, "*batch"]:
       >>> round(float(frobenius_norm(LowRank(jnp.ones((2, 1)), jnp.ones((1, 2)), scale=3.0))), 5)
       6.0
     """
-    return in_auto_axes(_frobenius_norm, lambda: partition(*matrix_entries(matrix)[:-2]), matrix)
+    return under_auto_sharding(_frobenius_norm, lambda: partition(*matrix_entries(matrix)[:-2]), matrix)
 
 
 def _frobenius_norm(matrix: Matrix) -> Array:
     if isinstance(matrix, LowRank):
-        dtype = solve_dtype(matrix.a, matrix.b)
+        dtype = compute_dtype(matrix.a, matrix.b)
         left = jnp.linalg.qr(matrix.a.astype(dtype), mode="r")
         right = jnp.linalg.qr(transpose(matrix.b.astype(dtype)), mode="r")
         dense = matrix.scale * matmul(left, transpose(right), HIGHEST)
@@ -341,15 +348,15 @@ def check_factors(matrix: LowRank, name: str) -> None:
         raise ValueError(f"{name}: scale is {matrix.scale}; expected a positive number, alpha / r")
 
 
-def absorb_scale(matrix: LowRank) -> LowRank:
+def to_unit_scale(matrix: LowRank) -> LowRank:
     """The same matrix with scale 1, shared between the factors, and in the type of the solves."""
-    dtype, root = solve_dtype(matrix.a, matrix.b), math.sqrt(matrix.scale)
+    dtype, root = compute_dtype(matrix.a, matrix.b), math.sqrt(matrix.scale)
     a, b = matrix.a.astype(dtype), matrix.b.astype(dtype)
     return LowRank(a, b) if root == 1 else LowRank(root * a, root * b)
 
 
-def share_scale(matrix: LowRank, like: LowRank) -> LowRank:
-    """Undoes `absorb_scale`: a matrix of scale 1, with the scale and the types of `like`."""
+def from_unit_scale(matrix: LowRank, like: LowRank) -> LowRank:
+    """Undoes `to_unit_scale`: a matrix of scale 1, with the scale and the types of `like`."""
     root = math.sqrt(like.scale)
     a, b = (matrix.a, matrix.b) if root == 1 else (matrix.a / root, matrix.b / root)
-    return LowRank(a.astype(like.a.dtype), b.astype(like.b.dtype), like.scale)
+    return like.with_factors(a.astype(like.a.dtype), b.astype(like.b.dtype))

@@ -12,9 +12,9 @@ from oplora_jax.matrix import (
     LowRank,
     Matrix,
     OuterProduct,
+    compute_dtype,
     finite_or_nan,
     matmul,
-    solve_dtype,
     thin_factors,
     to_dense,
     transpose,
@@ -107,7 +107,7 @@ def _moment(rows: Array, weighted: Array, structure: Structure) -> Array:
     """rows^T weighted over rows of tokens, or its diagonal, in float32 at least."""
     if structure == "dense":
         return matmul(transpose(rows), weighted.astype(rows.dtype))
-    dtype = solve_dtype(rows)
+    dtype = compute_dtype(rows)
     return jnp.sum(rows.astype(dtype) * weighted.astype(dtype), axis=-2)
 
 

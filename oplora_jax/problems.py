@@ -12,19 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from oplora_jax.inverse import inverse
 from oplora_jax.matrix import (
     HIGHEST,
     LowRank,
     Matrix,
-    absorb_scale,
+    from_unit_scale,
     left_product,
     matmul,
-    share_scale,
+    to_unit_scale,
     transpose,
     transposed,
 )
 from oplora_jax.metrics import KroneckerMetric, times_output
+from oplora_jax.solve import inverse
 
 
 class Rule(NamedTuple):
@@ -152,7 +152,7 @@ _solve_static = jax.jit(_solve, static_argnames=("num_iters", "first", "balanced
 @jax.jit
 def _stack(sums: Sequence[Sum]) -> _Stack:
     """The anchors at scale 1, and all arrays in the type of the solves."""
-    anchors = [absorb_scale(total.anchor) for total in sums]
+    anchors = [to_unit_scale(total.anchor) for total in sums]
     dtype = jnp.result_type(*(anchor.dtype for anchor in anchors))
     cast = lambda tree: jax.tree.map(lambda z: z.astype(dtype), tree)
     return _Stack(
@@ -302,9 +302,9 @@ def _finish(balanced: Sequence[bool], anchors: Sequence[LowRank], stack: _Stack,
         if balanced[p]:
             to_a, to_b = _balance(left[..., p], right[..., p])[..., None, None]
             at, b = to_a * at, to_b * b
-        sums.append(share_scale(LowRank(transpose(at), b), anchor))
+        sums.append(from_unit_scale(LowRank(transpose(at), b), anchor))
     changes = [
-        share_scale(LowRank(transpose(at), b), anchor)
+        from_unit_scale(LowRank(transpose(at), b), anchor)
         for at, b, anchor in zip(*(_parts(change, ranks) for change in changes), anchors, strict=True)
     ]
     # Not jnp.sum, which the compiler would not compute where it is used.

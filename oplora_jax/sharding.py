@@ -55,7 +55,7 @@ def _names(entry: Entry) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def in_auto_axes(function: Callable[..., Any], specs: Callable[[], Any], *arguments: Any) -> Any:
+def under_auto_sharding(function: Callable[..., Any], specs: Callable[[], Any], *arguments: Any) -> Any:
     """Calls a function with the compiler in charge of sharding.
 
     Args:

@@ -10,15 +10,15 @@ from oplora_jax.matrix import (
     OuterProduct,
     Terms,
     common_shape,
+    compute_dtype,
     finite_or_nan,
     matmul,
     matrix_entries,
-    solve_dtype,
     thin_factors,
     to_dense,
     transpose,
 )
-from oplora_jax.sharding import in_auto_axes, partition
+from oplora_jax.sharding import partition, under_auto_sharding
 
 
 def svd(terms: Terms, rank: int, scale: float | int = 1.0) -> LowRank:
@@ -51,12 +51,12 @@ def svd(terms: Terms, rank: int, scale: float | int = 1.0) -> LowRank:
         raise ValueError(f"rank is {rank}; matrices of shape {shape} need 1 to {min(shape[-2:])}")
     *batch, rows, columns = matrix_entries(terms[0][1])
     like = lambda: LowRank(partition(*batch, rows, None), partition(*batch, None, columns), scale)
-    return in_auto_axes(lambda terms: _svd(terms, rank, scale), like, list(terms))
+    return under_auto_sharding(lambda terms: _svd(terms, rank, scale), like, list(terms))
 
 
 def _svd(terms: Terms, rank: int, scale: float | int) -> LowRank:
     shape = common_shape(terms)
-    dtype = solve_dtype(*(leaf for _, t in terms for leaf in jax.tree.leaves(t)))
+    dtype = compute_dtype(*(leaf for _, t in terms for leaf in jax.tree.leaves(t)))
     factored = all(isinstance(t, LowRank | OuterProduct) for _, t in terms)
     if factored and sum(thin_factors(t)[0].shape[-2] for _, t in terms) < min(shape[-2:]):
         lefts, rights = zip(*(thin_factors(t) for _, t in terms), strict=True)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oplora_jax import LowRank, OuterProduct, lorsum, to_dense
-from oplora_jax.inverse import inverse
+from oplora_jax.solve import inverse
 from tests import reference
 from tests.reference import truncated_svd
 

@@ -2,7 +2,6 @@
 
 from oplora_jax.gradients.capture import lora_dot
 from oplora_jax.gradients.clipping import clip_by_global_norm, global_norm
-from oplora_jax.gradients.lora import init_lora, merge
 from oplora_jax.gradients.tangent import tangent_gradient
 from oplora_jax.gradients.value_and_grad import grad, value_and_grad
 
@@ -10,9 +9,7 @@ __all__ = [
     "clip_by_global_norm",
     "global_norm",
     "grad",
-    "init_lora",
     "lora_dot",
-    "merge",
     "tangent_gradient",
     "value_and_grad",
 ]

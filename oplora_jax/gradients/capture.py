@@ -20,10 +20,10 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from oplora_jax.gradients.orders import derivative, dot, multiply
+from oplora_jax.gradients.matmul_order import derivative, dot, multiply
 from oplora_jax.matrix import LowRank, check_factors, matmul, transpose
 from oplora_jax.metrics import second_moment
-from oplora_jax.sharding import entries, explicit_mesh, in_auto_axes, partition, shard_like, specs_of
+from oplora_jax.sharding import entries, explicit_mesh, partition, shard_like, specs_of, under_auto_sharding
 
 
 @jax.tree_util.register_dataclass
@@ -151,7 +151,7 @@ def _multiply(
 def _thin_dot(x: Any, a: Any, b: Any, *, scale: float, precision: Any) -> Array:
     """s (x a) b, sharded as the tokens of x and the columns of b."""
     product = lambda x, a, b: dot(dot(x, a, precision=precision) * scale, b, precision=precision)
-    return in_auto_axes(product, lambda: partition(*entries(x)[:-1], entries(b)[-1]), x, a, b)
+    return under_auto_sharding(product, lambda: partition(*entries(x)[:-1], entries(b)[-1]), x, a, b)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -167,7 +167,7 @@ def _captured_fwd(taps, precision, rule, x, y, held, *tap):
 def _captured_bwd(taps, precision, rule, residuals, dy):
     x, y, held = residuals
     capture = partial(_capture, taps, precision, rule)
-    dx, no_dy, *captured = in_auto_axes(capture, lambda: specs_of((x, y, *taps)), x, y, held, dy)
+    dx, no_dy, *captured = under_auto_sharding(capture, lambda: specs_of((x, y, *taps)), x, y, held, dy)
     return dx, no_dy, jax.tree.map(_no_cotangent, held), *captured
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from oplora_jax.matrix import DenseGradient, OuterProduct, frobenius_norm, solve_dtype
+from oplora_jax.matrix import DenseGradient, OuterProduct, compute_dtype, frobenius_norm
 
 
 def global_norm(updates: Any) -> Float[Array, ""]:
@@ -27,7 +27,7 @@ def global_norm(updates: Any) -> Float[Array, ""]:
     """
     nodes = jax.tree.leaves(updates, is_leaf=_is_exact)
     norms = [frobenius_norm(g) if _is_exact(g) else g for g in nodes]
-    return optax.tree.norm([z.astype(solve_dtype(z)) for z in norms])
+    return optax.tree.norm([z.astype(compute_dtype(z)) for z in norms])
 
 
 def clip_by_global_norm(max_norm: Any) -> optax.GradientTransformationExtraArgs:

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from oplora_jax.matrix import OuterProduct, solve_dtype
-from oplora_jax.sharding import entries, in_auto_axes, partition
+from oplora_jax.matrix import OuterProduct, compute_dtype
+from oplora_jax.sharding import entries, partition, under_auto_sharding
 
 
 def accumulate(differentiate: Callable[..., Any], microbatches: int) -> Callable[..., Any]:
@@ -51,7 +51,7 @@ def accumulate(differentiate: Callable[..., Any], microbatches: int) -> Callable
             jax.tree.map(_side_by_side, next(outers)) if s is None else s.astype(node.dtype)
             for s, node in zip(sums, nodes, strict=True)
         ]
-        value = jnp.sum(values, dtype=solve_dtype(values)).astype(values.dtype)
+        value = jnp.sum(values, dtype=compute_dtype(values)).astype(values.dtype)
         return value, (aux, state), treedef.unflatten(total)
 
     return accumulated
@@ -104,21 +104,21 @@ def _name(path: Any) -> str:
 def _parts(array: Array, microbatches: int) -> Array:
     """Every k-th row: a batch that is spread over devices then stays where it is."""
     cut = lambda z: jnp.moveaxis(z.reshape(-1, microbatches, *z.shape[1:]), 1, 0)
-    return in_auto_axes(cut, lambda: partition(None, *entries(array)), array)
+    return under_auto_sharding(cut, lambda: partition(None, *entries(array)), array)
 
 
 def _side_by_side(captures: Array) -> Array:
     """(k, *batch, N, n) to (*batch, k N, n), again without moving what is spread over devices."""
     _, *batch, _, size = captures.shape
     join = lambda z: jnp.moveaxis(z, 0, -2).reshape(*batch, -1, size)
-    return in_auto_axes(join, lambda: partition(*entries(captures)[1:]), captures)
+    return under_auto_sharding(join, lambda: partition(*entries(captures)[1:]), captures)
 
 
 def _zeros(like: Any) -> Array:
     """To add gradients to, in float32 at least."""
     mesh = like.sharding and like.sharding.mesh
     device = like.sharding if mesh and mesh.explicit_axes else None
-    return jnp.zeros(like.shape, solve_dtype(like.dtype), device=device)
+    return jnp.zeros(like.shape, compute_dtype(like.dtype), device=device)
 
 
 def _is_outer(node: Any) -> bool:

@@ -3,19 +3,19 @@
 import jax
 import jax.numpy as jnp
 
-from oplora_jax.inverse import inverse
 from oplora_jax.matrix import (
     HIGHEST,
     LowRank,
     Matrix,
     check_factors,
+    compute_dtype,
     left_product,
     matmul,
     right_product,
-    solve_dtype,
     transpose,
 )
-from oplora_jax.sharding import in_auto_axes, specs_of
+from oplora_jax.sharding import specs_of, under_auto_sharding
+from oplora_jax.solve import inverse
 
 
 def tangent_gradient(param: LowRank, factor_gradients: LowRank) -> LowRank:
@@ -52,11 +52,11 @@ def tangent_gradient(param: LowRank, factor_gradients: LowRank) -> LowRank:
     if shapes[0] != shapes[1]:
         raise ValueError(f"the factor gradients have shapes {shapes[1]}, the factors {shapes[0]}")
     like = lambda: LowRank(*jax.tree.leaves(specs_of(param)))
-    return in_auto_axes(_tangent_gradient, like, param, factor_gradients)
+    return under_auto_sharding(_tangent_gradient, like, param, factor_gradients)
 
 
 def _tangent_gradient(param: LowRank, factor_gradients: LowRank) -> LowRank:
-    dtype = solve_dtype(param.a, param.b)
+    dtype = compute_dtype(param.a, param.b)
     a, b = param.a.astype(dtype), param.b.astype(dtype)
     da, db = (z.astype(dtype) / param.scale for z in (factor_gradients.a, factor_gradients.b))
     inverse_a = inverse(matmul(transpose(a), a, HIGHEST), None)

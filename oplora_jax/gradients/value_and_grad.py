@@ -7,16 +7,16 @@ from typing import Any, Literal
 import jax
 
 from oplora_jax.gradients.capture import Tapped
+from oplora_jax.gradients.count_uses import Use, Uses, count_uses
 from oplora_jax.gradients.microbatches import accumulate
-from oplora_jax.gradients.uses import Use, Uses, count_uses
 from oplora_jax.matrix import (
     DenseGradient,
     LowRank,
     OuterProduct,
     check_factors,
+    compute_dtype,
     is_low_rank,
     matrix_entries,
-    solve_dtype,
 )
 from oplora_jax.metrics import Structure
 from oplora_jax.sharding import partition, zeros
@@ -258,7 +258,7 @@ def _tap(
             f"{name}: moments={moments!r} needs the inputs of the layer, but this LoRA parameter is merged "
             "into a weight. Multiply through lora_dot, or take no moments and metric='shampoo'"
         )
-    dtype = solve_dtype(node.a, node.b)
+    dtype = compute_dtype(node.a, node.b)
     axes = 1 if moments == "diagonal" else 2
     moment_taps = (tap((size,) * axes, dtype, entry) for size, entry in zip((n, m), sides, strict=True))
     return gradient_tap, *moment_taps, tap((), dtype)

@@ -6,7 +6,8 @@ from typing import Any
 import flax.linen as nn
 from flax.core import meta
 
-from oplora_jax.gradients.kernels import (
+from oplora_jax.adapters.init import beside, init_low_rank
+from oplora_jax.adapters.kernel_axes import (
     add_einsum_increment,
     add_increment,
     dense_equation,
@@ -14,7 +15,6 @@ from oplora_jax.gradients.kernels import (
     lora_name,
     matrix_shape,
 )
-from oplora_jax.gradients.lora import beside, init_low_rank
 from oplora_jax.matrix import LowRank
 
 LAYERS = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Conv, nn.ConvTranspose)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 
-from oplora_jax.gradients.lora import matches
+from oplora_jax.adapters.paths import matches
 from oplora_jax.linen.apply import LAYERS, call_with_lora
 from oplora_jax.linen.layers import LoRAConv, LoRAConvTranspose, LoRADense, LoRADenseGeneral, LoRAEinsum
 

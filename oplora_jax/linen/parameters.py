@@ -7,8 +7,9 @@ import flax.linen as nn
 import jax
 from flax.core import meta
 
-from oplora_jax.gradients.kernels import add_increment, named_roles, split_roles
-from oplora_jax.gradients.lora import beside, path_name
+from oplora_jax.adapters.init import beside
+from oplora_jax.adapters.kernel_axes import add_increment, named_roles, split_roles
+from oplora_jax.adapters.paths import path_name
 from oplora_jax.matrix import LowRank, is_low_rank
 
 # The names of the increments that are more than an addition to the kernel beside them, with why.

@@ -10,10 +10,10 @@ import jax
 from flax.core import meta
 from jaxtyping import Array
 
+from oplora_jax.adapters.reslora import add_increments, add_inputs, check, merge_block
 from oplora_jax.linen.apply import init
 from oplora_jax.linen.parameters import SHORTCUTS, merge_tree
 from oplora_jax.matrix import LowRank
-from oplora_jax.reslora import add_increments, add_inputs, check, merge_block
 
 
 @no_type_check

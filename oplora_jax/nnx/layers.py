@@ -11,7 +11,8 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array
 
-from oplora_jax.gradients.kernels import (
+from oplora_jax.adapters.init import beside, init_low_rank
+from oplora_jax.adapters.kernel_axes import (
     add_einsum_increment,
     add_increment,
     dense_equation,
@@ -20,7 +21,6 @@ from oplora_jax.gradients.kernels import (
     matrix_shape,
     stacked,
 )
-from oplora_jax.gradients.lora import beside, init_low_rank
 
 
 def init_lora_param(

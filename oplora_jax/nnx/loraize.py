@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 
-from oplora_jax.gradients.lora import matches, path_name
+from oplora_jax.adapters.paths import matches, path_name
 from oplora_jax.nnx.layers import (
     LoRAConv,
     LoRAConvTranspose,

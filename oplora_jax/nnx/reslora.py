@@ -6,8 +6,8 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array
 
+from oplora_jax.adapters.reslora import add_increments, add_inputs, check, merge_block
 from oplora_jax.nnx.layers import LoRALinear
-from oplora_jax.reslora import add_increments, add_inputs, check, merge_block
 
 
 class BlockShortcutLinear(LoRALinear):

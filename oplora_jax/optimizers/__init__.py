@@ -1,12 +1,12 @@
 """The optimizers, one file each."""
 
+from oplora_jax.optimizers._lift import set_to_zero
 from oplora_jax.optimizers.altlora import altlora, altlora_plus
 from oplora_jax.optimizers.lora_fa import lora_fa
 from oplora_jax.optimizers.lora_plus import lora_plus
 from oplora_jax.optimizers.lora_pre import lora_pre
 from oplora_jax.optimizers.lora_pro import lora_pro, lora_pro_sgd
 from oplora_jax.optimizers.lora_rite import lora_rite
-from oplora_jax.optimizers.low_rank import set_to_zero
 from oplora_jax.optimizers.mofasgd import mofasgd
 from oplora_jax.optimizers.oplora import oplora
 from oplora_jax.optimizers.reflora import reflora

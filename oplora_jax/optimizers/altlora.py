@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from oplora_jax.matrix import HIGHEST, matmul, solve_dtype, transpose
-from oplora_jax.optimizers.factors import from_thin, gram_inverse, thin_factors_and_gradients
-from oplora_jax.optimizers.low_rank import at_step, for_lora, is_zero, map_lora
+from oplora_jax.matrix import HIGHEST, compute_dtype, matmul, transpose
+from oplora_jax.optimizers._factors import from_thin, gram_inverse, thin_factors_and_gradients
+from oplora_jax.optimizers._lift import at_step, for_lora, is_zero, map_lora
 
 
 class AltLoRAState(NamedTuple):
@@ -145,7 +145,7 @@ def _alternating(learning_rate, b1, regularization, weight_decay, adaptive=None)
     def init_fn(params):
         second = None
         if adaptive is not None:  # an average with a decay of 0.999 would not move in bfloat16
-            second = jax.tree.map(lambda z: jnp.zeros_like(z, solve_dtype(z)), params)
+            second = jax.tree.map(lambda z: jnp.zeros_like(z, compute_dtype(z)), params)
         momentum = jax.tree.map(jnp.zeros_like, params)
         previous = jax.tree.map(jnp.array, params)
         return AltLoRAState(jnp.zeros((), jnp.int32), momentum, previous, second)

@@ -17,7 +17,7 @@ class Checked(NamedTuple):
     finite: Any  # at each LoRA parameter, bool (): of its update and of the `LowRank` nodes of its new state
 
 
-def keep_finite(tx: Any, updates: Any, state: Any, old_state: Any) -> tuple[Any, Any, Array]:
+def skip_nonfinite(tx: Any, updates: Any, state: Any, old_state: Any) -> tuple[Any, Any, Array]:
     """Zero updates and the old state for the LoRA parameters with a non-finite update or state.
 
     Args:

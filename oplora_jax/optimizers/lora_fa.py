@@ -4,9 +4,9 @@ from typing import Any
 
 import optax
 
-from oplora_jax.matrix import HIGHEST, LowRank, Matrix, left_product, matmul, solve_dtype, transpose
-from oplora_jax.optimizers.factors import gram_inverse
-from oplora_jax.optimizers.low_rank import for_lora, map_lora, on_factor
+from oplora_jax.matrix import HIGHEST, LowRank, Matrix, compute_dtype, left_product, matmul, transpose
+from oplora_jax.optimizers._factors import gram_inverse
+from oplora_jax.optimizers._lift import for_lora, map_lora, on_factor
 
 
 def lora_fa(
@@ -70,7 +70,7 @@ def _within_columns() -> optax.GradientTransformation:
     """Turns any kind of gradient into that of b, in the norm of the full weight; that of a is zero."""
 
     def one(param: LowRank, gradient: Matrix) -> tuple[LowRank]:
-        a = param.a.astype(solve_dtype(param.a, param.b))
+        a = param.a.astype(compute_dtype(param.a, param.b))
         if isinstance(gradient, LowRank):
             projected = gradient.b.astype(a.dtype) / param.scale  # a^T G
         else:

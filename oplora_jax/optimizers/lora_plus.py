@@ -5,7 +5,7 @@ from typing import Any
 
 import optax
 
-from oplora_jax.optimizers.low_rank import for_lora, map_lora, on_factor, plain_gradient
+from oplora_jax.optimizers._lift import for_lora, map_lora, on_factor, plain_gradient
 
 
 def lora_plus(

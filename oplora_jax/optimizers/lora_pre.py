@@ -11,18 +11,18 @@ from oplora_jax.lorsum import lorsum
 from oplora_jax.matrix import (
     HIGHEST,
     LowRank,
-    absorb_scale,
+    compute_dtype,
+    from_unit_scale,
     is_low_rank,
     left_product,
     matmul,
     right_product,
-    share_scale,
-    solve_dtype,
     to_dense,
+    to_unit_scale,
     transpose,
 )
-from oplora_jax.optimizers.factors import gram_inverse, orthonormal
-from oplora_jax.optimizers.low_rank import at_step, difference, for_lora, full_gradient, is_zero, map_lora
+from oplora_jax.optimizers._factors import gram_inverse, orthonormal
+from oplora_jax.optimizers._lift import at_step, difference, for_lora, full_gradient, is_zero, map_lora
 from oplora_jax.optimizers.momentum import init_momentum
 
 
@@ -110,7 +110,7 @@ def lora_pre(
     """
 
     def init_fn(params):
-        wide = jax.tree.map(lambda z: z.astype(solve_dtype(z)), params)
+        wide = jax.tree.map(lambda z: z.astype(compute_dtype(z)), params)
         start = init_momentum(wide, seed)
         positive = jax.tree.map(
             lambda p: LowRank(jnp.abs(p.a), jnp.zeros_like(p.b), p.scale), start, is_leaf=is_low_rank
@@ -143,11 +143,11 @@ def lora_pre(
 
 def _average(moment: LowRank, target: Array, rate: Any) -> LowRank:
     """One online least-squares step of both factors towards a matrix."""
-    old = absorb_scale(moment)
+    old = to_unit_scale(moment)
     # The product does not depend on which basis of its columns a is. With an orthonormal one no direction
     # dies out: not those that the target lacks for a while, and not all of them while it is zero.
     basis, triangle = orthonormal(old.a)
     b = (1 - rate) * matmul(triangle, old.b, HIGHEST) + rate * left_product(transpose(basis), target)
     fit = matmul(right_product(target, transpose(b)), gram_inverse(transpose(b)), HIGHEST)
     a = (1 - rate) * basis + rate * fit
-    return share_scale(LowRank(a, b), moment)
+    return from_unit_scale(LowRank(a, b), moment)

@@ -6,15 +6,15 @@ import jax.numpy as jnp
 import optax
 
 from oplora_jax.gradients.tangent import factor_gradients, tangent_gradient
-from oplora_jax.matrix import HIGHEST, LowRank, matmul, solve_dtype, to_dense, transpose
-from oplora_jax.optimizers.factors import (
+from oplora_jax.matrix import HIGHEST, LowRank, compute_dtype, matmul, to_dense, transpose
+from oplora_jax.optimizers._factors import (
     from_thin,
     gram,
     gram_inverse,
     sylvester,
     thin_factors_and_gradients,
 )
-from oplora_jax.optimizers.low_rank import for_lora, is_zero, map_lora
+from oplora_jax.optimizers._lift import for_lora, is_zero, map_lora
 
 XMode = Literal["sylvester", "zero"]
 
@@ -154,7 +154,7 @@ def _adam_of_the_equivalent_gradient(b1, b2, eps, x_mode):
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
 
     def init_fn(params):
-        zeros = lambda param: jnp.zeros_like(to_dense(param), solve_dtype(param.a, param.b))
+        zeros = lambda param: jnp.zeros_like(to_dense(param), compute_dtype(param.a, param.b))
         return adam.init(map_lora(lambda param: (zeros(param),), 1, params)[0])
 
     def update_fn(updates, state, params=None):

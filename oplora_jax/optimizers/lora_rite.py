@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from oplora_jax.matrix import HIGHEST, finite_or_nan, matmul, solve_dtype, transpose
-from oplora_jax.optimizers.factors import (
+from oplora_jax.matrix import HIGHEST, compute_dtype, finite_or_nan, matmul, transpose
+from oplora_jax.optimizers._factors import (
     from_thin,
     gram,
     orthonormal,
     pseudo_inverse,
     thin_factors_and_gradients,
 )
-from oplora_jax.optimizers.low_rank import at_step, for_lora, map_lora
+from oplora_jax.optimizers._lift import at_step, for_lora, map_lora
 
 
 class LoRARITEState(NamedTuple):
@@ -98,7 +98,7 @@ def lora_rite(
 
     def init_fn(params):
         momentum = jax.tree.map(jnp.zeros_like, params)
-        basis = jax.tree.map(lambda z: jnp.zeros_like(z, solve_dtype(z)), params)
+        basis = jax.tree.map(lambda z: jnp.zeros_like(z, compute_dtype(z)), params)
         squares = lambda size: map_lora(lambda param: (_zeros(param, size),) * 2, 2, params)
         escaped = squares(lambda r: 1) if escaped_mass else None
         return LoRARITEState(jnp.zeros((), jnp.int32), momentum, basis, squares(lambda r: r), escaped)
@@ -148,7 +148,7 @@ def lora_rite(
 
 def _zeros(param, size):
     """Zeros (*batch, k, k) for a size k of the rank, in float32 at least, sharded as the batch axes are."""
-    k, dtype = size(param.a.shape[-1]), solve_dtype(param.a, param.b)
+    k, dtype = size(param.a.shape[-1]), compute_dtype(param.a, param.b)
     per_layer = jnp.sum(jnp.zeros_like(param.a, dtype), axis=(-2, -1), keepdims=True)
     return per_layer + jnp.zeros((k, k), dtype).reshape((1,) * (param.a.ndim - 2) + (k, k))
 

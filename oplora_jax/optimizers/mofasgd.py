@@ -11,15 +11,15 @@ from oplora_jax.matrix import (
     HIGHEST,
     LowRank,
     Matrix,
+    compute_dtype,
     finite_or_nan,
     left_product,
     matmul,
     right_product,
-    solve_dtype,
     transpose,
 )
-from oplora_jax.optimizers.factors import is_determined, orthonormal
-from oplora_jax.optimizers.low_rank import (
+from oplora_jax.optimizers._factors import is_determined, orthonormal
+from oplora_jax.optimizers._lift import (
     at_step,
     difference,
     for_lora,
@@ -117,7 +117,7 @@ def mofasgd(
 
 
 def _zero_momentum(param: LowRank) -> tuple[Array, Array, Array]:
-    dtype = solve_dtype(param.a, param.b)
+    dtype = compute_dtype(param.a, param.b)
     left, right = jnp.zeros_like(param.a, dtype), jnp.zeros_like(param.b, dtype)
     return left, left.sum(-2), right
 

@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from oplora_jax.matrix import LowRank, is_low_rank, share_scale, solve_dtype
+from oplora_jax.matrix import LowRank, compute_dtype, from_unit_scale, is_low_rank
+from oplora_jax.optimizers._lift import is_zero, map_lora
 from oplora_jax.optimizers.finite import Checked
-from oplora_jax.optimizers.low_rank import is_zero, map_lora
 from oplora_jax.problems import Problem, Rule, solve_problems
 
 
@@ -25,9 +25,9 @@ def _random_start(key, param, rank):
     # Built on zeros made from the parameter, for its sharding.
     column, row = jnp.zeros_like(param.a[..., :1]), jnp.zeros_like(param.b[..., :1, :])
     # Drawn in the type of the solves and then rounded, so that every type starts from the same numbers.
-    a = column + jax.random.normal(key, (*batch, n, rank), solve_dtype(param.a))
+    a = column + jax.random.normal(key, (*batch, n, rank), compute_dtype(param.a))
     b = row + jnp.zeros((*batch, rank, 1), param.b.dtype)
-    return share_scale(LowRank(a, b), param)
+    return from_unit_scale(LowRank(a, b), param)
 
 
 def momentum_rule(decay: Any, share: Any, regularization: Any) -> Rule:

@@ -7,22 +7,22 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from oplora_jax.inverse import inverse
 from oplora_jax.lorsum import lorsum
 from oplora_jax.matrix import (
     HIGHEST,
     LowRank,
-    absorb_scale,
+    from_unit_scale,
     left_product,
     matmul,
     right_product,
-    share_scale,
+    to_unit_scale,
     transpose,
 )
-from oplora_jax.optimizers.low_rank import at_step, difference, for_lora, full_gradient, is_zero, map_lora
+from oplora_jax.optimizers._lift import at_step, difference, for_lora, full_gradient, is_zero, map_lora
 from oplora_jax.optimizers.momentum import init_momentum, momentum_rule, take_steps
 from oplora_jax.optimizers.precision import check_state_dtype
 from oplora_jax.problems import Problem, Rule, Sum
+from oplora_jax.solve import inverse
 
 
 class OPLoRAState(NamedTuple):
@@ -187,12 +187,12 @@ def oplora(
 
 def _transport(z, g, buffers, previous, momentum, share, ridge):
     """The projected momentum at the new factors z, before and after the gradient g is added to it."""
-    at, before = absorb_scale(z), absorb_scale(previous)
+    at, before = to_unit_scale(z), to_unit_scale(previous)
     ridge = None if is_zero(ridge) else ridge
     to_a = matmul(inverse(matmul(transpose(at.a), at.a, HIGHEST), ridge), transpose(at.a), HIGHEST)
     to_b = matmul(transpose(at.b), inverse(matmul(at.b, transpose(at.b), HIGHEST), ridge), HIGHEST)
     gradient = right_product(g, to_b), left_product(to_a, g)
-    old = absorb_scale(buffers)
+    old = to_unit_scale(buffers)
     carried = (
         matmul(old.a, matmul(before.b, to_b, HIGHEST), HIGHEST),
         matmul(matmul(to_a, before.a, HIGHEST), old.b, HIGHEST),
@@ -201,7 +201,7 @@ def _transport(z, g, buffers, previous, momentum, share, ridge):
     started = jnp.any(buffers.a != 0) | jnp.any(buffers.b != 0)
     share = jnp.where(started, share, 1.0)
     new = (momentum * p + share * q for p, q in zip(carried, gradient, strict=True))
-    return share_scale(LowRank(*carried), buffers), share_scale(LowRank(*new), buffers)
+    return from_unit_scale(LowRank(*carried), buffers), from_unit_scale(LowRank(*new), buffers)
 
 
 def _heavy_ball(learning_rate, momentum, dampening, weight_decay, state_dtype):

@@ -7,8 +7,8 @@ import optax
 from jaxtyping import Array, Float
 
 from oplora_jax.matrix import HIGHEST, finite_or_nan, matmul, transpose
-from oplora_jax.optimizers.factors import from_thin, is_determined, orthonormal, thin_factors_and_gradients
-from oplora_jax.optimizers.low_rank import for_lora, map_lora
+from oplora_jax.optimizers._factors import from_thin, is_determined, orthonormal, thin_factors_and_gradients
+from oplora_jax.optimizers._lift import for_lora, map_lora
 
 
 class RefLoRAState(NamedTuple):

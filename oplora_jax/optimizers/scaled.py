@@ -6,16 +6,16 @@ from typing import Any
 import optax
 
 from oplora_jax.gradients.tangent import factor_gradients
-from oplora_jax.inverse import inverse
 from oplora_jax.matrix import (
     HIGHEST,
     LowRank,
-    absorb_scale,
+    from_unit_scale,
     matmul,
-    share_scale,
+    to_unit_scale,
     transpose,
 )
-from oplora_jax.optimizers.low_rank import for_lora, is_zero, map_lora
+from oplora_jax.optimizers._lift import for_lora, is_zero, map_lora
+from oplora_jax.solve import inverse
 
 
 def scaled_gd(
@@ -119,7 +119,7 @@ def precondition(regularization: Any) -> optax.GradientTransformation:
         def one(param, gradient):
             if not isinstance(gradient, LowRank):
                 gradient = factor_gradients(param, gradient)
-            at = absorb_scale(param)
+            at = to_unit_scale(param)
             a, b, dtype = at.a, at.b, at.dtype
             # The derivative by the factors at scale 1: s G b^T / sqrt(s).
             root = math.sqrt(param.scale)
@@ -127,7 +127,7 @@ def precondition(regularization: Any) -> optax.GradientTransformation:
             ridge = None if is_zero(regularization) else regularization
             da = matmul(da, inverse(matmul(b, transpose(b), HIGHEST), ridge), HIGHEST)
             db = matmul(inverse(matmul(transpose(a), a, HIGHEST), ridge), db, HIGHEST)
-            return (share_scale(LowRank(da, db), param),)
+            return (from_unit_scale(LowRank(da, db), param),)
 
         return map_lora(one, 1, params, updates)[0], state
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from oplora_jax.matrix import DenseGradient, LowRank, OuterProduct, is_low_rank, solve_dtype
+from oplora_jax.matrix import DenseGradient, LowRank, OuterProduct, compute_dtype, is_low_rank
 from oplora_jax.metrics import (
     KroneckerMetric,
     Reduction,
@@ -17,7 +17,7 @@ from oplora_jax.metrics import (
     powers,
     shampoo_moments,
 )
-from oplora_jax.optimizers.low_rank import at_step, for_lora, full_gradient, is_zero, map_lora
+from oplora_jax.optimizers._lift import at_step, for_lora, full_gradient, is_zero, map_lora
 from oplora_jax.optimizers.momentum import init_momentum, momentum_rule, take_steps
 from oplora_jax.optimizers.precision import check_state_dtype
 from oplora_jax.problems import Problem, Rule, Sum
@@ -198,7 +198,7 @@ def scaled_oplora(
 
 def _ones(param: LowRank, structure: Structure) -> tuple[Array, Array]:
     """The identity on both sides of a parameter, in float32 at least, sharded as its rows and columns."""
-    dtype = solve_dtype(param.a, param.b)
+    dtype = compute_dtype(param.a, param.b)
     column, row = jnp.zeros_like(param.a[..., :1], dtype), jnp.zeros_like(param.b[..., :1, :], dtype)
     if structure == "diagonal":
         return column[..., 0] + 1, row[..., 0, :] + 1

@@ -6,7 +6,7 @@ import jax
 import optax
 
 from oplora_jax.matrix import is_low_rank, to_dense
-from oplora_jax.optimizers.low_rank import difference, for_lora, full_gradient, map_lora
+from oplora_jax.optimizers._lift import difference, for_lora, full_gradient, map_lora
 from oplora_jax.svd import svd
 
 

@@ -17,7 +17,7 @@ from oplora_jax import (
     lora_rite,
     reflora,
 )
-from oplora_jax.optimizers.factors import (
+from oplora_jax.optimizers._factors import (
     from_thin,
     gram,
     gram_inverse,

@@ -12,8 +12,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.steps import BASELINE, at_least, measure, parse
 from experiments import methods, storage
-from experiments.benchmark.steps import BASELINE, at_least, measure, parse
 from experiments.progress import progress
 from experiments.report import label_ticks, plt, write_figure
 from experiments.task import Task

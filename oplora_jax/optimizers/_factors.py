@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from oplora_jax.gradients.tangent import factor_gradients
-from oplora_jax.inverse import inverse
-from oplora_jax.matrix import HIGHEST, LowRank, Matrix, finite_or_nan, matmul, solve_dtype, transpose
-from oplora_jax.optimizers.low_rank import is_zero
+from oplora_jax.matrix import HIGHEST, LowRank, Matrix, compute_dtype, finite_or_nan, matmul, transpose
+from oplora_jax.optimizers._lift import is_zero
+from oplora_jax.solve import inverse
 
 
 def thin_factors_and_gradients(
@@ -29,7 +29,7 @@ def thin_factors_and_gradients(
     """
     if not isinstance(gradient, LowRank):
         gradient = factor_gradients(param, gradient)
-    dtype = solve_dtype(param.a, param.b)
+    dtype = compute_dtype(param.a, param.b)
     return tuple(z.astype(dtype) for z in (param.a, transpose(param.b), gradient.a, transpose(gradient.b)))
 
 

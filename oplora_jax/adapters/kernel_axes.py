@@ -16,14 +16,14 @@ from jaxtyping import Array
 
 from oplora_jax.gradients.capture import lora_increment
 from oplora_jax.matrix import LowRank, to_dense
-from oplora_jax.sharding import entries, in_auto_axes, merged, partition, specs_of
+from oplora_jax.sharding import entries, merged, partition, specs_of, under_auto_sharding
 
 
 def matrix_shape(shape: Sequence[int], roles: str) -> tuple[int, ...]:
     """The shape (*batch, n, m) of a kernel's matrix.
 
     Example:
-      >>> from oplora_jax.gradients.kernels import matrix_shape
+      >>> from oplora_jax.adapters.kernel_axes import matrix_shape
       >>> matrix_shape((12, 64, 8, 16), "bioo")
       (12, 64, 128)
     """
@@ -48,7 +48,7 @@ def add_increment(kernel: Array, lora: LowRank, roles: str) -> Array:
         increment = increment.transpose([order.index(axis) for axis in range(len(order))])
         return (kernel + increment).astype(kernel.dtype)
 
-    return in_auto_axes(total, lambda: specs_of(kernel), kernel, lora)
+    return under_auto_sharding(total, lambda: specs_of(kernel), kernel, lora)
 
 
 def split_roles(shape: Sequence[int], matrix: Sequence[int], known: str | None = None) -> str:
@@ -63,7 +63,7 @@ def split_roles(shape: Sequence[int], matrix: Sequence[int], known: str | None =
       ValueError: there are none.
 
     Example:
-      >>> from oplora_jax.gradients.kernels import split_roles
+      >>> from oplora_jax.adapters.kernel_axes import split_roles
       >>> split_roles((12, 64, 8, 16), (12, 64, 128))
       'bioo'
     """
@@ -84,7 +84,7 @@ def lora_name(roles: str) -> str:
     """The name of a kernel's LoRA parameter; it has the roles where reshaping does not make the matrix.
 
     Example:
-      >>> from oplora_jax.gradients.kernels import lora_name
+      >>> from oplora_jax.adapters.kernel_axes import lora_name
       >>> lora_name("ioo"), lora_name("oio")
       ('lora', 'lora_oio')
     """
@@ -111,7 +111,7 @@ def dense_equation(ndim: int, axes: Sequence[int], num_batch: int, num_features:
       num_features: the number of axes of the features.
 
     Example:
-      >>> from oplora_jax.gradients.kernels import dense_equation
+      >>> from oplora_jax.adapters.kernel_axes import dense_equation
       >>> dense_equation(4, (-2, -1), 1, 2)
       'abcd,acdef->abef'
     """
@@ -134,7 +134,7 @@ def kernel_roles(equation: str, ndim: int) -> str:
       ValueError: an einsum that is not the product of its inputs with a matrix.
 
     Example:
-      >>> from oplora_jax.gradients.kernels import kernel_roles
+      >>> from oplora_jax.adapters.kernel_axes import kernel_roles
       >>> kernel_roles("btd,ndh->btnh", 3)
       'oio'
     """
@@ -189,7 +189,7 @@ def add_einsum_increment(
     Example:
       >>> import jax.numpy as jnp
       >>> from oplora_jax import LowRank
-      >>> from oplora_jax.gradients.kernels import add_einsum_increment
+      >>> from oplora_jax.adapters.kernel_axes import add_einsum_increment
       >>> x, y = jnp.ones((5, 3)), jnp.zeros((5, 2, 2))
       >>> lora = LowRank(jnp.ones((3, 1)), jnp.ones((1, 4)))
       >>> add_einsum_increment(y, "td,ndh->tnh", x, (2, 3, 2), lora)[0].tolist()
@@ -226,5 +226,5 @@ def add_einsum_increment(
         increment = increment.reshape(shape(batch + tokens + features))
         return y + jnp.einsum(f"{batch}{tokens}{features}->{outputs}", increment).astype(y.dtype)
 
-    increment = lora_increment(in_auto_axes(rows, rows_spec, x), lora, precision=precision)
-    return in_auto_axes(add, lambda: specs_of(y), y, increment)
+    increment = lora_increment(under_auto_sharding(rows, rows_spec, x), lora, precision=precision)
+    return under_auto_sharding(add, lambda: specs_of(y), y, increment)

@@ -7,9 +7,9 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from experiments.benchmark import report
-from experiments.benchmark.layers import Layers
-from experiments.benchmark.steps import DEFAULT, NAMES
+from benchmarks import report
+from benchmarks.layers import Layers
+from benchmarks.steps import DEFAULT, NAMES
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,11 +10,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import powers
+from benchmarks.layers import Layers
+from benchmarks.report import machine, write_settings
+from benchmarks.steps import BASELINE, NAMES, Variant, parse, prepare
 from experiments import ExperimentError, methods, storage
-from experiments.benchmark import powers
-from experiments.benchmark.layers import Layers
-from experiments.benchmark.report import machine, write_settings
-from experiments.benchmark.steps import BASELINE, NAMES, Variant, parse, prepare
 from experiments.progress import progress
 
 # (name of the column, title, unit)

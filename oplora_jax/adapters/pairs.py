@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from oplora_jax.gradients.lora import path_name
+from oplora_jax.adapters.paths import path_name
 from oplora_jax.matrix import LowRank, is_matrix
 
 # How the paths of a and b end: flax.nnx.LoRA and Qwix (kernel_lora_a), and PyTorch's habit; as arrays, or

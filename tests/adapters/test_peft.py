@@ -90,7 +90,7 @@ def test_round_trip(tmp_path):
 @given(st.floats(1e-3, 1e3), st.integers(1, 300))
 def test_every_scale_comes_back(alpha, rank):
     """A scale that is alpha / rank exactly; any other one within a unit in the last place."""
-    from oplora_jax.peft import _alpha
+    from oplora_jax.adapters.peft import _alpha
 
     assert _alpha(alpha / rank, rank) / rank == alpha / rank
     assert abs(_alpha(alpha, rank) / rank - alpha) <= np.spacing(alpha)

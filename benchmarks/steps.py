@@ -11,10 +11,10 @@ import numpy as np
 import optax
 
 import oplora_jax
+from benchmarks.bounds import measure_rates
+from benchmarks.counts import Counts, compile_anew, count
+from benchmarks.timing import alternate, runner
 from experiments import ExperimentError, methods
-from experiments.benchmark.bounds import measure_rates
-from experiments.benchmark.counts import Counts, compile_anew, count
-from experiments.benchmark.timing import alternate, runner
 from experiments.task import Task
 from experiments.training import State, advance, make_optimizer, size_in_bytes
 

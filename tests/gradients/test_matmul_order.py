@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from oplora_jax import LowRank, lora_dot
-from oplora_jax.gradients import orders
-from oplora_jax.gradients.orders import Order, Sizes, Wanted, backward_operations, backward_order
+from oplora_jax.gradients import matmul_order
+from oplora_jax.gradients.matmul_order import Order, Sizes, Wanted, backward_operations, backward_order
 
 ALL = Wanted(x=True, kernel=False, a=True, b=True)
 # Few and many tokens, thin and wide ranks, both sides the longer one: each order is the cheapest of some.
@@ -67,7 +67,7 @@ def test_the_shapes_ask_for_different_orders():
     assert cheapest == {
         Order(x, factors, factors) for x, factors in [(False,) * 2, (True, False), (True,) * 2]
     }
-    assert {orders.forward_is_merged(sizes) for sizes in SHAPES} == {False, True}
+    assert {matmul_order.forward_is_merged(sizes) for sizes in SHAPES} == {False, True}
 
 
 @pytest.mark.parametrize("sizes", SHAPES)
@@ -115,7 +115,7 @@ def test_what_is_not_asked_for_costs_nothing():
 def test_half_precision_is_not_merged():
     """An increment below the rounding of the weights counts all the same."""
     sizes = Sizes(512, 64, 32, 8)
-    assert orders.forward_is_merged(sizes)
+    assert matmul_order.forward_is_merged(sizes)
     x, kernel, a, b, _ = operands(sizes, jnp.bfloat16)
     ones, kernel = 0 * x + 1, (0 * kernel + 1).at[::2].set(-1)  # whose columns sum to zero
     small = LowRank(0 * a + 1, 0 * b + 2.0**-13)  # 8 * 2^-13 = 2^-10, of which 1 + 2^-10 keeps nothing

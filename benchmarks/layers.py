@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from benchmarks.steps import at_least
 from experiments import ExperimentError
-from experiments.benchmark.steps import at_least
 from experiments.task import Task
 from oplora_jax import LowRank, lora_dot
 

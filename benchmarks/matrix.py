@@ -13,11 +13,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import approximations, powers
+from benchmarks.counts import count
+from benchmarks.report import machine, write_settings
+from benchmarks.steps import at_least
 from experiments import ExperimentError, storage
-from experiments.benchmark import approximations, powers
-from experiments.benchmark.counts import count
-from experiments.benchmark.report import machine, write_settings
-from experiments.benchmark.steps import at_least
 from experiments.progress import progress
 from oplora_jax import LowRank, lorsum, svd
 from oplora_jax.matrix import Terms

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmark.timing import alternate, runner
+from benchmarks.timing import alternate, runner
 
 SIZE = 2048  # of the square matrices that are multiplied
 NUMBERS = 2**24  # that are copied: 64 MiB

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oplora_jax import LowRank
-from oplora_jax.gradients.kernels import add_einsum_increment, add_increment, kernel_roles, matrix_shape
+from oplora_jax.adapters.kernel_axes import add_einsum_increment, add_increment, kernel_roles, matrix_shape
 
 
 @st.composite

@@ -1,16 +1,15 @@
-"""LoRA beside a model that stays untouched: parameters of its own, merged into the weights it knows."""
+"""LoRA parameters of their own, beside a model that stays untouched."""
 
-import fnmatch
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
-from oplora_jax.gradients.kernels import add_increment, matrix_shape, split_roles
+from oplora_jax.adapters.kernel_axes import matrix_shape
+from oplora_jax.adapters.paths import matches, path_name
 from oplora_jax.matrix import LowRank
 from oplora_jax.sharding import merged, partition
 
@@ -118,62 +117,3 @@ def init_low_rank(
     he_uniform = jax.nn.initializers.he_uniform(batch_axis=tuple(range(len(batch))))
     a = he_uniform(key, (*batch, n, rank), dtype)
     return LowRank(a, jnp.zeros((*batch, rank, m), dtype), 1.0 if alpha is None else alpha / rank)
-
-
-def merge(params: Any, lora: dict[str, LowRank]) -> Any:
-    """The model's parameters with the LoRA increments added to their kernels.
-
-    Inside a loss it is a use of the LoRA parameters that `value_and_grad` captures, as a dense gradient.
-
-    Args:
-      params: the tree that `init_lora` was given, or one with the same paths.
-      lora: LoRA parameters by path, of shape (*batch, n, m): n is the product of the axes of the kernel next
-        to its batch axes, m that of the rest.
-
-    Returns:
-      A tree like params.
-
-    Raises:
-      ValueError: a path that params lacks, or a kernel of another size.
-    """
-    return merge_as(params, lora, {})
-
-
-def merge_as(params: Any, lora: dict[str, LowRank], roles: dict[str, str]) -> Any:
-    """`merge` for kernels whose axes have the given roles, by path; those not in the dict are in order."""
-    missing = set(lora)
-
-    def add(path: Any, kernel: Array) -> Array:
-        name = path_name(path)
-        if name not in lora:
-            return kernel
-        missing.discard(name)
-        try:
-            axes = split_roles(kernel.shape, lora[name].shape, roles.get(name))
-            return add_increment(kernel, lora[name], axes)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-
-    merged = jax.tree.map_with_path(add, params)
-    if missing:
-        names = ", ".join(path_name(path) for path, _ in jax.tree.leaves_with_path(params))
-        raise ValueError(f"{', '.join(sorted(missing))}: no such kernel; the paths are: {names}")
-    return merged
-
-
-def path_name(path: Any) -> str:
-    """A key path as "encoder/layer_0/kernel"."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def matches(path: str, patterns: str | Sequence[str]) -> bool:
-    """Whether one of the patterns, as a glob, is the path, or as a regular expression is found in it."""
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        if fnmatch.fnmatchcase(path, pattern):
-            return True
-        try:
-            if re.search(pattern, path):
-                return True
-        except re.error:
-            continue  # a glob such as "*/kernel" need not be a regular expression
-    return False

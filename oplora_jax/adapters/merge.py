@@ -1,0 +1,51 @@
+"""LoRA increments merged into the weights that a model knows."""
+
+from typing import Any
+
+import jax
+from jaxtyping import Array
+
+from oplora_jax.adapters.kernel_axes import add_increment, split_roles
+from oplora_jax.adapters.paths import path_name
+from oplora_jax.matrix import LowRank
+
+
+def merge(params: Any, lora: dict[str, LowRank]) -> Any:
+    """The model's parameters with the LoRA increments added to their kernels.
+
+    Inside a loss it is a use of the LoRA parameters that `value_and_grad` captures, as a dense gradient.
+
+    Args:
+      params: the tree that `init_lora` was given, or one with the same paths.
+      lora: LoRA parameters by path, of shape (*batch, n, m): n is the product of the axes of the kernel next
+        to its batch axes, m that of the rest.
+
+    Returns:
+      A tree like params.
+
+    Raises:
+      ValueError: a path that params lacks, or a kernel of another size.
+    """
+    return merge_as(params, lora, {})
+
+
+def merge_as(params: Any, lora: dict[str, LowRank], roles: dict[str, str]) -> Any:
+    """`merge` for kernels whose axes have the given roles, by path; those not in the dict are in order."""
+    missing = set(lora)
+
+    def add(path: Any, kernel: Array) -> Array:
+        name = path_name(path)
+        if name not in lora:
+            return kernel
+        missing.discard(name)
+        try:
+            axes = split_roles(kernel.shape, lora[name].shape, roles.get(name))
+            return add_increment(kernel, lora[name], axes)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+    merged = jax.tree.map_with_path(add, params)
+    if missing:
+        names = ", ".join(path_name(path) for path, _ in jax.tree.leaves_with_path(params))
+        raise ValueError(f"{', '.join(sorted(missing))}: no such kernel; the paths are: {names}")
+    return merged

@@ -1,0 +1,153 @@
+"""ResLoRA: residual paths between the LoRA parameters of consecutive layers, while they train."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from oplora_jax.gradients.capture import fit, lora_dot, lora_increment
+from oplora_jax.gradients.matmul_order import dot
+from oplora_jax.matrix import LowRank, check_factors, to_dense
+from oplora_jax.sharding import shard_like
+
+
+def block_shortcut(
+    x: Float[Array, "*tokens n"], kernel: Float[Array, "*batch n m"], loras: Sequence[LowRank]
+) -> Float[Array, "*tokens m"]:
+    r"""A dense layer with its own LoRA increment and those of the layers before it, on the same inputs.
+
+    .. math::
+      y = x W + \sum_i s_i (x a_i) b_i.
+
+    The sum is one low-rank matrix, that of the factors side by side; `merge_block` adds it to the kernel.
+
+    An increment is used by several layers, so that the exact gradient that `value_and_grad` takes at it adds
+    up over them: it is dense (gradient="outer" is refused where an increment is used twice).
+
+    Args:
+      x: the layer's inputs, as for `lora_dot`.
+      kernel: the frozen weight W.
+      loras: the increments, all of the kernel's shape: at layer l of a stack, with shortcuts over k layers,
+        ``loras[max(0, l - k + 1) : l + 1]``.
+
+    Returns:
+      The outputs, in the promoted type of x and the kernel.
+
+    Raises:
+      ValueError: no increments, or shapes that do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from oplora_jax import LowRank
+      >>> from oplora_jax.reslora import block_shortcut
+      >>> x, kernels = jnp.ones((5, 3)), [jnp.eye(3), jnp.eye(3)]
+      >>> loras = [LowRank(jnp.ones((3, 1)), jnp.ones((1, 3))) for _ in kernels]
+      >>> for l, kernel in enumerate(kernels):
+      ...   x = block_shortcut(x, kernel, loras[: l + 1])
+      >>> x.shape
+      (5, 3)
+
+    References:
+      ResLoRA, https://arxiv.org/abs/2402.18039.
+    """
+    check(jnp.shape(kernel), loras)
+    return add_increments(lora_dot(x, kernel, loras[-1]), x, loras[:-1])
+
+
+def merge_block(kernel: Float[Array, "*batch n m"], loras: Sequence[LowRank]) -> Float[Array, "*batch n m"]:
+    """The kernel of the plain layer that computes what `block_shortcut` does, to rounding.
+
+    Args:
+      kernel: the frozen weight.
+      loras: the increments that the layer uses.
+
+    Raises:
+      ValueError: no increments, or shapes that do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from oplora_jax import LowRank
+      >>> from oplora_jax.reslora import merge_block
+      >>> lora = LowRank(jnp.ones((2, 1)), jnp.ones((1, 2)))
+      >>> merge_block(jnp.eye(2), [lora, lora]).tolist()
+      [[3.0, 2.0], [2.0, 3.0]]
+    """
+    check(jnp.shape(kernel), loras)
+    total = sum((to_dense(lora) for lora in loras[1:]), to_dense(loras[0]))
+    return (kernel + total).astype(kernel.dtype)
+
+
+def input_shortcut(
+    x: Float[Array, "*tokens n"],
+    previous_x: Float[Array, "*tokens n"],
+    kernel: Float[Array, "*batch n m"],
+    lora: LowRank,
+) -> Float[Array, "*tokens m"]:
+    r"""A dense layer whose LoRA increment sees the previous layer's inputs too.
+
+    .. math::
+      y = x W + s\,((x + x') a)\,b.
+
+    It has no merged form: y is no function of x alone. (Where x' = c x with a known number c, the kernel
+    W + (1 + c) s a b computes the same; for other inputs that is an approximation.)
+
+    The full gradient at the increment is :math:`(x + x')^\top dy`, which `value_and_grad` takes in any kind.
+
+    Args:
+      x: the layer's inputs, as for `lora_dot`.
+      previous_x: the inputs of the layer before it, of the same shape.
+      kernel: the frozen weight W.
+      lora: the layer's increment.
+
+    Returns:
+      The outputs, in the promoted type of x and the kernel.
+
+    Raises:
+      ValueError: shapes that do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from oplora_jax import LowRank
+      >>> from oplora_jax.reslora import input_shortcut
+      >>> lora = LowRank(jnp.ones((3, 1)), jnp.ones((1, 2)))
+      >>> input_shortcut(jnp.ones((1, 3)), jnp.ones((1, 3)), jnp.zeros((3, 2)), lora).tolist()
+      [[6.0, 6.0]]
+
+    References:
+      ResLoRA, https://arxiv.org/abs/2402.18039.
+    """
+    inputs = add_inputs(x, previous_x)
+    return add_increments(dot(*fit(x, kernel, lora)), inputs, [lora])
+
+
+def add_increments(
+    y: Float[Array, "*tokens m"],
+    x: Float[Array, "*tokens n"],
+    loras: Sequence[LowRank],
+    precision: Any = None,
+) -> Float[Array, "*tokens m"]:
+    """y and x times each of the increments, in the type of y and with its sharding."""
+    x = x.astype(y.dtype)
+    increments = (shard_like(lora_increment(x, lora, precision=precision), y) for lora in loras)
+    return sum(increments, y)
+
+
+def add_inputs(x: Float[Array, "*tokens n"], previous_x: Float[Array, "*tokens n"]) -> Array:
+    """x + x', what the increment of an input shortcut sees; raises ValueError where their shapes differ."""
+    if jnp.shape(x) != jnp.shape(previous_x):
+        raise ValueError(f"x has shape {jnp.shape(x)}, previous_x {jnp.shape(previous_x)}; they must agree")
+    return x + previous_x
+
+
+def check(kernel: Sequence[int], loras: Sequence[LowRank]) -> None:
+    """Raises ValueError unless there are increments and all have the kernel's shape."""
+    if not loras:
+        raise ValueError("loras is empty; expected the layer's own increment at least")
+    for index, lora in enumerate(loras):
+        check_factors(lora, f"loras[{index}]")
+        if lora.shape != tuple(kernel):
+            raise ValueError(
+                f"loras[{index}] has shape {lora.shape}, the kernel {tuple(kernel)}; increments are "
+                "shared by layers of one shape"
+            )
