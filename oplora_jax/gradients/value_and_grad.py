@@ -132,7 +132,7 @@ def stateful_value_and_grad(
 
         def tapped_loss(at):
             nodes_at = [
-                node if tap is None else Tapped(node.a, node.b, node.scale, at_node)
+                node if tap is None else Tapped(node.a, node.b, node.scale, node.roles, at_node)
                 for node, tap, at_node in zip(nodes, taps, at, strict=True)
             ]
             return loss([x if t is None else y for x, t, y in zip(at, taps, nodes_at, strict=True)])
@@ -196,7 +196,7 @@ def lora_uses(loss: Callable[..., Any], paths_and_nodes: list[Any]) -> list[Uses
     for path, node in paths_and_nodes:
         if is_low_rank(node):
             check_factors(node, name_of(path))
-            probes.append(Tapped(node.a, node.b, node.scale))
+            probes.append(Tapped(node.a, node.b, node.scale, node.roles))
             factors.extend([len(loras)] * 2)
             loras.append(name_of(path))
         else:

@@ -174,7 +174,7 @@ def _steps(tx: Any, params: Any, state: Any, uses: list[Uses | None]) -> tuple[A
             return (*map(jnp.zeros_like, (node.a, node.b, *own)), jnp.zeros(batch), jnp.zeros(batch))
 
         def tapped(tap):
-            return Tapped(node.a, node.b, node.scale, tap, tuple(old), rule) if tap else node
+            return Tapped(node.a, node.b, node.scale, node.roles, tap, tuple(old), rule) if tap else node
 
         def finish(cotangents):
             if not cotangents:  # of an unused parameter: one row of zeros
