@@ -11,6 +11,8 @@ from oplora_jax.adapters import (
 )
 from oplora_jax.gradients import (
     clip_by_global_norm,
+    factor_gradients,
+    full_gradient,
     global_norm,
     grad,
     lora_dot,
@@ -22,16 +24,17 @@ from oplora_jax.matrix import (
     DenseGradient,
     LowRank,
     OuterProduct,
-    frobenius_norm,
-    inner_product,
     is_low_rank,
     to_dense,
 )
 from oplora_jax.metrics import KroneckerMetric
+from oplora_jax.norms import frobenius_norm, inner_product
 from oplora_jax.optimizers import (
     altlora,
     altlora_plus,
+    each,
     lora_fa,
+    lora_optimizer,
     lora_plus,
     lora_pre,
     lora_pro,
@@ -59,8 +62,11 @@ __all__ = [
     "altlora",
     "altlora_plus",
     "clip_by_global_norm",
+    "each",
+    "factor_gradients",
     "frobenius_norm",
     "from_low_rank",
+    "full_gradient",
     "global_norm",
     "grad",
     "init_lora",
@@ -68,6 +74,7 @@ __all__ = [
     "is_low_rank",
     "lora_dot",
     "lora_fa",
+    "lora_optimizer",
     "lora_plus",
     "lora_pre",
     "lora_pro",

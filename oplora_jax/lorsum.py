@@ -1,11 +1,19 @@
 """LoRSum: a sum of low-rank matrices, approximated by one of the anchor's rank."""
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
-from oplora_jax.matrix import LowRank, Terms, common_shape, compute_dtype
-from oplora_jax.metrics import KroneckerMetric, as_type, check_metric, powers
-from oplora_jax.problems import Problem, Rule, Sum, solve_problems
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from oplora_jax import matrix
+from oplora_jax.matrix import LowRank, Terms, is_zero, left_product, times, transpose, transposed
+from oplora_jax.metrics import KroneckerMetric, as_type, check_metric, powers, times_output
 from oplora_jax.sharding import specs_of, under_auto_sharding
+from oplora_jax.solve import inverse
+from oplora_jax.together import together
 
 
 def lorsum(
@@ -25,16 +33,9 @@ def lorsum(
       b \leftarrow (a^\top a + \lambda I)^{-1} (\lambda b_0 + a^\top S).
 
     S is never formed. Each iteration is one of block power iteration: without regularization the result
-    tends to the truncated SVD of S, and reaches S at once if its rank allows. Without regularization a
-    rank-deficient solve (b = 0, LoRA's usual start) takes the solution closest to the anchor, the limit
-    :math:`\lambda \to 0`.
-
-    With a metric every term but the anchor is preconditioned, :math:`S = c_0 T_0 + \sum_{i>0} c_i\,
-    D_{in}^{-1} T_i D_{out}^{-1}`, and S is approximated in the metric's norm:
-
-    .. math::
-      a \leftarrow (\lambda a_0 + S D_{out} b^\top)(b D_{out} b^\top + \lambda I)^{-1}, \qquad
-      b \leftarrow (a^\top D_{in} a + \lambda I)^{-1} (\lambda b_0 + a^\top D_{in} S).
+    tends to the truncated SVD of S, and reaches S at once if its rank allows; a rank-deficient solve (b = 0,
+    LoRA's usual start) takes the solution closest to the anchor. With a metric D every term but the anchor is
+    preconditioned, :math:`D_{in}^{-1} T_i D_{out}^{-1}`, and S is approximated in the metric's norm.
 
     Args:
       terms: pairs of a coefficient (a scalar) and a matrix (`LowRank`, `OuterProduct` or array) of shape
@@ -64,20 +65,154 @@ def lorsum(
     """
     if not terms or not isinstance(terms[0][1], LowRank):
         raise ValueError("terms must begin with the anchor, a pair of a coefficient and a LowRank")
-    common_shape(terms)
-    step = lambda *arguments: _lorsum(*arguments, num_iters=num_iters, first=first)
-    return under_auto_sharding(step, lambda: specs_of(terms[0][1]), list(terms), regularization, metric)
-
-
-def _lorsum(terms, regularization, metric, *, num_iters, first):
-    shape = common_shape(terms)
-    (weight, anchor), *rest = terms
-    rule, total = Rule([weight], [coefficient for coefficient, _ in rest], regularization), Sum(anchor)
+    if first not in ("a", "b"):
+        raise ValueError(f"first is {first!r}; expected 'a' or 'b'")
+    shape = matrix.common_shape(terms)
     if metric is not None:
         check_metric(metric, shape)
-        metric = as_type(metric, compute_dtype(anchor.a, anchor.b))
-        forward, backward = powers(metric, 1, batch_ndim=len(shape) - 2)
-        total = Sum(anchor, forward, backward)
-    problem = Problem([matrix for _, matrix in rest], [total])
-    [solution] = solve_problems([rule], [problem], num_iters=num_iters, first=first)
-    return solution.sums[0]
+
+    def solve(terms, regularization, metric):
+        if metric is not None:
+            metric = as_type(metric, matrix.compute_dtype(terms[0][1]))
+            metric = powers(metric, 1, batch_ndim=len(shape) - 2)
+        settings = {"regularization": [regularization], "num_iters": num_iters, "first": first}
+        problem = Sums([terms[0][1]], terms[1:], metric)
+        [[total]] = lorsums([problem], [[terms[0][0]]], [1.0], **settings)
+        return total
+
+    return under_auto_sharding(solve, lambda: specs_of(terms[0][1]), list(terms), regularization, metric)
+
+
+class Sums(NamedTuple):
+    """The sums of one LoRA parameter: over itself, its momentum, and the gradient."""
+
+    anchors: Sequence[LowRank]  # the P_p
+    gradient: Terms  # G
+    metric: tuple[KroneckerMetric, KroneckerMetric] | None = None  # D and its inverse, of the first sum
+
+
+def lorsums(
+    problems: Sequence[Sums],
+    mixing: Sequence[Sequence[Any]],
+    rates: Sequence[Any],
+    *,
+    regularization: Sequence[Any],
+    shrinkage: Sequence[Any] | None = None,
+    num_iters: Any = 1,
+    first: str = "a",
+) -> list[list[LowRank]]:
+    r"""All :math:`P_p \leftarrow \mathrm{LoRSum}[\sum_q A_{pq} P_q + c_p G]` of many parameters.
+
+    X and Y have the rows of all a^T and all b of a parameter, one sum below the other, and <X, X> is the Gram
+    matrix within each sum. One pass over G serves all sums: given X, Y changes by
+
+    .. math::
+      (\langle X, X \rangle + \lambda I)^{-1}
+      ([A \circ X X_0^\top - \langle X, X \rangle - \mu I]\, Y_0 + c X G).
+
+    The R x R algebra of all parameters is done together. What is as wide as a parameter stays with it, so
+    that its gradient is free once its own products are taken.
+
+    A is the mixing, by sum and anchor. By sum are the rates c, the regularization lambda, which pulls to the
+    anchor (where it is known to be 0 there are pseudo-inverses), and the shrinkage mu, which pulls to zero.
+    """
+    static = isinstance(num_iters, int)
+    if static and num_iters < 0:
+        raise ValueError(f"num_iters is {num_iters}; expected 0 (the Jacobi step) or more")
+    if any(isinstance(value, int | float) and value < 0 for value in regularization):
+        raise ValueError(f"regularization is {min(regularization)}; expected a non-negative number")
+    ridges = [None if is_zero(value) else value for value in regularization]
+    numbers = mixing, rates, ridges, shrinkage or [0.0] * len(rates)
+    return (_solve_static if static else _solve)(problems, numbers, num_iters, first)
+
+
+def _solve(problems, numbers, num_iters, first):
+    starts = [_rows(problem.anchors) for problem in problems]
+    ranks = [tuple(anchor.a.shape[-1] for anchor in problem.anchors) for problem in problems]
+
+    def half_step(side, changes):
+        """The changes of all Y, a^T (side 0) or b (1), from those of X."""
+        grams = [_grams(side, *z) for z in zip(problems, starts, changes, strict=True)]
+        steps = together(lambda ranks, grams: _step(ranks, *numbers, *grams), ranks, grams)
+        return [_change(side, *z) for z in zip(problems, starts, changes, steps, strict=True)]
+
+    def iterate(_, changes):
+        one = half_step(*((0, changes[1]) if first == "a" else (1, changes[0])))
+        return (one, half_step(1, one)) if first == "a" else (half_step(0, one), one)
+
+    alternate = lambda changes: jax.lax.fori_loop(0, num_iters, iterate, changes)
+    jacobi = lambda changes: (half_step(0, changes[1]), half_step(1, changes[0]))
+    changes = tuple([jnp.zeros_like(start[side]) for start in starts] for side in (0, 1))
+    if isinstance(num_iters, int):
+        changes = alternate(changes) if num_iters else jacobi(changes)
+    else:
+        changes = jax.lax.cond(num_iters > 0, alternate, jacobi, changes)
+    return [_sums(*z) for z in zip(problems, starts, *changes, strict=True)]
+
+
+_solve_static = jax.jit(_solve, static_argnums=(2, 3))
+
+
+# What is compiled by itself is traced once for all parameters of a shape.
+@jax.jit
+def _rows(anchors):
+    """X_0 of all a^T and that of all b, at scale 1 and in the type of the solves."""
+    at = [matrix.to_unit_scale(anchor) for anchor in anchors]
+    dtype = jnp.result_type(*(anchor.dtype for anchor in at))
+    join = lambda parts: jnp.concatenate([z.astype(dtype) for z in parts], axis=-2)
+    return join([transpose(anchor.a) for anchor in at]), join([anchor.b for anchor in at])
+
+
+@partial(jax.jit, static_argnums=0)
+def _grams(side, problem, start, change):
+    """X D X^T, X D (X - X_0)^T, in which nothing cancels where little changes, and X X_0^T."""
+    x = start[1 - side] + change
+    measured = x if problem.metric is None else _times_metric(x, problem, problem.metric[0][1 - side])
+    inner = lambda x, y: times(x, transpose(y))
+    return inner(measured, x), inner(measured, change), inner(x, start[1 - side])
+
+
+def _step(ranks, mixing, rates, regularization, shrinkage, gram, drift, cross):
+    """R x R matrices: what to multiply Y_0 with, Y_0 once more in the inverse metric, and X G."""
+    of = np.repeat(np.arange(len(ranks)), ranks)  # the sum that a row belongs to
+    over = lambda z: jnp.broadcast_to(z, gram.shape)
+    rows = lambda values: jnp.stack([jnp.asarray(z, gram.dtype) for z in values])[of]
+    mixing, same = over(jnp.stack(list(map(rows, mixing)))[of]), over(of[:, None] == of)
+    own = jnp.where(same, (mixing - 1) * (gram - drift) - drift, 0) - over(jnp.diag(rows(shrinkage)))
+    if None not in regularization:
+        solve = inverse(jnp.where(same, gram, 0), rows(regularization) + rows(shrinkage))
+    else:
+        solve = jnp.zeros_like(gram)
+        for end, rank, value, small in zip(np.cumsum(ranks), ranks, regularization, shrinkage, strict=True):
+            at = slice(end - rank, end)
+            block = inverse(gram[..., at, at], None if value is None else value + small)
+            solve = solve.at[..., at, at].set(block)
+    return times(solve, own), times(solve, jnp.where(same, 0, mixing * cross)), solve * over(rows(rates))
+
+
+@partial(jax.jit, static_argnums=0)
+def _change(side, problem, start, change, step):
+    """That of Y, from that of X."""
+    x, y0, (own, across, rate) = start[1 - side] + change, start[side], step
+    moved = times(across, y0)
+    for coefficient, term in problem.gradient:
+        product = left_product(x, transposed(term) if side == 0 else term)
+        moved += coefficient * times(rate, product.astype(y0.dtype))
+    if problem.metric is not None:
+        moved = _times_metric(moved, problem, problem.metric[1][side])
+    return times(own, y0) + moved
+
+
+def _times_metric(rows, problem, side):
+    """The rows of the first sum times a side of its metric."""
+    own, others = jnp.split(rows, [problem.anchors[0].a.shape[-1]], axis=-2)
+    return jnp.concatenate([times_output(own, side.astype(rows.dtype)), others], axis=-2)
+
+
+@jax.jit
+def _sums(problem, start, *changes):
+    """The new factors, with the anchors' scales and types."""
+    ends = np.cumsum([anchor.a.shape[-1] for anchor in problem.anchors])[:-1]
+    parts = [jnp.split(z + change, ends, axis=-2) for z, change in zip(start, changes, strict=True)]
+    like = zip(*parts, problem.anchors, strict=True)
+    return [matrix.from_unit_scale(LowRank(transpose(x), y), anchor) for x, y, anchor in like]

@@ -158,19 +158,37 @@ def is_matrix(node: Any) -> bool:
     return isinstance(node, OuterProduct | DenseGradient) or is_low_rank(node)
 
 
+def is_zero(value: Any) -> bool:
+    """Whether a number is None or known to be zero, and what it multiplies need not exist."""
+    return value is None or (isinstance(value, int | float) and value == 0)
+
+
 def transpose(x: Float[Array, "*batch n m"]) -> Float[Array, "*batch m n"]:
     """The transposed matrix, batch axes left alone."""
     return jnp.swapaxes(x, -1, -2)
 
 
 def compute_dtype(*arrays: Any) -> jnp.dtype:
-    """The type to accumulate and solve in: that of the arrays, float32 at least."""
+    """The type to accumulate and solve in: that of arrays or matrices, float32 at least."""
     return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
 
 
 def matmul(x: Array, y: Array, precision: Any = None) -> Array:
     """x @ y over batch axes, accumulated and returned in float32 at least."""
     return jnp.matmul(x, y, precision=precision, preferred_element_type=compute_dtype(x, y))
+
+
+def times(*matrices: Array) -> Array:
+    """The product of small or thin matrices, from the left, in the highest precision and float32 at least."""
+    first, *rest = matrices
+    for matrix in rest:
+        first = matmul(first, matrix, HIGHEST)
+    return first
+
+
+def gram(rows: Float[Array, "*batch r n"]) -> Float[Array, "*batch r r"]:
+    """The products of the rows, rows rows^T."""
+    return times(rows, transpose(rows))
 
 
 def as_wide(thin: Float[Array, "*batch k n"]) -> Float[Array, "*batch k n"]:
@@ -243,82 +261,6 @@ def thin_factors(matrix: LowRank | OuterProduct) -> tuple[Array, Array]:
     if isinstance(matrix, OuterProduct):
         return matrix.x, matrix.dy
     return matrix.scale * transpose(matrix.a), matrix.b
-
-
-def inner_product(first: Matrix, second: Matrix) -> Float[Array, "*batch"]:
-    """The Frobenius inner product of two matrices, one number a batch entry, without forming either.
-
-    The rounding error is relative to the product of the factors' norms. Nothing better is promised for
-    matrices that nearly cancel: the distance of two nearly equal matrices, computed as
-    <A, A> - 2 <A, B> + <B, B>, is lost below sqrt(eps) |A|, which is 3e-4 |A| in float32.
-
-    Args:
-      first: a `LowRank`, an `OuterProduct` or an array, of shape (*batch, n, m).
-      second: another of the same shape.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from oplora_jax import LowRank, inner_product
-      >>> ones = LowRank(jnp.ones((3, 1)), jnp.ones((1, 2)))
-      >>> float(inner_product(ones, 2 * jnp.ones((3, 2))))
-      12.0
-    """
-    return under_auto_sharding(_inner_product, lambda: partition(*matrix_entries(first)[:-2]), first, second)
-
-
-def _inner_product(first: Matrix, second: Matrix) -> Array:
-    if not isinstance(first, LowRank | OuterProduct):
-        first, second = second, first
-    if isinstance(first, LowRank | OuterProduct):
-        left, right = thin_factors(first)
-        return _sum_of_products(left_product(left, second), right)
-    return _sum_of_products(to_dense(first), to_dense(second))
-
-
-def _sum_of_products(x: Array, y: Array) -> Array:
-    dtype = compute_dtype(x, y)
-    return jnp.sum(x.astype(dtype) * y.astype(dtype), axis=(-2, -1))
-
-
-def frobenius_norm(matrix: Matrix) -> Float[Array, "*batch"]:
-    """The Frobenius norm, one number a batch entry.
-
-    A low-rank matrix goes through the triangular factors of a and b, so its error is eps |a| |b| even where
-    its rank-one parts nearly cancel. An outer product of few tokens goes through its N x N Gram matrices,
-    whose error in the square is eps |x|^2 |dy|^2; of many tokens, N (n + m) > n m, it is the smaller to form.
-
-    Args:
-      matrix: a `LowRank`, an `OuterProduct`, a `DenseGradient` or an array, of shape (*batch, n, m).
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from oplora_jax import LowRank, frobenius_norm
-      >>> round(float(frobenius_norm(LowRank(jnp.ones((2, 1)), jnp.ones((1, 2)), scale=3.0))), 5)
-      6.0
-    """
-    return under_auto_sharding(_frobenius_norm, lambda: partition(*matrix_entries(matrix)[:-2]), matrix)
-
-
-def _frobenius_norm(matrix: Matrix) -> Array:
-    if isinstance(matrix, LowRank):
-        dtype = compute_dtype(matrix.a, matrix.b)
-        left = jnp.linalg.qr(matrix.a.astype(dtype), mode="r")
-        right = jnp.linalg.qr(transpose(matrix.b.astype(dtype)), mode="r")
-        dense = matrix.scale * matmul(left, transpose(right), HIGHEST)
-    elif isinstance(matrix, OuterProduct):
-        tokens, (n, m) = matrix.x.shape[-2], matrix.shape[-2:]
-        if tokens * (n + m) <= n * m:
-            grams = (matmul(z, transpose(z), HIGHEST) for z in (matrix.x, matrix.dy))
-            return jnp.sqrt(jnp.maximum(_sum_of_products(*grams), 0.0))
-        dense = matmul(transpose(matrix.x), matrix.dy)
-    else:
-        dense = to_dense(matrix)
-    return jnp.sqrt(_sum_of_products(dense, dense))
-
-
-def finite_or_nan(matrix: Array) -> Array:
-    """LAPACK does not return from a matrix with an infinity; from one with a NaN it returns NaNs."""
-    return jnp.where(jnp.isfinite(matrix), matrix, jnp.nan)
 
 
 def common_shape(terms: Terms) -> tuple[int, ...]:

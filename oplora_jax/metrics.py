@@ -13,12 +13,12 @@ from oplora_jax.matrix import (
     Matrix,
     OuterProduct,
     compute_dtype,
-    finite_or_nan,
     matmul,
     thin_factors,
     to_dense,
     transpose,
 )
+from oplora_jax.solve import eigh
 
 Structure = Literal["diagonal", "dense"]
 Reduction = Literal["mean", "sum"]
@@ -144,7 +144,7 @@ def _powers(side: Array, power: Any, damping: Any, *, dense: bool) -> tuple[Arra
     if not dense:
         side = jnp.maximum(side + damping, FLOOR)
         return side**power, side**-power
-    values, vectors = jnp.linalg.eigh(finite_or_nan(side))
+    values, vectors = eigh(side)
     values = values + damping
     floor = side.shape[-1] * jnp.finfo(values.dtype).eps * values[..., -1:]
     values = jnp.maximum(values, jnp.maximum(floor, FLOOR))

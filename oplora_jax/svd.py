@@ -2,8 +2,8 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
 
+from oplora_jax import solve
 from oplora_jax.matrix import (
     HIGHEST,
     LowRank,
@@ -11,7 +11,6 @@ from oplora_jax.matrix import (
     Terms,
     common_shape,
     compute_dtype,
-    finite_or_nan,
     matmul,
     matrix_entries,
     thin_factors,
@@ -61,15 +60,15 @@ def _svd(terms: Terms, rank: int, scale: float | int) -> LowRank:
     if factored and sum(thin_factors(t)[0].shape[-2] for _, t in terms) < min(shape[-2:]):
         lefts, rights = zip(*(thin_factors(t) for _, t in terms), strict=True)
         scaled = [(c * x).astype(dtype) for (c, _), x in zip(terms, lefts, strict=True)]
-        q_left, r_left = jnp.linalg.qr(transpose(jnp.concatenate(scaled, axis=-2)))
+        q_left, r_left = solve.qr(transpose(jnp.concatenate(scaled, axis=-2)))
         stacked = jnp.concatenate([y.astype(dtype) for y in rights], axis=-2)
-        q_right, r_right = jnp.linalg.qr(transpose(stacked))
+        q_right, r_right = solve.qr(transpose(stacked))
         core = matmul(r_left, transpose(r_right), HIGHEST)
-        u, s, vt = _dense_svd(core)
+        u, s, vt = solve.svd(core)
         u, vt = matmul(q_left, u, HIGHEST), matmul(vt, transpose(q_right), HIGHEST)
     else:
         dense = sum(c * to_dense(t).astype(dtype) for c, t in terms)
-        u, s, vt = _dense_svd(dense)
+        u, s, vt = solve.svd(dense)
     if s.shape[-1] < rank:  # fewer stacked columns than the rank asked for: the rest is zero
         missing = [(0, 0)] * (s.ndim - 1)
         pad = (0, rank - s.shape[-1])
@@ -83,7 +82,3 @@ def _svd(terms: Terms, rank: int, scale: float | int) -> LowRank:
         (root[..., :, None] * vt[..., :rank, :]).astype(out),
         scale,
     )
-
-
-def _dense_svd(matrix: Array) -> tuple[Array, Array, Array]:
-    return jnp.linalg.svd(finite_or_nan(matrix), full_matrices=False)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from oplora_jax.matrix import DenseGradient, OuterProduct, compute_dtype, frobenius_norm
+from oplora_jax.matrix import DenseGradient, OuterProduct, compute_dtype
+from oplora_jax.norms import frobenius_norm
 
 
 def global_norm(updates: Any) -> Float[Array, ""]:

@@ -55,10 +55,10 @@ def tangent_gradient(param: LowRank, factor_gradients: LowRank) -> LowRank:
     return under_auto_sharding(_tangent_gradient, like, param, factor_gradients)
 
 
-def _tangent_gradient(param: LowRank, factor_gradients: LowRank) -> LowRank:
+def _tangent_gradient(param: LowRank, gradients: LowRank) -> LowRank:
     dtype = compute_dtype(param.a, param.b)
     a, b = param.a.astype(dtype), param.b.astype(dtype)
-    da, db = (z.astype(dtype) / param.scale for z in (factor_gradients.a, factor_gradients.b))
+    da, db = (z.astype(dtype) / param.scale for z in (gradients.a, gradients.b))
     inverse_a = inverse(matmul(transpose(a), a, HIGHEST), None)
     row_space = matmul(inverse(matmul(b, transpose(b), HIGHEST), None), b, HIGHEST)
     both = matmul(matmul(transpose(a), da, HIGHEST), row_space, HIGHEST)
@@ -66,10 +66,29 @@ def _tangent_gradient(param: LowRank, factor_gradients: LowRank) -> LowRank:
     return LowRank(jnp.concatenate([a, da], axis=-1), jnp.concatenate([columns, row_space], axis=-2))
 
 
+def full_gradient(param: LowRank, gradient: Matrix) -> Matrix:
+    """The gradient of the full weight, from what stands at a LoRA parameter in a tree of gradients.
+
+    An exact one as it is; of factor gradients (`jax.grad`) their `tangent_gradient`.
+
+    Args:
+      param: the LoRA parameter.
+      gradient: an `OuterProduct`, a `DenseGradient` or an array, or the `LowRank` of factor gradients.
+    """
+    return tangent_gradient(param, gradient) if isinstance(gradient, LowRank) else gradient
+
+
 def factor_gradients(param: LowRank, gradient: Matrix) -> LowRank:
-    """What `jax.grad` would return at a LoRA parameter whose full gradient is given: (s G b^T, s a^T G)."""
-    return LowRank(
-        param.scale * right_product(gradient, transpose(param.b)),
-        param.scale * left_product(transpose(param.a), gradient),
-        param.scale,
-    )
+    r"""The gradients of the factors, from what stands at a LoRA parameter in a tree of gradients.
+
+    Those of `jax.grad` as they are; of an exact one G what `jax.grad` would return,
+    :math:`\partial a = s\,G b^\top` and :math:`\partial b = s\,a^\top G`, in float32 at least.
+
+    Args:
+      param: the LoRA parameter.
+      gradient: an `OuterProduct`, a `DenseGradient` or an array, or the `LowRank` of factor gradients.
+    """
+    if isinstance(gradient, LowRank):
+        return gradient
+    da = param.scale * right_product(gradient, transpose(param.b))
+    return param.with_factors(da, param.scale * left_product(transpose(param.a), gradient))

@@ -1,6 +1,6 @@
 """The optimizers, one file each."""
 
-from oplora_jax.optimizers._lift import set_to_zero
+from oplora_jax.optimizers._lift import each, lora_optimizer
 from oplora_jax.optimizers.altlora import altlora, altlora_plus
 from oplora_jax.optimizers.lora_fa import lora_fa
 from oplora_jax.optimizers.lora_plus import lora_plus
@@ -12,12 +12,15 @@ from oplora_jax.optimizers.oplora import oplora
 from oplora_jax.optimizers.reflora import reflora
 from oplora_jax.optimizers.scaled import scaled_adamw, scaled_gd
 from oplora_jax.optimizers.scaled_oplora import scaled_oplora
+from oplora_jax.optimizers.set_to_zero import set_to_zero
 from oplora_jax.optimizers.svdlora import svdlora
 
 __all__ = [
     "altlora",
     "altlora_plus",
+    "each",
     "lora_fa",
+    "lora_optimizer",
     "lora_plus",
     "lora_pre",
     "lora_pro",

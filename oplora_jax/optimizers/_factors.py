@@ -1,80 +1,66 @@
 """The algebra of two factors that several LoRA optimizers share.
 
-It is written for a thin matrix of r columns: a itself, or b^T. What an optimizer does to a with the help of b
-it does to b^T with the help of a^T.
+It is written for *wide* factors, of r rows: a^T and b. What an optimizer does to b with the help of a^T it
+does to a^T with the help of b.
 """
 
-from typing import Any
+from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float
 
+from oplora_jax import solve
 from oplora_jax.gradients.tangent import factor_gradients
-from oplora_jax.matrix import HIGHEST, LowRank, Matrix, compute_dtype, finite_or_nan, matmul, transpose
-from oplora_jax.optimizers._lift import is_zero
-from oplora_jax.solve import inverse
+from oplora_jax.matrix import LowRank, Matrix, compute_dtype, is_low_rank, times, to_unit_scale, transpose
+
+Wide = Float[Array, "*batch r n"]
+Pair = tuple[Float[Array, "*batch r n"], Float[Array, "*batch r m"]]  # a^T and b
+Square = Float[Array, "*batch r r"]
 
 
-def thin_factors_and_gradients(
-    param: LowRank, gradient: Matrix
-) -> tuple[
-    Float[Array, "*batch n r"],
-    Float[Array, "*batch m r"],
-    Float[Array, "*batch n r"],
-    Float[Array, "*batch m r"],
-]:
-    """(a, b^T, da, db^T) in the type of the solves, the derivatives as plain `jax.grad` has them.
-
-    They are s G b^T and s G^T a: an exact gradient is multiplied by the factors.
-    """
-    if not isinstance(gradient, LowRank):
-        gradient = factor_gradients(param, gradient)
+def wide(param: LowRank) -> Pair:
+    """(a^T, b), in float32 at least."""
     dtype = compute_dtype(param.a, param.b)
-    return tuple(z.astype(dtype) for z in (param.a, transpose(param.b), gradient.a, transpose(gradient.b)))
+    return transpose(param.a).astype(dtype), param.b.astype(dtype)
 
 
-def from_thin(like: LowRank, a: Array, b: Array) -> LowRank:
-    """The node of a tree whose left factor is a and whose right factor is b^T, in the types of `like`."""
-    return LowRank(a.astype(like.a.dtype), transpose(b).astype(like.b.dtype), like.scale)
+def wide_at_unit_scale(param: LowRank) -> Pair:
+    """(a^T, b) of the same matrix with scale 1, in float32 at least."""
+    return wide(to_unit_scale(param))
 
 
-def gram(thin: Float[Array, "*batch n r"]) -> Float[Array, "*batch r r"]:
-    """The products of the columns, thin^T thin."""
-    return matmul(transpose(thin), thin, HIGHEST)
+def from_wide(like: LowRank, at: Array, b: Array) -> LowRank:
+    """The node of a tree whose factors are a and b, in the types of `like`."""
+    return like.with_factors(transpose(at).astype(like.a.dtype), b.astype(like.b.dtype))
 
 
-def gram_inverse(thin: Float[Array, "*batch n r"], regularization: Any = None) -> Float[Array, "*batch r r"]:
-    """(thin^T thin + regularization I)^-1; the pseudo-inverse where the regularization is None or 0."""
-    return inverse(gram(thin), None if is_zero(regularization) else regularization)
+def orthonormal(rows: Wide) -> tuple[Wide, Square]:
+    """(Q, L) with rows = L Q, the rows of Q orthonormal and L triangular.
 
-
-def orthonormal(
-    thin: Float[Array, "*batch n r"],
-) -> tuple[Float[Array, "*batch n r"], Float[Array, "*batch r r"]]:
-    """(Q, R) with thin = Q R, the columns of Q orthonormal and R triangular.
-
-    Where n < r the last r - n columns of Q and rows of R are zero, so that the shapes are the same.
+    Where n < r the last r - n rows of Q and columns of L are zero, so that the shapes are the same.
     """
-    q, triangle = jnp.linalg.qr(thin)
-    missing = thin.shape[-1] - q.shape[-1]
+    q, triangle = (transpose(z) for z in solve.qr(transpose(rows)))
+    missing = rows.shape[-2] - q.shape[-2]
     if missing:
-        batch = [(0, 0)] * (thin.ndim - 2)
-        q = jnp.pad(q, [*batch, (0, 0), (0, missing)])
-        triangle = jnp.pad(triangle, [*batch, (0, missing), (0, 0)])
+        batch = [(0, 0)] * (rows.ndim - 2)
+        q = jnp.pad(q, [*batch, (0, missing), (0, 0)])
+        triangle = jnp.pad(triangle, [*batch, (0, 0), (0, missing)])
     return q, triangle
 
 
-def pseudo_inverse(matrix: Float[Array, "*batch r r"]) -> Float[Array, "*batch r r"]:
+def pseudo_inverse(matrix: Square) -> Square:
     """The pseudo-inverse of a triangular factor of `orthonormal`.
 
     Finite for every finite matrix. Directions below the rounding error of the decomposition, some eps times
     the largest singular value, are cut off. Unlike that of a Gram matrix the error does not grow with the
     square of the condition number.
     """
-    u, values, vt = jnp.linalg.svd(finite_or_nan(matrix))
+    u, values, vt = solve.svd(matrix)
     kept = is_determined(values)
     reciprocals = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
-    return matmul(transpose(vt) * reciprocals[..., None, :], transpose(u), HIGHEST)
+    return times(transpose(vt) * reciprocals[..., None, :], transpose(u))
 
 
 def is_determined(singular_values: Float[Array, "*batch r"]) -> Array:
@@ -85,18 +71,45 @@ def is_determined(singular_values: Float[Array, "*batch r"]) -> Array:
     return ~(singular_values <= jnp.maximum(floor, tiny))
 
 
-def sylvester(
-    left: Float[Array, "*batch r r"], right: Float[Array, "*batch r r"], total: Float[Array, "*batch r r"]
-) -> Float[Array, "*batch r r"]:
+def sylvester(left: Square, right: Square, total: Square) -> Square:
     """The X with left X + X right = total, for two Gram matrices; of several the smallest.
 
     In the eigenvectors of both, each entry of X is one of the total divided by a sum of two eigenvalues.
     Sums that are zero up to rounding are left out.
     """
-    (values_l, vectors_l), (values_r, vectors_r) = (jnp.linalg.eigh(z) for z in (left, right))
+    (values_l, vectors_l), (values_r, vectors_r) = (solve.eigh(z) for z in (left, right))
     sums = values_l[..., :, None] + values_r[..., None, :]
     eps, tiny = jnp.finfo(sums.dtype).eps, jnp.finfo(sums.dtype).tiny
     kept = sums > jnp.maximum(8 * sums.shape[-1] * eps * sums[..., -1:, -1:], tiny)
-    rotated = matmul(matmul(transpose(vectors_l), total, HIGHEST), vectors_r, HIGHEST)
-    solution = jnp.where(kept, rotated / jnp.where(kept, sums, 1), 0)
-    return matmul(matmul(vectors_l, solution, HIGHEST), transpose(vectors_r), HIGHEST)
+    rotated = times(transpose(vectors_l), total, vectors_r)
+    return times(vectors_l, jnp.where(kept, rotated / jnp.where(kept, sums, 1), 0), transpose(vectors_r))
+
+
+def mapped(function: Any, params: Any, *rest: Any) -> Any:
+    """A function of what stands at each LoRA parameter of some trees, to what is to stand there."""
+    return jax.tree.map(
+        lambda p, *z: function(p, *z) if is_low_rank(p) else p, params, *rest, is_leaf=is_low_rank
+    )
+
+
+def preconditioned(function: Any) -> optax.GradientTransformation:
+    """The transformation that makes function(param, gradient), a `LowRank`, of any kind of gradient."""
+    update = lambda updates, state, params=None: (mapped(function, params, updates), state)
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def on_factor(
+    transformation: optax.GradientTransformation, factor: Literal["a", "b"]
+) -> optax.GradientTransformationExtraArgs:
+    """A transformation of plain arrays for one factor of the LoRA parameters; the other passes unchanged.
+
+    There is no state for the other: `optax.MaskedNode` stands in its place.
+    """
+    mask = lambda tree: mapped(lambda node: node.with_factors(factor == "a", factor == "b"), tree)
+    return optax.masked(transformation, mask)
+
+
+def plain_gradient(param: LowRank, gradient: Matrix) -> LowRank:
+    """The factor gradients in the factors' types, as `jax.grad` returns them."""
+    gradient = factor_gradients(param, gradient)
+    return param.with_factors(gradient.a.astype(param.a.dtype), gradient.b.astype(param.b.dtype))

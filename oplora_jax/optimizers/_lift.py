@@ -1,77 +1,213 @@
-"""What every LoRA optimizer shares: the walk over a tree's LoRA parameters, and what guards it."""
+"""An optimizer as a step of LoRA parameters, lifted to trees of parameters."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from oplora_jax.gradients.tangent import factor_gradients, tangent_gradient
-from oplora_jax.matrix import LowRank, Matrix, OuterProduct, check_factors, is_low_rank
-from oplora_jax.optimizers.finite import skip_nonfinite
-from oplora_jax.optimizers.precision import with_state_dtype
+from oplora_jax.matrix import LowRank, check_factors, is_low_rank
+from oplora_jax.optimizers._trees import check_gradients, names, owners, restore_nodes, split, walk
+from oplora_jax.optimizers._types import cast, cast_up, check_state_dtype, in_dtype, widest
 from oplora_jax.sharding import specs_of, under_auto_sharding
 
 
 class LoRAState(NamedTuple):
     """State of an optimizer for trees of LoRA parameters and other leaves."""
 
+    count: Array  # int32 (): steps
     lora: optax.OptState
     others: optax.OptState
-    skipped: Array  # int32 (): updates of single LoRA parameters left out for a non-finite value
+    skipped: Array  # int32 (): steps of single LoRA parameters that were left out, being not finite
 
 
-def for_lora(
-    lora: optax.GradientTransformation,
-    others: optax.GradientTransformation,
+def lora_optimizer(
+    init: Callable[[LowRank, Array], Any],
+    step: Callable[..., tuple[Sequence[LowRank], Sequence[Any]]],
     *,
+    others: optax.GradientTransformation,
     state_dtype: Any = None,
+    check: Callable[[LowRank, Any], str | None] | None = None,
+    joint: str | None = None,
+    seed: Any = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    """`lora` for the `LowRank` nodes of the parameters, `others` for the rest.
+    r"""A LoRA optimizer from its formula: a step of the LoRA parameters, lifted to trees.
 
-    `lora` sees trees with an `optax.MaskedNode` in the place of every other leaf. A LoRA parameter whose
-    update or new state would not be finite keeps its old value and state, and is counted in `skipped`.
+    The rest is done here, once: the walk over the tree and its checks; types, with parameters and states in
+    float32 at least within the step and rounded once behind it; a step that is not finite, which is not taken
+    and is counted in `skipped`; meshes, and containers that take states apart.
 
     Args:
-      lora: takes, at each `LowRank` parameter, a matrix or the `LowRank` of its factor gradients; returns a
-        `LowRank` of increments.
-      others: any transformation.
-      state_dtype: of the `LowRank` nodes of the state, the momenta; as `lora` makes them if None. Steps,
+      init: (param, key) -> state, a NamedTuple of arrays, of `LowRank` matrices and of None. Its arrays begin
+        with the batch axes of the parameter, (*batch, ...). What is made from the parameter's own arrays, by
+        `jnp.zeros_like` for example, is sharded as they are.
+      step: (params, gradients, states, count) -> (new params, new states), lists with one entry for each LoRA
+        parameter; `each` makes it from a step of one. A gradient is what stands at the parameter in the
+        updates: `full_gradient` and `factor_gradients` make of any kind what a formula needs. count is the
+        number of steps before this one, int32; `at_step` evaluates a schedule at it.
+      others: for the leaves that are no LoRA parameters.
+      state_dtype: that the `LowRank` matrices of the states are kept in; as `init` makes them if None. Steps,
         of `others` too, are computed in this type if it is wider than the parameters'.
+      check: (param, gradient) -> what is wrong with them, or None: raised with the parameter's path.
+      joint: what ties the parameters' steps together, as "max_norm is 1.0", if anything does:
+        `value_and_update`, which steps one parameter at a time, then refuses with these words.
+      seed: of the keys that `init` is given.
+
+    Returns:
+      An Optax transformation for any kind of gradient, whose state has the states as a NamedTuple of trees,
+      each with one entry at every LoRA parameter: ``optax.tree.get(state, "momentum")``.
 
     Raises:
-      ValueError: a state_dtype that is not of floating point; at the first update, params=None or a
-        gradient that does not fit its parameter.
+      ValueError: a state_dtype that is not of floating point; at init and at update, what does not fit, with
+        the parameter's path.
+
+    Example:
+      Sign descent with momentum, on the factors:
+
+      >>> from typing import Any, NamedTuple
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from oplora_jax import LowRank, each, factor_gradients, lora_optimizer, to_dense
+      >>> class SignState(NamedTuple):
+      ...   momentum: Any  # a LowRank
+      >>> def lora_sign(learning_rate, decay=0.9):
+      ...   def step(param, gradient, state, count):
+      ...     g = factor_gradients(param, gradient)
+      ...     m = jax.tree.map(lambda m, g: decay * m + g, state.momentum, g)
+      ...     return jax.tree.map(lambda p, m: p - learning_rate * jnp.sign(m), param, m), SignState(m)
+      ...   init = lambda param, key: SignState(jax.tree.map(jnp.zeros_like, param))
+      ...   return lora_optimizer(init, each(step), others=optax.sign_sgd(learning_rate))
+      >>> params = LowRank(jnp.ones((3, 1)), jnp.ones((1, 2)))
+      >>> tx = lora_sign(0.1)
+      >>> gradients = jax.grad(lambda p: to_dense(p).sum())(params)
+      >>> updates, state = tx.update(gradients, tx.init(params), params)
+      >>> bool(jnp.allclose(updates.a, -0.1)), int(state.count)
+      (True, 1)
     """
-    lora, others = (with_state_dtype(tx, state_dtype) for tx in (lora, others))
+    stored = check_state_dtype(state_dtype)
+    is_node = lambda z: isinstance(z, LowRank)
+    keep = lambda z: cast(z, stored) if is_node(z) and stored is not None else z
+
+    def structure():
+        """That of the state of one parameter."""
+        probe = LowRank(jnp.zeros((1, 1)), jnp.zeros((1, 1)))
+        shapes = jax.eval_shape(lambda: init(probe, jax.random.key(0)))
+        return jax.tree.structure(shapes, is_leaf=is_node)
+
+    def as_trees(states, spread):
+        rows = [structure().flatten_up_to(state) for state in states]
+        return structure().unflatten(spread([row[i] for row in rows]) for i in range(structure().num_leaves))
 
     def init_fn(params):
-        for path, node in jax.tree.leaves_with_path(params, is_leaf=is_low_rank):
-            if is_low_rank(node):
-                check_factors(node, jax.tree_util.keystr(path) or "the LoRA parameter")
-        of_lora, of_others = _split(params, params)
-        return LoRAState(lora.init(of_lora), others.init(of_others), skipped=jnp.zeros((), jnp.int32))
+        pick, spread = walk(params)
+        nodes = pick(params)
+        keys = jax.random.split(jax.random.key(seed), len(nodes) or 1)
+        wide = nodes if stored is None else [cast(node, widest(node, stored)) for node in nodes]
+        states = [init(*z) for z in zip(wide, keys, strict=bool(nodes))]
+        return as_trees([jax.tree.map(keep, state, is_leaf=is_node) for state in states], spread)
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(updates, trees, params, count):
+        pick, spread = walk(params)
+        nodes, gradients = pick(params), pick(updates)
+        for name, *pair in zip(names(params), nodes, gradients, strict=True):
+            wrong = check and check(*pair)
+            if wrong:
+                raise ValueError(f"{name}: {wrong}")
+        columns = [pick(tree) for tree in structure().flatten_up_to(trees)]
+        old = [structure().unflatten(column[i] for column in columns) for i in range(len(nodes))]
+        wide = [widest(node, jnp.float32, *([] if stored is None else [stored])) for node in nodes]
+        at, before = ([cast_up(z, d) for z, d in zip(some, wide, strict=True)] for some in (nodes, old))
+        new, after = step(at, gradients, before, count) if nodes else ([], [])
+        after = [jax.tree.map(lambda z, o: z.astype(o.dtype), *pair) for pair in zip(after, old, strict=True)]
+        changes = [
+            jax.tree.map(lambda z, a, p: (z - a).astype(p.dtype), *triple)
+            for triple in zip(new, at, nodes, strict=True)
+        ]
+        return spread(changes), as_trees(after, spread)
+
+    return _lift(optax.GradientTransformationExtraArgs(init_fn, update_fn), in_dtype(others, stored), joint)
+
+
+def lora_transformation(
+    tx: optax.GradientTransformation, *, others: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+    """A LoRA optimizer from a transformation of trees, such as a chain that ends in one of Optax's.
+
+    Args:
+      tx: sees trees with an `optax.MaskedNode` in the place of every other leaf. It takes any kind of
+        gradient at a LoRA parameter, and returns a `LowRank` of increments.
+      others: for the leaves that are no LoRA parameters.
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def update_fn(updates, state, params, count, **extra_args):
+        del count
+        return tx.update(updates, state, params, **extra_args)
+
+    return _lift(optax.GradientTransformationExtraArgs(tx.init, update_fn), others, None)
+
+
+def each(
+    step_of_one: Callable[..., tuple[LowRank, Any]],
+) -> Callable[..., tuple[Sequence[LowRank], Sequence[Any]]]:
+    """The step of `lora_optimizer` from one of a single parameter.
+
+    Args:
+      step_of_one: (param, gradient, state, count) -> (new param, new state).
+    """
+
+    def step(params, gradients, states, count):
+        found = [step_of_one(*z, count) for z in zip(params, gradients, states, strict=True)]
+        return [new for new, _ in found], [state for _, state in found]
+
+    return step
+
+
+def at_step(learning_rate: optax.ScalarOrSchedule, count: Array) -> Array:
+    """The learning rate of a step, a float32 scalar at least.
+
+    Raises:
+      ValueError: a learning rate that is not a scalar, or a schedule of others.
+    """
+    value = jnp.asarray(learning_rate(count) if callable(learning_rate) else learning_rate)
+    if value.ndim != 0:
+        raise ValueError(f"learning_rate has shape {value.shape}; expected a scalar or a schedule of one")
+    return value.astype(jnp.promote_types(value.dtype, jnp.float32))
+
+
+def _lift(lora: Any, others: Any, joint: str | None) -> optax.GradientTransformationExtraArgs:
+    """`lora` for the LoRA parameters of a tree, and `others` for the rest.
+
+    The update of `lora` is also given the number of steps before this one.
+    """
+    others = optax.with_extra_args_support(others)
+
+    def init_fn(params):
+        for name, node in zip(names(params), walk(params)[0](params), strict=True):
+            check_factors(node, name)
+        of_lora, of_others = split(params, params)
+        zero = jnp.zeros((), jnp.int32)
+        return LoRAState(zero, lora.init(of_lora), others.init(of_others), skipped=jnp.zeros_like(zero))
+
+    def update_fn(updates, state, params=None, *, in_backward=False, **extra_args):
         if params is None:
             raise ValueError(
                 "a LoRA optimizer's step depends on the parameters: call update(updates, state, params)"
             )
-        _check_gradients(updates, params)
-        lora_params, other_params = _split(params, params)
-        lora_updates, other_updates = _split(updates, params)
-        old_state = optax.tree.map_params(
-            lora, _restore_nodes, state.lora, lora_params, is_leaf=lambda _: True
-        )
+        if in_backward and joint is not None:
+            raise ValueError(f"{joint}: a step in the backward pass sees one LoRA parameter at a time")
+        check_gradients(updates, params)
+        (lora_updates, other_updates), (at, other_params) = split(updates, params), split(params, params)
+        old = optax.tree.map_params(lora, restore_nodes, state.lora, at, is_leaf=lambda _: True)
 
-        def step(updates, state, params):
-            return skip_nonfinite(lora, *lora.update(updates, state, params, **extra_args), state)
+        def step(updates, old, at, count):
+            new = lora.update(updates, old, at, count=count, **extra_args)
+            return _skip_nonfinite(lora, *new, old)
 
-        like = lambda: specs_of((lora_params, old_state, state.skipped))
+        like = lambda: specs_of((at, old, state.skipped))
         lora_updates, lora_state, skipped = under_auto_sharding(
-            step, like, lora_updates, old_state, lora_params
+            step, like, lora_updates, old, at, state.count
         )
         other_updates, other_state = others.update(other_updates, state.others, other_params, **extra_args)
         updates = jax.tree.map(
@@ -81,141 +217,27 @@ def for_lora(
             other_updates,
             is_leaf=is_low_rank,
         )
-        return updates, LoRAState(lora_state, other_state, state.skipped + skipped)
+        count = optax.safe_increment(state.count)
+        return updates, LoRAState(count, lora_state, other_state, state.skipped + skipped)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def set_to_zero() -> optax.GradientTransformationExtraArgs:
-    """`optax.set_to_zero` for any kind of gradient: the updates look like the parameters.
-
-    Freezes LoRA parameters under `optax.partition`, where the zeros of an `OuterProduct` would not be
-    increments of the factors.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> import oplora_jax
-      >>> params = oplora_jax.LowRank(jnp.ones((3, 1)), jnp.ones((1, 2)))
-      >>> tx = oplora_jax.set_to_zero()
-      >>> updates, _ = tx.update(jnp.ones((3, 2)), tx.init(params), params)
-      >>> updates.b.tolist()
-      [[0.0, 0.0]]
-    """
-
-    def update_fn(updates, state, params=None, **extra_args):
-        del updates, extra_args
-        if params is None:
-            raise ValueError("set_to_zero makes updates like the parameters: pass params to update")
-        return jax.tree.map(jnp.zeros_like, params), state
-
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update_fn)
-
-
-def map_lora(function: Callable[..., tuple], num_outputs: int, params: Any, *rest: Any) -> tuple:
-    """Maps a function with several results over the LoRA parameters of a tree; one tree for each result."""
-    nodes, treedef = jax.tree.flatten(params, is_leaf=is_low_rank)
-    rest = [treedef.flatten_up_to(tree) for tree in rest]
-    results = [function(*arguments) for arguments in zip(nodes, *rest, strict=True)]
-    columns = zip(*results, strict=True) if results else [()] * num_outputs
-    return tuple(treedef.unflatten(column) for column in columns)
-
-
-def full_gradient(param: LowRank, gradient: Matrix) -> Matrix:
-    """The gradient of the full weight: exact, or projected on the tangent space from factor gradients."""
-    return tangent_gradient(param, gradient) if isinstance(gradient, LowRank) else gradient
-
-
-def plain_gradient(param: LowRank, gradient: Matrix) -> LowRank:
-    """The factor gradients in the factors' types, as `jax.grad` returns them."""
-    if not isinstance(gradient, LowRank):
-        gradient = factor_gradients(param, gradient)
-    return LowRank(gradient.a.astype(param.a.dtype), gradient.b.astype(param.b.dtype), param.scale)
-
-
-def on_factor(
-    transformation: optax.GradientTransformation, factor: Literal["a", "b"]
-) -> optax.GradientTransformationExtraArgs:
-    """A transformation of plain arrays for one factor of the LoRA parameters; the other passes unchanged.
-
-    There is no state for the other: `optax.MaskedNode` stands in its place.
-    """
-
-    def mask(tree):
-        of_one = lambda node: LowRank(factor == "a", factor == "b", node.scale)
-        return jax.tree.map(of_one, tree, is_leaf=is_low_rank)
-
-    return optax.masked(transformation, mask)
-
-
-def difference(new: LowRank, old: LowRank) -> LowRank:
-    """The increments of the factors, in the types of the old ones; columns that `new` lacks are zero."""
-    kept = new.a.shape[-1]
-    if kept == old.a.shape[-1]:
-        return LowRank((new.a - old.a).astype(old.a.dtype), (new.b - old.b).astype(old.b.dtype), old.scale)
-    delta_a = (-old.a.astype(new.a.dtype)).at[..., :kept].add(new.a)
-    delta_b = (-old.b.astype(new.b.dtype)).at[..., :kept, :].add(new.b)
-    return LowRank(delta_a.astype(old.a.dtype), delta_b.astype(old.b.dtype), old.scale)
-
-
-def at_step(learning_rate: optax.ScalarOrSchedule, count: Array) -> Array:
-    """The learning rate of a step, a float32 scalar at least."""
-    value = jnp.asarray(learning_rate(count) if callable(learning_rate) else learning_rate)
-    if value.ndim != 0:
-        raise ValueError(f"learning_rate has shape {value.shape}; expected a scalar or a schedule of one")
-    return value.astype(jnp.promote_types(value.dtype, jnp.float32))
-
-
-def is_zero(value: Any) -> bool:
-    """Whether a hyperparameter is known to be zero or None, and what it multiplies need not exist."""
-    return value is None or (isinstance(value, int | float) and value == 0)
-
-
-def _restore_nodes(like_params: Any, params: Any) -> Any:
-    """`LowRank` nodes where a container has made dicts of them, as `nnx.Optimizer` does."""
-    nodes, treedef = jax.tree.flatten(params, is_leaf=is_low_rank)
-    parts = treedef.flatten_up_to(like_params)
-    # Such a container drops a factor without state.
-    factor = lambda part, name: part[name] if name in part else optax.MaskedNode()
-    return treedef.unflatten(
-        LowRank(factor(part, "a"), factor(part, "b"), node.scale)
-        if isinstance(part, Mapping) and set(part) <= {"a", "b"}
-        else part
-        for node, part in zip(nodes, parts, strict=True)
-    )
-
-
-def _split(tree: Any, params: Any) -> tuple[Any, Any]:
-    """(the LoRA parameters' part, the others' part) of a tree, each with the rest masked."""
-    nodes, treedef = jax.tree.flatten(params, is_leaf=is_low_rank)
-    parts = treedef.flatten_up_to(tree)
-    pick = lambda lora: treedef.unflatten(
-        part if is_low_rank(node) == lora else optax.MaskedNode()
-        for node, part in zip(nodes, parts, strict=True)
-    )
-    return pick(True), pick(False)
-
-
-def _check_gradients(updates: Any, params: Any) -> None:
-    paths_and_nodes, treedef = jax.tree.flatten_with_path(params, is_leaf=is_low_rank)
-    try:
-        gradients = treedef.flatten_up_to(updates)
-    except ValueError as error:
-        raise ValueError(f"the tree of gradients does not have the parameters' structure: {error}") from error
-    for (path, param), gradient in zip(paths_and_nodes, gradients, strict=True):
-        if not is_low_rank(param):
-            continue
-        name = jax.tree_util.keystr(path) or "the LoRA parameter"
-        check_factors(param, name)
-        if isinstance(gradient, LowRank):
-            got = jnp.shape(gradient.a), jnp.shape(gradient.b)
-            expected = param.a.shape, param.b.shape
-        elif isinstance(gradient, OuterProduct) or hasattr(gradient, "shape"):
-            got, expected = gradient.shape, param.shape
-        else:
-            raise ValueError(
-                f"{name}: the gradient is {type(gradient).__name__}; expected an OuterProduct or an array "
-                f"of shape {param.shape} (oplora_jax.value_and_grad), or a LowRank of factor gradients "
-                "(jax.grad)"
-            )
-        if got != expected:
-            raise ValueError(f"{name}: the gradient has shape {got}; the parameter needs {expected}")
+def _skip_nonfinite(tx: Any, updates: Any, state: Any, old: Any) -> tuple[Any, Any, Array]:
+    """No updates and the old state for LoRA parameters where either is not finite; and how many these are."""
+    nodes, treedef = jax.tree.flatten(updates, is_leaf=is_low_rank)
+    arrays, structure = jax.tree.flatten(state)
+    owner = owners(tx, state, updates)
+    of_updates = [(i, array) for i, node in enumerate(nodes) for array in jax.tree.leaves(node)]
+    sums: list[Any] = [[] for _ in nodes]
+    for i, array in [*of_updates, *zip(owner, arrays, strict=True)]:
+        if i >= 0:
+            sums[i].append(jnp.sum(array * 0))  # one pass
+    finite = [sum(parts) == 0 for parts in sums]
+    keep = lambda i, new, old: jax.lax.select(finite[i], new, old)
+    updates = [jax.tree.map(lambda u, i=i: keep(i, u, jnp.zeros_like(u)), u) for i, u in enumerate(nodes)]
+    kept = [
+        z if i < 0 else keep(i, z, o) for i, z, o in zip(owner, arrays, jax.tree.leaves(old), strict=True)
+    ]
+    skipped = jnp.sum(~jnp.asarray(finite, bool), dtype=jnp.int32)
+    return treedef.unflatten(updates), structure.unflatten(kept), skipped

@@ -5,17 +5,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
 
-from oplora_jax.matrix import HIGHEST, compute_dtype, matmul, transpose
-from oplora_jax.optimizers._factors import from_thin, gram_inverse, thin_factors_and_gradients
-from oplora_jax.optimizers._lift import at_step, for_lora, is_zero, map_lora
+from oplora_jax.gradients.tangent import factor_gradients
+from oplora_jax.matrix import compute_dtype, is_zero, times, transpose
+from oplora_jax.optimizers._factors import from_wide, wide
+from oplora_jax.optimizers._lift import at_step, each, lora_optimizer
+from oplora_jax.solve import gram_inverse
 
 
 class AltLoRAState(NamedTuple):
     """State of `altlora` and `altlora_plus` at the LoRA parameters."""
 
-    count: Array  # int32 ()
     momentum: Any  # LowRank at each LoRA parameter: a (*batch, n, r), b (*batch, r, m)
     previous: Any  # likewise: the factors that the momenta of b and a were fitted with
     second_moment: Any = None  # altlora_plus: likewise, of float32 at least
@@ -79,8 +79,8 @@ def altlora(
         optax.identity() if is_zero(weight_decay) else optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
     )
-    lora = _alternating(learning_rate, b1, regularization, weight_decay)
-    return for_lora(lora, plain if others is None else others)
+    init, step = _alternating(learning_rate, b1, regularization, weight_decay)
+    return lora_optimizer(init, step, others=plain if others is None else others)
 
 
 def altlora_plus(
@@ -135,55 +135,44 @@ def altlora_plus(
       AltLoRA, https://arxiv.org/abs/2505.12455.
     """
     plain = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
-    lora = _alternating(learning_rate, b1, regularization, weight_decay, adaptive=(b2, eps))
-    return for_lora(lora, plain if others is None else others)
+    init, step = _alternating(learning_rate, b1, regularization, weight_decay, adaptive=(b2, eps))
+    return lora_optimizer(init, step, others=plain if others is None else others)
 
 
 def _alternating(learning_rate, b1, regularization, weight_decay, adaptive=None):
-    """Both optimizers; `adaptive` is the (b2, eps) of a second moment."""
+    """(init, step) of both optimizers; `adaptive` is the (b2, eps) of a second moment."""
 
-    def init_fn(params):
-        second = None
-        if adaptive is not None:  # an average with a decay of 0.999 would not move in bfloat16
-            second = jax.tree.map(lambda z: jnp.zeros_like(z, compute_dtype(z)), params)
-        momentum = jax.tree.map(jnp.zeros_like, params)
-        previous = jax.tree.map(jnp.array, params)
-        return AltLoRAState(jnp.zeros((), jnp.int32), momentum, previous, second)
+    def init(param, key):
+        del key
+        zeros = jax.tree.map(jnp.zeros_like, param)
+        # An average with a decay of 0.999 would not move in bfloat16.
+        wide_zeros = jax.tree.map(lambda z: jnp.zeros_like(z, compute_dtype(z)), param)
+        return AltLoRAState(zeros, jax.tree.map(jnp.array, param), None if adaptive is None else wide_zeros)
 
-    def update_fn(updates, state, params=None, **extra_args):
-        del extra_args
-        lr = at_step(learning_rate, state.count)
-        count = optax.safe_increment(state.count)
-        debias = 1 / (1 - jnp.asarray(b1, lr.dtype) ** count)
+    def step(param, gradient, state, count):
+        lr = at_step(learning_rate, count)
+        debias = 1 / (1 - jnp.asarray(b1, lr.dtype) ** (count + 1))
 
-        def side(thin, gradient, other, old_other, momentum, second):
-            """The increment of one factor, whose product with `other` is the matrix."""
+        def side(own, gradient, other, old_other, momentum, second):
+            """The new rows of one factor, whose product with `other` is the matrix, and its moments."""
             inverse = gram_inverse(other, regularization)
-            fitted = matmul(gradient, inverse, HIGHEST)
-            change = matmul(matmul(transpose(old_other), other, HIGHEST), inverse, HIGHEST)
-            momentum = b1 * matmul(momentum, change, HIGHEST) + (1 - b1) * fitted
+            fitted = times(inverse, gradient)
+            momentum = b1 * times(inverse, other, transpose(old_other), momentum) + (1 - b1) * fitted
             direction = debias * momentum
             if adaptive is not None:
                 b2, eps = adaptive
                 second = b2 * second + (1 - b2) * fitted**2
                 direction = direction / (jnp.sqrt(second) + eps)
-            return -lr * (direction + weight_decay * thin), momentum, second
+            return own - lr * (direction + weight_decay * own), momentum, second
 
-        def one(param, gradient, momentum, previous, *second):
-            a, b, da, db = thin_factors_and_gradients(param, gradient)
-            ma, mb, old_a, old_b = (
-                z.astype(a.dtype)
-                for z in (momentum.a, transpose(momentum.b), previous.a, transpose(previous.b))
-            )
-            va, vb = (second[0].a, transpose(second[0].b)) if second else (None, None)
-            step_a, ma, va = side(a, da, b, old_b, ma, va)
-            new_a = a + step_a
-            step_b, mb, vb = side(b, db, new_a, old_a, mb, vb)
-            results = from_thin(param, step_a, step_b), from_thin(param, ma, mb), from_thin(param, new_a, b)
-            return (*results, from_thin(second[0], va, vb)) if second else results
+        (at, b), (dat, db) = wide(param), wide(factor_gradients(param, gradient))
+        (old_at, old_b), (mat, mb) = wide(state.previous), wide(state.momentum)
+        vat, vb = (None, None) if adaptive is None else wide(state.second_moment)
+        new_at, mat, vat = side(at, dat, b, old_b, mat, vat)
+        new_b, mb, vb = side(b, db, new_at, old_at, mb, vb)
+        of = lambda *rows: from_wide(param, *rows)
+        return of(new_at, new_b), AltLoRAState(
+            of(mat, mb), of(new_at, b), None if adaptive is None else of(vat, vb)
+        )
 
-        seconds = [] if adaptive is None else [state.second_moment]
-        trees = map_lora(one, 3 + len(seconds), params, updates, state.momentum, state.previous, *seconds)
-        return trees[0], AltLoRAState(count, *trees[1:])
-
-    return optax.GradientTransformation(init_fn, update_fn)
+    return init, each(step)

@@ -2,18 +2,17 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
 
 from oplora_jax.gradients.capture import Tapped
-from oplora_jax.gradients.count_uses import Uses
 from oplora_jax.gradients.value_and_grad import lora_uses, name_of
-from oplora_jax.matrix import LowRank, OuterProduct, is_low_rank
+from oplora_jax.matrix import OuterProduct, is_low_rank
 from oplora_jax.optimizers._lift import LoRAState
+from oplora_jax.optimizers._trees import owners
 
 
 def value_and_update(
@@ -69,149 +68,107 @@ def value_and_update(
 
     def value_and_update_fn(params: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
         paths_and_nodes, treedef = jax.tree.flatten_with_path(params, is_leaf=is_low_rank)
+        nodes, structure = [node for _, node in paths_and_nodes], jax.tree.structure(state)
+        if not isinstance(state, LoRAState):
+            raise ValueError(
+                f"the state is {type(state).__name__}; expected that of one of this package's optimizers by "
+                "itself. Clipping by a global norm, accumulation and optax.chain need all gradients at once: "
+                "take them with value_and_grad"
+            )
+        if structure != jax.tree.structure(jax.eval_shape(tx.init, params)):
+            raise ValueError(
+                "the state does not belong to these parameters; expected that of tx.init(params)"
+            )
 
         def loss(nodes):
             out = loss_fn(treedef.unflatten(nodes), *args, **kwargs)
             return out if has_aux else (out, None)
 
         uses = lora_uses(lambda nodes: loss(nodes)[0], paths_and_nodes)
-        common, steps = _steps(tx, params, state, uses)
+        kept, owner = jax.tree.leaves(state), owners(tx, state, params)
+        others = [i for i, use in enumerate(uses) if use is None]
+        loras = [i for i, use in enumerate(uses) if use is not None]
+        # The arrays of the state that a step of one LoRA parameter sees: its own, and the counters.
+        seen = {i: [k for k, of in enumerate(owner) if of in (i, -1)] for i in loras}
+        own = {i: [k for k in seen[i] if owner[k] == i] for i in loras}
+
+        def step(chosen, gradients, arrays, **options):
+            """The step of some nodes: a list with their increments, and the arrays of their new state."""
+            only = lambda some: treedef.unflatten(some.get(i, optax.MaskedNode()) for i in range(len(nodes)))
+            before = jax.tree.structure(jax.eval_shape(tx.init, only(chosen))).unflatten(arrays)
+            updates, after = tx.update(only(gradients), before, only(chosen), **options)
+            return treedef.flatten_up_to(updates), jax.tree.leaves(after)
+
+        def rule_of(i):
+            types = [z.dtype for z in (nodes[i].a, nodes[i].b, *(kept[k] for k in seen[i]))]
+
+            def rule(a, b, held, x, dy):
+                if [z.dtype for z in (a, b, *held)] != types:  # the state would be rounded too
+                    raise ValueError(
+                        f"{name_of(paths_and_nodes[i][0])}: the loss casts this LoRA parameter to {a.dtype}; "
+                        f"expected {nodes[i].a.dtype}, as lora_dot computes in the type of x and the kernel. Cast "
+                        "those alone, or take the gradients with value_and_grad"
+                    )
+                at = (0,) * (a.ndim - 2)
+                arrays = [z if k in own[i] else z[at] for k, z in zip(seen[i], held, strict=True)]
+                chosen, gradients = {i: nodes[i].with_factors(a, b)}, {i: OuterProduct(x, dy)}
+                updates, after = step(chosen, gradients, arrays, in_backward=True)
+                new = [z for k, z in zip(seen[i], after, strict=True) if k in own[i]]
+                ran = jnp.ones(a.shape[:-2])
+                skipped = jnp.zeros_like(ran).at[at].set(after[-1] - arrays[-1])
+                return updates[i].a, updates[i].b, *new, ran, skipped
+
+            return rule
+
+        def taps(i):
+            """Zeros for what a rule returns; none for a parameter that is not used."""
+            name, batch = name_of(paths_and_nodes[i][0]), nodes[i].shape[:-2]
+            if not uses[i].once:
+                raise ValueError(
+                    f"{name}: a step in the backward pass needs one use per forward pass, through lora_dot, "
+                    f"but this LoRA parameter of shape {nodes[i].shape} is {uses[i]}. Take the gradients with "
+                    "value_and_grad"
+                )
+            for k in own[i]:
+                if not jnp.issubdtype(kept[k].dtype, jnp.floating):
+                    raise ValueError(f"{name}: its state has {kept[k].dtype}; expected floating point")
+            like = nodes[i].a, nodes[i].b, *(kept[k] for k in own[i])
+            return (*map(jnp.zeros_like, like), jnp.zeros(batch), jnp.zeros(batch)) if uses[i].places else ()
+
+        def held(i):
+            """The state's arrays, with counters for each entry of the batch axes: a scan takes them along."""
+            spread = lambda z: jnp.broadcast_to(z, (*nodes[i].shape[:-2], *z.shape))
+            return tuple(kept[k] if k in own[i] else spread(kept[k]) for k in seen[i])
 
         def tapped_loss(at):
-            return loss([z if step is None else step.tapped(z) for step, z in zip(steps, at, strict=True)])
+            at = list(at)
+            for i in loras:
+                a, b, scale, roles = nodes[i].a, nodes[i].b, nodes[i].scale, nodes[i].roles
+                at[i] = Tapped(a, b, scale, roles, at[i], held(i), rule_of(i)) if at[i] else nodes[i]
+            return loss(at)
 
-        nodes = [node for _, node in paths_and_nodes]
-        at = [node if step is None else step.taps() for node, step in zip(nodes, steps, strict=True)]
+        at = [node if use is None else taps(i) for i, (node, use) in enumerate(zip(nodes, uses, strict=True))]
         (value, aux), cotangents = jax.value_and_grad(tapped_loss, has_aux=True)(at)
-        updates, state = common(cotangents)
-        return ((value, aux) if has_aux else value), updates, state
+
+        shared = [k for k, of in enumerate(owner) if of in (-1, *others)]
+        found = step(
+            {i: nodes[i] for i in others}, {i: cotangents[i] for i in others}, [kept[k] for k in shared]
+        )
+        updates, new = found[0], dict(zip(shared, found[1], strict=True))
+        for i in loras:
+            (*batch, n, m), result = nodes[i].shape, cotangents[i]
+            if not result:  # of an unused parameter: one row of zeros
+                rows = (
+                    jnp.zeros((*batch, 1, n), nodes[i].a.dtype),
+                    jnp.zeros((*batch, 1, m), nodes[i].b.dtype),
+                )
+                result = rule_of(i)(nodes[i].a, nodes[i].b, held(i), *rows)
+            a, b, *after, ran, skipped = result
+            updates[i] = nodes[i].with_factors(a, b)
+            for k, z in zip(own[i], after, strict=True):
+                new[k] = jnp.where(ran.reshape(*batch, *[1] * (z.ndim - len(batch))) > 0, z, kept[k])
+            new[len(kept) - 1] += jnp.sum(skipped).astype(jnp.int32)
+        value = (value, aux) if has_aux else value
+        return value, treedef.unflatten(updates), structure.unflatten(new[k] for k in range(len(kept)))
 
     return functools.wraps(loss_fn)(value_and_update_fn)
-
-
-class _Step(NamedTuple):
-    """How one LoRA parameter takes its step."""
-
-    taps: Callable[[], tuple[Array, ...]]  # zeros; () if the parameter is not used
-    tapped: Callable[[tuple[Array, ...]], LowRank]  # the parameter with its taps
-    # From the cotangents, (increments of a and b, the new state, whether it ran, whether it was skipped):
-    # the increments, the state by path, how often it was skipped.
-    finish: Callable[[tuple[Array, ...]], tuple[LowRank, dict[str, Array], Array]]
-
-
-def _steps(tx: Any, params: Any, state: Any, uses: list[Uses | None]) -> tuple[Any, list[_Step | None]]:
-    """(what is done with the cotangents, the steps of the LoRA parameters; None for other leaves)."""
-    if not isinstance(state, LoRAState):
-        raise ValueError(
-            f"the state is {type(state).__name__}; expected that of one of this package's optimizers by "
-            "itself. Clipping by a global norm, accumulation and optax.chain need all gradients at once: "
-            "take them with value_and_grad"
-        )
-    paths_and_nodes, treedef = jax.tree.flatten_with_path(params, is_leaf=is_low_rank)
-    kept = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
-
-    def only(chosen: dict[int, Any]) -> Any:
-        """A tree like the parameters with these nodes alone."""
-        return treedef.unflatten(chosen.get(i, optax.MaskedNode()) for i in range(len(uses)))
-
-    def part_of_state(chosen: dict[int, Any]) -> tuple[list[str], Any]:
-        """The state for some of the parameters: the paths of its leaves in the whole one, its structure."""
-        shapes, structure = jax.tree.flatten_with_path(jax.eval_shape(tx.init, only(chosen)))
-        names = [jax.tree_util.keystr(path) for path, _ in shapes]
-        if not set(names) <= set(kept):
-            raise ValueError(
-                "the state does not belong to these parameters; expected that of tx.init(params)"
-            )
-        return names, structure
-
-    nodes = [node for _, node in paths_and_nodes]
-    others = {i: node for i, (node, found) in enumerate(zip(nodes, uses, strict=True)) if found is None}
-    shared, structure = part_of_state(others)  # counters, and what is kept for the other leaves
-
-    def step_of(i: int) -> _Step:
-        name, node = name_of(paths_and_nodes[i][0]), nodes[i]
-        if not uses[i].once:
-            raise ValueError(
-                f"{name}: a step in the backward pass needs one use per forward pass, through lora_dot, but "
-                f"this LoRA parameter of shape {node.shape} is {uses[i]}. Take the gradients with "
-                "value_and_grad"
-            )
-        paths, own_structure = part_of_state({i: node})
-        owned = [path not in shared for path in paths]
-        batch = node.shape[:-2]
-        old = [
-            kept[path] if own else _spread(kept[path], batch) for path, own in zip(paths, owned, strict=True)
-        ]
-        types = [z.dtype for z in (node.a, node.b, *old)]
-        own_paths = [path for path, own in zip(paths, owned, strict=True) if own]
-        for path in own_paths:
-            if not jnp.issubdtype(kept[path].dtype, jnp.floating):
-                raise ValueError(f"{name}: its state{path} is {kept[path].dtype}; expected floating point")
-
-        def rule(a, b, held, x, dy):
-            found = [z.dtype for z in (a, b, *held)]
-            if found != types:  # the state would be rounded too
-                raise ValueError(
-                    f"{name}: the loss casts this LoRA parameter to {a.dtype}; expected {node.a.dtype}, as "
-                    "lora_dot computes in the type of x and the kernel. Cast those alone, or take the "
-                    "gradients with value_and_grad"
-                )
-            at = (0,) * (a.ndim - 2)
-            leaves = [z if own else z[at] for z, own in zip(held, owned, strict=True)]
-            before = own_structure.unflatten(leaves)
-            gradient, param = only({i: OuterProduct(x, dy)}), only({i: LowRank(a, b, node.scale)})
-            updates, after = tx.update(gradient, before, param, in_backward=True)
-            update = treedef.flatten_up_to(updates)[i]
-            new = [z for z, own in zip(jax.tree.leaves(after), owned, strict=True) if own]
-            ran = jnp.ones(a.shape[:-2])
-            skipped = jnp.zeros_like(ran).at[at].set(after.skipped - before.skipped)
-            return update.a, update.b, *new, ran, skipped
-
-        def taps():
-            if not uses[i].places:
-                return ()
-            own = (kept[path] for path in own_paths)
-            return (*map(jnp.zeros_like, (node.a, node.b, *own)), jnp.zeros(batch), jnp.zeros(batch))
-
-        def tapped(tap):
-            return Tapped(node.a, node.b, node.scale, node.roles, tap, tuple(old), rule) if tap else node
-
-        def finish(cotangents):
-            if not cotangents:  # of an unused parameter: one row of zeros
-                n, m = node.shape[-2:]
-                x, dy = jnp.zeros((*batch, 1, n), node.a.dtype), jnp.zeros((*batch, 1, m), node.b.dtype)
-                cotangents = rule(node.a, node.b, old, x, dy)
-            da, db, *new, ran, skipped = cotangents
-            new = [
-                jnp.where(ran.reshape(*batch, *[1] * (z.ndim - len(batch))) > 0, z, kept[path])
-                for path, z in zip(own_paths, new, strict=True)
-            ]
-            return LowRank(da, db, node.scale), dict(zip(own_paths, new, strict=True)), jnp.sum(skipped)
-
-        return _Step(taps, tapped, finish)
-
-    steps = [None if found is None else step_of(i) for i, found in enumerate(uses)]
-
-    def common(cotangents):
-        gradients = {i: cotangents[i] for i in others}
-        before = structure.unflatten(kept[path] for path in shared)
-        updates, after = tx.update(only(gradients), before, only(others))
-        updates = treedef.flatten_up_to(updates)
-        new = dict(zip(shared, jax.tree.leaves(after), strict=True))
-        skipped = after.skipped
-        for i, step in enumerate(steps):
-            if step is not None:
-                updates[i], own, count = step.finish(cotangents[i])
-                new |= own
-                skipped += count.astype(skipped.dtype)
-        leaves = [new[path] for path in kept]
-        after = jax.tree.unflatten(jax.tree.structure(state), leaves)
-        return treedef.unflatten(updates), after._replace(skipped=skipped)
-
-    return common, steps
-
-
-def _spread(counter: Array, batch: tuple[int, ...]) -> Array:
-    """A counter for each entry of the batch axes, so that a scan takes it along."""
-    counter = jnp.asarray(counter)
-    return jnp.broadcast_to(counter, (*batch, *counter.shape))

@@ -4,9 +4,10 @@ from typing import Any
 
 import optax
 
-from oplora_jax.matrix import HIGHEST, LowRank, Matrix, compute_dtype, left_product, matmul, transpose
-from oplora_jax.optimizers._factors import gram_inverse
-from oplora_jax.optimizers._lift import for_lora, map_lora, on_factor
+from oplora_jax.matrix import LowRank, Matrix, left_product, times
+from oplora_jax.optimizers._factors import on_factor, preconditioned, wide
+from oplora_jax.optimizers._lift import lora_transformation
+from oplora_jax.solve import gram_inverse
 
 
 def lora_fa(
@@ -62,24 +63,16 @@ def lora_fa(
       LoRA-FA, https://arxiv.org/abs/2308.03303.
     """
     plain = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
-    lora = optax.chain(_within_columns(), on_factor(plain, "b"))
-    return for_lora(lora, plain if others is None else others)
+    lora = optax.chain(preconditioned(_within_columns), on_factor(plain, "b"))
+    return lora_transformation(lora, others=plain if others is None else others)
 
 
-def _within_columns() -> optax.GradientTransformation:
-    """Turns any kind of gradient into that of b, in the norm of the full weight; that of a is zero."""
-
-    def one(param: LowRank, gradient: Matrix) -> tuple[LowRank]:
-        a = param.a.astype(compute_dtype(param.a, param.b))
-        if isinstance(gradient, LowRank):
-            projected = gradient.b.astype(a.dtype) / param.scale  # a^T G
-        else:
-            projected = left_product(transpose(a), gradient)
-        db = matmul(gram_inverse(a), projected, HIGHEST) / param.scale
-        still = 0 * param.a  # computed from a, for its sharding
-        return (LowRank(still, db.astype(param.b.dtype), param.scale),)
-
-    def update_fn(updates, state, params=None):
-        return map_lora(one, 1, params, updates)[0], state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update_fn)
+def _within_columns(param: LowRank, gradient: Matrix) -> LowRank:
+    """The gradient of b, in the norm of the full weight; that of a is zero."""
+    at, _ = wide(param)
+    if isinstance(gradient, LowRank):
+        projected = gradient.b.astype(at.dtype) / param.scale  # a^T G
+    else:
+        projected = left_product(at, gradient)
+    db = times(gram_inverse(at), projected) / param.scale
+    return param.with_factors(0 * param.a, db.astype(param.b.dtype))  # computed from a, for its sharding

@@ -5,7 +5,8 @@ from typing import Any
 
 import optax
 
-from oplora_jax.optimizers._lift import for_lora, map_lora, on_factor, plain_gradient
+from oplora_jax.optimizers._factors import on_factor, plain_gradient, preconditioned
+from oplora_jax.optimizers._lift import lora_transformation
 
 
 def lora_plus(
@@ -61,15 +62,6 @@ def lora_plus(
         faster = lambda count: ratio * learning_rate(count)
     else:
         faster = ratio * learning_rate
-    lora = optax.chain(_factor_gradients(), on_factor(make(learning_rate), "a"), on_factor(make(faster), "b"))
-    return for_lora(lora, make(learning_rate) if others is None else others)
-
-
-def _factor_gradients() -> optax.GradientTransformation:
-    """Turns any kind of gradient at LoRA parameters into that of the factors."""
-
-    def update_fn(updates, state, params=None):
-        one = lambda param, gradient: (plain_gradient(param, gradient),)
-        return map_lora(one, 1, params, updates)[0], state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update_fn)
+    factors = on_factor(make(learning_rate), "a"), on_factor(make(faster), "b")
+    lora = optax.chain(preconditioned(plain_gradient), *factors)
+    return lora_transformation(lora, others=make(learning_rate) if others is None else others)

@@ -7,29 +7,28 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from oplora_jax.gradients.tangent import full_gradient
 from oplora_jax.lorsum import lorsum
 from oplora_jax.matrix import (
-    HIGHEST,
     LowRank,
     compute_dtype,
     from_unit_scale,
-    is_low_rank,
+    is_zero,
     left_product,
-    matmul,
-    right_product,
+    times,
     to_dense,
-    to_unit_scale,
     transpose,
+    transposed,
 )
-from oplora_jax.optimizers._factors import gram_inverse, orthonormal
-from oplora_jax.optimizers._lift import at_step, difference, for_lora, full_gradient, is_zero, map_lora
-from oplora_jax.optimizers.momentum import init_momentum
+from oplora_jax.optimizers._factors import orthonormal, wide_at_unit_scale
+from oplora_jax.optimizers._lift import at_step, each, lora_optimizer
+from oplora_jax.optimizers._momentum import random_start
+from oplora_jax.solve import gram_inverse
 
 
 class LoRAPreState(NamedTuple):
     """State of `lora_pre` at the LoRA parameters, in float32 at least."""
 
-    count: Array  # int32 ()
     momentum: Any  # LowRank at each LoRA parameter: a (*batch, n, r), b (*batch, r, m), the average of G
     magnitude: Any  # likewise, the average of |G|: the root of Adam's second moment
 
@@ -109,45 +108,32 @@ def lora_pre(
       Taming Momentum (LoRA-Pre), https://arxiv.org/abs/2602.24283.
     """
 
-    def init_fn(params):
-        wide = jax.tree.map(lambda z: z.astype(compute_dtype(z)), params)
-        start = init_momentum(wide, seed)
-        positive = jax.tree.map(
-            lambda p: LowRank(jnp.abs(p.a), jnp.zeros_like(p.b), p.scale), start, is_leaf=is_low_rank
-        )
-        return LoRAPreState(jnp.zeros((), jnp.int32), start, positive)
+    def init(param, key):
+        start = random_start(jax.tree.map(lambda z: z.astype(compute_dtype(z)), param), key)
+        return LoRAPreState(start, start.with_factors(jnp.abs(start.a), jnp.zeros_like(start.b)))
 
-    def update_fn(updates, state, params=None, **extra_args):
-        del extra_args
-        lr = at_step(learning_rate, state.count)
-        count = optax.safe_increment(state.count)
+    def step(param, gradient, state, count):
+        lr = at_step(learning_rate, count)
+        unbiased, unbiased_root = 1 - b1 ** (count + 1), 1 - (b2**0.5) ** (count + 1)
+        gradient = to_dense(full_gradient(param, gradient)).astype(state.momentum.dtype)
+        first = _average(state.momentum, gradient, 1 - b1**0.5)
+        second = _average(state.magnitude, jnp.abs(gradient), 1 - b2**0.25)
+        direction = to_dense(first) / unbiased / (jnp.abs(to_dense(second)) / unbiased_root + eps)
+        terms = [(1 - lr * weight_decay, param), (-lr, direction)]
         ridge = 0.0 if is_zero(regularization) else lr * regularization
-        unbiased, unbiased_root = 1 - b1**count, 1 - (b2**0.5) ** count
-
-        def step(param, gradient, first, second):
-            gradient = to_dense(full_gradient(param, gradient)).astype(first.dtype)
-            first = _average(first, gradient, 1 - b1**0.5)
-            second = _average(second, jnp.abs(gradient), 1 - b2**0.25)
-            direction = to_dense(first) / unbiased / (jnp.abs(to_dense(second)) / unbiased_root + eps)
-            terms = [(1 - lr * weight_decay, param), (-lr, direction)]
-            new = lorsum(terms, num_iters=num_iters, regularization=ridge)
-            return difference(new, param), first, second
-
-        updates, *moments = map_lora(step, 3, params, updates, state.momentum, state.magnitude)
-        return updates, LoRAPreState(count, *moments)
+        return lorsum(terms, num_iters=num_iters, regularization=ridge), LoRAPreState(first, second)
 
     if others is None:
         others = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
-    return for_lora(optax.GradientTransformation(init_fn, update_fn), others)
+    return lora_optimizer(init, each(step), others=others, seed=seed)
 
 
 def _average(moment: LowRank, target: Array, rate: Any) -> LowRank:
     """One online least-squares step of both factors towards a matrix."""
-    old = to_unit_scale(moment)
+    at, b = wide_at_unit_scale(moment)
     # The product does not depend on which basis of its columns a is. With an orthonormal one no direction
     # dies out: not those that the target lacks for a while, and not all of them while it is zero.
-    basis, triangle = orthonormal(old.a)
-    b = (1 - rate) * matmul(triangle, old.b, HIGHEST) + rate * left_product(transpose(basis), target)
-    fit = matmul(right_product(target, transpose(b)), gram_inverse(transpose(b)), HIGHEST)
-    a = (1 - rate) * basis + rate * fit
-    return from_unit_scale(LowRank(a, b), moment)
+    basis, triangle = orthonormal(at)
+    b = (1 - rate) * times(transpose(triangle), b) + rate * left_product(basis, target)
+    fit = times(gram_inverse(b), left_product(b, transposed(target)))
+    return from_unit_scale(LowRank(transpose((1 - rate) * basis + rate * fit), b), moment)

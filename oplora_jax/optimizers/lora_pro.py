@@ -1,20 +1,16 @@
 """LoRA-Pro: the factor gradients whose step on s a b comes closest to that of the full gradient."""
 
+from functools import partial
 from typing import Any, Literal
 
 import jax.numpy as jnp
 import optax
 
 from oplora_jax.gradients.tangent import factor_gradients, tangent_gradient
-from oplora_jax.matrix import HIGHEST, LowRank, compute_dtype, matmul, to_dense, transpose
-from oplora_jax.optimizers._factors import (
-    from_thin,
-    gram,
-    gram_inverse,
-    sylvester,
-    thin_factors_and_gradients,
-)
-from oplora_jax.optimizers._lift import for_lora, is_zero, map_lora
+from oplora_jax.matrix import LowRank, compute_dtype, is_zero, times, to_dense, transpose
+from oplora_jax.optimizers._factors import from_wide, mapped, preconditioned, sylvester, wide
+from oplora_jax.optimizers._lift import lora_transformation
+from oplora_jax.solve import gram, gram_inverse
 
 XMode = Literal["sylvester", "zero"]
 
@@ -68,10 +64,22 @@ def lora_pro(
     References:
       LoRA-Pro, https://arxiv.org/abs/2407.18242.
     """
-    adam = _adam_of_the_equivalent_gradient(b1, b2, eps, _check_x_mode(x_mode))
-    plain = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
-    lora = optax.chain(adam, _decayed_step(learning_rate, weight_decay))
-    return for_lora(lora, plain if others is None else others)
+    closest = partial(closest_gradients, x_mode=_check_x_mode(x_mode))
+    adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+    dense_like = lambda param: jnp.zeros_like(to_dense(param), compute_dtype(param.a, param.b))
+    equivalent = lambda param, gradient: to_dense(tangent_gradient(param, factor_gradients(param, gradient)))
+
+    def update_fn(updates, state, params=None):
+        steps, state = adam.update(mapped(equivalent, params, updates), state)
+        return mapped(closest, params, steps), state
+
+    init_fn = lambda params: adam.init(mapped(dense_like, params))
+    lora = optax.chain(
+        optax.GradientTransformation(init_fn, update_fn), _decayed_step(learning_rate, weight_decay)
+    )
+    if others is None:
+        others = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    return lora_transformation(lora, others=others)
 
 
 def lora_pro_sgd(
@@ -126,48 +134,28 @@ def lora_pro_sgd(
     References:
       LoRA-Pro, https://arxiv.org/abs/2407.18242.
     """
-    x_mode = _check_x_mode(x_mode)
-
-    def update_fn(updates, state, params=None):
-        one = lambda param, gradient: (closest_gradients(param, gradient, x_mode),)
-        return map_lora(one, 1, params, updates)[0], state
-
-    closest = optax.GradientTransformation(lambda params: optax.EmptyState(), update_fn)
+    closest = partial(closest_gradients, x_mode=_check_x_mode(x_mode))
     plain = _decayed_step(learning_rate, weight_decay)
-    return for_lora(optax.chain(closest, plain), plain if others is None else others)
+    lora = optax.chain(preconditioned(closest), plain)
+    return lora_transformation(lora, others=plain if others is None else others)
 
 
 def closest_gradients(param: LowRank, gradient: Any, x_mode: XMode) -> LowRank:
     """The pair (g_a, g_b) for any kind of gradient, in the types of the factors."""
-    a, b, da, db = thin_factors_and_gradients(param, gradient)
-    ga = matmul(da, gram_inverse(b), HIGHEST) / param.scale**2
-    gb = matmul(db, gram_inverse(a), HIGHEST) / param.scale**2
-    inside = matmul(gram_inverse(b), matmul(transpose(b), gb, HIGHEST), HIGHEST)
-    gb = gb - matmul(b, inside, HIGHEST)
+    (at, b), (dat, db) = wide(param), wide(factor_gradients(param, gradient))
+    gat = times(gram_inverse(b), dat) / param.scale**2
+    gb = times(gram_inverse(at), db) / param.scale**2
+    gb = gb - times(gb, transpose(b), gram_inverse(b), b)
     if x_mode == "sylvester":
-        x = sylvester(gram(a), gram(b), -matmul(transpose(a), ga, HIGHEST))
-        ga, gb = ga + matmul(a, x, HIGHEST), gb - matmul(b, transpose(x), HIGHEST)
-    return from_thin(param, ga, gb)
+        x = sylvester(gram(at), gram(b), -times(at, transpose(gat)))
+        gat, gb = gat + times(transpose(x), at), gb - times(x, b)
+    return from_wide(param, gat, gb)
 
 
-def _adam_of_the_equivalent_gradient(b1, b2, eps, x_mode):
-    adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
-
-    def init_fn(params):
-        zeros = lambda param: jnp.zeros_like(to_dense(param), compute_dtype(param.a, param.b))
-        return adam.init(map_lora(lambda param: (zeros(param),), 1, params)[0])
-
-    def update_fn(updates, state, params=None):
-        def equivalent(param, gradient):
-            if not isinstance(gradient, LowRank):
-                gradient = factor_gradients(param, gradient)
-            return (to_dense(tangent_gradient(param, gradient)),)
-
-        steps, state = adam.update(map_lora(equivalent, 1, params, updates)[0], state)
-        one = lambda param, step: (closest_gradients(param, step, x_mode),)
-        return map_lora(one, 1, params, steps)[0], state
-
-    return optax.GradientTransformation(init_fn, update_fn)
+def _check_x_mode(x_mode: Any) -> XMode:
+    if x_mode not in ("sylvester", "zero"):
+        raise ValueError(f"x_mode is {x_mode!r}; expected 'sylvester' or 'zero'")
+    return x_mode
 
 
 def _decayed_step(learning_rate, weight_decay):
@@ -175,9 +163,3 @@ def _decayed_step(learning_rate, weight_decay):
         optax.identity() if is_zero(weight_decay) else optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
     )
-
-
-def _check_x_mode(x_mode):
-    if x_mode not in ("sylvester", "zero"):
-        raise ValueError(f"x_mode is {x_mode!r}; expected 'sylvester' or 'zero'")
-    return x_mode

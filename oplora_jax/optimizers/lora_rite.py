@@ -7,21 +7,17 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from oplora_jax.matrix import HIGHEST, compute_dtype, finite_or_nan, matmul, transpose
-from oplora_jax.optimizers._factors import (
-    from_thin,
-    gram,
-    orthonormal,
-    pseudo_inverse,
-    thin_factors_and_gradients,
-)
-from oplora_jax.optimizers._lift import at_step, for_lora, map_lora
+from oplora_jax import solve
+from oplora_jax.gradients.tangent import factor_gradients
+from oplora_jax.matrix import LowRank, compute_dtype, times, transpose
+from oplora_jax.optimizers._factors import from_wide, orthonormal, pseudo_inverse, wide
+from oplora_jax.optimizers._lift import at_step, lora_optimizer
+from oplora_jax.solve import gram
 
 
 class LoRARITEState(NamedTuple):
     """State of `lora_rite` at the LoRA parameters."""
 
-    count: Array  # int32 ()
     momentum: Any  # LowRank at each LoRA parameter: a (*batch, n, r), b (*batch, r, m)
     basis: Any  # likewise, float32 at least: orthonormal columns that span a's, rows that span b's
     second_moment: tuple[Any, Any]  # for a and b, of trees: (*batch, r, r), float32 at least
@@ -96,117 +92,101 @@ def lora_rite(
       LoRA Done RITE, https://arxiv.org/abs/2410.20625.
     """
 
-    def init_fn(params):
-        momentum = jax.tree.map(jnp.zeros_like, params)
-        basis = jax.tree.map(lambda z: jnp.zeros_like(z, compute_dtype(z)), params)
-        squares = lambda size: map_lora(lambda param: (_zeros(param, size),) * 2, 2, params)
-        escaped = squares(lambda r: 1) if escaped_mass else None
-        return LoRARITEState(jnp.zeros((), jnp.int32), momentum, basis, squares(lambda r: r), escaped)
+    def init(param, key):
+        del key
+        dtype, r = compute_dtype(param.a, param.b), param.a.shape[-1]
+        basis = jax.tree.map(lambda z: jnp.zeros_like(z, dtype), param)
+        zero = jnp.sum(basis.a, axis=(-2, -1), keepdims=True)  # for its sharding
+        square = zero + jnp.zeros((*zero.shape[:-2], r, r), dtype)
+        escaped = (zero, jnp.zeros_like(zero)) if escaped_mass else None
+        return LoRARITEState(
+            jax.tree.map(jnp.zeros_like, param), basis, (square, jnp.zeros_like(square)), escaped
+        )
 
-    def update_fn(updates, state, params=None, **extra_args):
-        if extra_args.get("in_backward") and max_norm is not None:
-            raise ValueError(
-                f"max_norm is {max_norm}: a joint norm of all parameters is not known in the backward pass; "
-                "expected None"
-            )
-        lr = at_step(learning_rate, state.count)
-        count = optax.safe_increment(state.count)
-        decays = _corrected(b1, state.count, lr.dtype), _corrected(b2, state.count, lr.dtype)
-        sides_a, sides_b, squares = map_lora(lambda *z: _unmagnified(*z, skip_threshold), 3, params, updates)
-        shrink = _clip_factor(jax.tree.leaves(squares), max_norm)
-
-        def one(param, of_a, of_b, momentum, basis, va, vb, *escaped):
-            (ua, qa, inverse_a), (ub, qb, inverse_b) = of_a, of_b
-            dtype = ua.dtype
-            ma, mb = momentum.a.astype(dtype), transpose(momentum.b).astype(dtype)
-            ea, eb = escaped or (None, None)
-            ma, va, ea = _moments(shrink * ua, transpose(basis.b), qb, ma, va, ea, decays, eps)
-            mb, vb, eb = _moments(shrink * ub, basis.a, qa, mb, vb, eb, decays, eps)
-            step_a = matmul(ma, transpose(inverse_b), HIGHEST) + weight_decay * param.a.astype(dtype)
-            step_b = matmul(mb, transpose(inverse_a), HIGHEST) + weight_decay * transpose(param.b).astype(
-                dtype
-            )
-            return (
-                from_thin(param, -lr * step_a, -lr * step_b),
-                from_thin(param, ma, mb),
-                from_thin(basis, qa, qb),
-                va,
-                vb,
-                *((ea, eb) if escaped else ()),
-            )
-
-        rest = state.momentum, state.basis, *state.second_moment, *(state.escaped_mass or ())
-        trees = map_lora(one, 1 + len(rest), params, sides_a, sides_b, *rest)
-        updates, momentum, basis, va, vb, *escaped = trees
-        escaped = tuple(escaped) if escaped_mass else None
-        return updates, LoRARITEState(count, momentum, basis, (va, vb), escaped)
+    def step(params, gradients, states, count):
+        lr = at_step(learning_rate, count)
+        decays = _corrected(b1, count, lr.dtype), _corrected(b2, count, lr.dtype)
+        sides = [_sides(*z, skip_threshold) for z in zip(params, gradients, states, strict=True)]
+        shrink = 1.0
+        if max_norm is not None:  # what is not finite does not count
+            squares = [jnp.sum(z.gradient**2) for pair in sides for z in pair]
+            norm = jnp.sqrt(sum(jnp.where(jnp.isnan(z), 0, z) for z in squares))
+            shrink = jnp.where(norm > max_norm, max_norm / norm, 1)
+        moved = [[_moved(z, shrink, decays, eps) for z in pair] for pair in sides]
+        new, after = [], []
+        for param, pair, found in zip(params, sides, moved, strict=True):
+            directions, momentum, second, escaped = zip(*found, strict=True)
+            factors = zip(wide(param), directions, strict=True)
+            new.append(from_wide(param, *(z - lr * (d + weight_decay * z) for z, d in factors)))
+            # The basis that a side is measured in spans the other factor.
+            basis = from_wide(param, pair[1].basis, pair[0].basis)
+            escaped = escaped if escaped_mass else None
+            after.append(LoRARITEState(from_wide(param, *momentum), basis, second, escaped))
+        return new, after
 
     if others is None:
         others = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
-    return for_lora(optax.GradientTransformationExtraArgs(init_fn, update_fn), others)
+    joint = None if max_norm is None else f"max_norm is {max_norm}; expected None"
+    return lora_optimizer(init, step, others=others, joint=joint)
 
 
-def _zeros(param, size):
-    """Zeros (*batch, k, k) for a size k of the rank, in float32 at least, sharded as the batch axes are."""
-    k, dtype = size(param.a.shape[-1]), compute_dtype(param.a, param.b)
-    per_layer = jnp.sum(jnp.zeros_like(param.a, dtype), axis=(-2, -1), keepdims=True)
-    return per_layer + jnp.zeros((k, k), dtype).reshape((1,) * (param.a.ndim - 2) + (k, k))
+class _Side(NamedTuple):
+    """One factor's gradient without the magnitude of the other factor, b = L Q for a^T, and its moments."""
+
+    gradient: Array  # U^T, (*batch, r, n)
+    basis: Array  # Q
+    inverse: Array  # L^+
+    old_basis: Array
+    momentum: Array  # M^T
+    second_moment: Array  # V
+    escaped_mass: Array | None
 
 
-def _corrected(decay, steps, dtype):
+def _sides(param: LowRank, gradient: Any, state: LoRARITEState, skip_threshold: Any) -> tuple[_Side, _Side]:
+    """Those of a^T and of b."""
+    derivatives, factors, bases = wide(factor_gradients(param, gradient)), wide(param), wide(state.basis)
+    sides = []
+    for i, derivative in enumerate(derivatives):
+        basis, triangle = orthonormal(factors[1 - i])
+        inverse = pseudo_inverse(triangle)
+        u = times(inverse, derivative)
+        u = jnp.where(jnp.isfinite(u), u, jnp.nan)
+        if skip_threshold is not None:
+            rms = jnp.sqrt(jnp.mean(u**2, axis=(-2, -1), keepdims=True))
+            u = jnp.where(rms > skip_threshold, 0, u)
+        escaped = state.escaped_mass[i] if state.escaped_mass else None
+        moments = wide(state.momentum)[i], state.second_moment[i], escaped
+        sides.append(_Side(u, basis, inverse, bases[1 - i], *moments))
+    return tuple(sides)
+
+
+def _corrected(decay: Any, steps: Array, dtype: Any) -> Array:
     """The decay of the next step, with which an average needs no other bias correction."""
     decay = jnp.asarray(decay, dtype)
     return decay * (1 - decay**steps) / (1 - decay ** (steps + 1))
 
 
-def _unmagnified(param, gradient, skip_threshold):
-    """(U, Q, R^+) for a, the same for b^T, and the sum of the squares of both U.
-
-    U of a factor is its derivative without the magnitude of the other; Q and R decompose the factor itself.
-    """
-    a, b, da, db = thin_factors_and_gradients(param, gradient)
-    (qa, ra), (qb, rb) = orthonormal(a), orthonormal(b)
-    inverse_a, inverse_b = pseudo_inverse(ra), pseudo_inverse(rb)
-    us = []
-    for derivative, inverse in ((da, inverse_b), (db, inverse_a)):
-        u = finite_or_nan(matmul(derivative, inverse, HIGHEST))
-        if skip_threshold is not None:
-            rms = jnp.sqrt(jnp.mean(u**2, axis=(-2, -1), keepdims=True))
-            u = jnp.where(rms > skip_threshold, 0, u)
-        us.append(u)
-    square = sum(jnp.sum(u**2) for u in us)
-    return (us[0], qa, inverse_a), (us[1], qb, inverse_b), square
-
-
-def _clip_factor(squares, max_norm):
-    """What to multiply all U of a tree by; those that are not finite do not count."""
-    if max_norm is None or not squares:
-        return 1.0
-    norm = jnp.sqrt(sum(jnp.where(jnp.isnan(z), 0, z) for z in squares))
-    return jnp.where(norm > max_norm, max_norm / norm, 1)
-
-
-def _moments(u, old_basis, basis, momentum, second, escaped, decays, eps):
-    """The new first and second moment of one side, and its new escaped mass."""
-    decay, decay_second = decays
-    turn = matmul(transpose(old_basis), basis, HIGHEST)
-    carried = matmul(matmul(transpose(turn), second, HIGHEST), turn, HIGHEST)
+def _moved(side: _Side, shrink: Any, decays: tuple[Any, Any], eps: Any) -> tuple[Any, ...]:
+    """(the direction of a step, the new momentum, second moment and escaped mass)."""
+    (decay, decay_second), u, escaped = decays, shrink * side.gradient, side.escaped_mass
+    turn = times(side.basis, transpose(side.old_basis))  # T^T
+    carried = times(turn, side.second_moment, transpose(turn))
     if escaped is not None:
-        escaped = decay_second * (escaped + _escaped_mass(second, carried))
-    second = decay_second * carried + (1 - decay_second) * gram(u) / u.shape[-2]
-    values, vectors = jnp.linalg.eigh(finite_or_nan(second))
+        escaped = decay_second * (escaped + _escaped_mass(side.second_moment, carried))
+    second = decay_second * carried + (1 - decay_second) * gram(u) / u.shape[-1]
+    values, vectors = solve.eigh(second)
     # Rounding leaves smaller eigenvalues undetermined; U has nothing there but rounding either.
     floor = values.shape[-1] * jnp.finfo(values.dtype).eps * values[..., -1:]
     values = jnp.maximum(values, jnp.maximum(floor, 0))[..., None, :]
     roots = jnp.sqrt(values if escaped is None else values + escaped) + eps
-    whitened = matmul(matmul(u, vectors / roots, HIGHEST), transpose(vectors), HIGHEST)
-    momentum = decay * matmul(momentum, turn, HIGHEST) + (1 - decay) * whitened
-    return momentum, second, escaped
+    whitened = times(vectors / roots, transpose(vectors), u)
+    momentum = decay * times(turn, side.momentum) + (1 - decay) * whitened
+    return times(transpose(side.inverse), momentum), momentum, second, escaped
 
 
-def _escaped_mass(old, carried):
+def _escaped_mass(old: Array, carried: Array) -> Array:
     """How much a second moment loses in a change of basis, (*batch, 1, 1)."""
-    drops = jnp.linalg.eigvalsh(old) - jnp.linalg.eigvalsh(carried)
+    drops = solve.eigh(old)[0] - solve.eigh(carried)[0]
     trace = jnp.trace(old, axis1=-2, axis2=-1) - jnp.trace(carried, axis1=-2, axis2=-1)
     mass = jnp.minimum(jnp.maximum(jnp.max(drops, axis=-1), 0), jnp.maximum(trace, 0))
     return mass[..., None, None]

@@ -7,32 +7,17 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from oplora_jax.matrix import (
-    HIGHEST,
-    LowRank,
-    Matrix,
-    compute_dtype,
-    finite_or_nan,
-    left_product,
-    matmul,
-    right_product,
-    transpose,
-)
-from oplora_jax.optimizers._factors import is_determined, orthonormal
-from oplora_jax.optimizers._lift import (
-    at_step,
-    difference,
-    for_lora,
-    full_gradient,
-    map_lora,
-)
+from oplora_jax import solve
+from oplora_jax.gradients.tangent import full_gradient
+from oplora_jax.matrix import LowRank, Matrix, compute_dtype, left_product, times, transpose, transposed
+from oplora_jax.optimizers._factors import is_determined, orthonormal, wide
+from oplora_jax.optimizers._lift import at_step, each, lora_optimizer
 from oplora_jax.svd import svd
 
 
 class MoFaSGDState(NamedTuple):
     """State of `mofasgd` at the LoRA parameters: trees of the parts of M = U S V^T, in float32 at least."""
 
-    count: Array  # int32 ()
     left: Any  # U at each LoRA parameter, (*batch, n, r), orthonormal columns
     values: Any  # the diagonal of S, (*batch, r), descending; all zero before the first gradient
     right: Any  # V^T, (*batch, r, m), orthonormal rows
@@ -93,44 +78,41 @@ def mofasgd(
       Low-rank momentum factorization (MoFaSGD), https://arxiv.org/abs/2507.08091.
     """
 
-    def init_fn(params):
-        return MoFaSGDState(jnp.zeros((), jnp.int32), *map_lora(_zero_momentum, 3, params))
+    def init(param, key):
+        del key
+        dtype = compute_dtype(param.a, param.b)
+        left, right = jnp.zeros_like(param.a, dtype), jnp.zeros_like(param.b, dtype)
+        return MoFaSGDState(left, left.sum(-2), right)
 
-    def update_fn(updates, state, params=None, **extra_args):
-        del extra_args
-        lr = at_step(learning_rate, state.count)
-
-        def step(param, gradient, left, values, right):
-            gradient = full_gradient(param, gradient)
-            left, right = _start(param, gradient, left, values, right)
-            left, values, right = _add(left, values, right, gradient, momentum)
-            direction = LowRank(left * is_determined(values)[..., None, :], right)
-            new = svd([(1.0, param), (-lr, direction)], param.a.shape[-1], param.scale)
-            return difference(new, param), left, values, right
-
-        updates, *parts = map_lora(step, 4, params, updates, state.left, state.values, state.right)
-        return updates, MoFaSGDState(optax.safe_increment(state.count), *parts)
+    def step(param, gradient, state, count):
+        gradient = full_gradient(param, gradient)
+        left, right = _start(param, gradient, state)
+        left, values, right = _add(left, state.values, right, gradient, momentum)
+        direction = LowRank(transpose(left * is_determined(values)[..., :, None]), right)
+        new = svd([(1.0, param), (-at_step(learning_rate, count), direction)], param.a.shape[-1], param.scale)
+        return param.with_factors(new.a, new.b), MoFaSGDState(transpose(left), values, right)
 
     if others is None:
         others = optax.adam(learning_rate)
-    return for_lora(optax.GradientTransformation(init_fn, update_fn), others)
+    return lora_optimizer(init, each(step), others=others, check=_fits)
 
 
-def _zero_momentum(param: LowRank) -> tuple[Array, Array, Array]:
-    dtype = compute_dtype(param.a, param.b)
-    left, right = jnp.zeros_like(param.a, dtype), jnp.zeros_like(param.b, dtype)
-    return left, left.sum(-2), right
+def _fits(param: LowRank, gradient: Matrix) -> str | None:
+    del gradient
+    r, smaller = param.a.shape[-1], min(param.shape[-2:])
+    return f"rank is {r}; matrices of shape {param.shape} need 1 to {smaller}" if r > smaller else None
 
 
-def _start(param: LowRank, gradient: Matrix, left: Array, values: Array, right: Array) -> tuple[Array, Array]:
-    """U and V^T; found from the gradient where the momentum is zero."""
-    fresh = jnp.all(values == 0, axis=-1)[..., None, None]
+def _start(param: LowRank, gradient: Matrix, state: MoFaSGDState) -> tuple[Array, Array]:
+    """U^T and V^T; found from the gradient where the momentum is zero."""
+    left, right = transpose(state.left), state.right
+    fresh = jnp.all(state.values == 0, axis=-1)[..., None, None]
 
     def find():
-        columns, _ = orthonormal(param.a.astype(left.dtype))
-        rows, _ = orthonormal(transpose(left_product(transpose(columns), gradient)).astype(left.dtype))
-        columns, _ = orthonormal(right_product(gradient, rows).astype(left.dtype))
-        return jnp.where(fresh, columns, left), jnp.where(fresh, transpose(rows), right)
+        columns, _ = orthonormal(wide(param)[0])
+        rows, _ = orthonormal(left_product(columns, gradient).astype(left.dtype))
+        columns, _ = orthonormal(left_product(rows, transposed(gradient)).astype(left.dtype))
+        return jnp.where(fresh, columns, left), jnp.where(fresh, rows, right)
 
     return jax.lax.cond(jnp.any(fresh), find, lambda: (left, right))
 
@@ -138,18 +120,19 @@ def _start(param: LowRank, gradient: Matrix, left: Array, values: Array, right: 
 def _add(
     left: Array, values: Array, right: Array, gradient: Matrix, decay: Any
 ) -> tuple[Array, Array, Array]:
-    """The truncated SVD of decay * M plus the gradient's projection on the tangent space at M = U S V^T."""
-    dtype, r = left.dtype, left.shape[-1]
-    columns = right_product(gradient, transpose(right)).astype(dtype)  # G V
-    rows = left_product(transpose(left), gradient).astype(dtype)  # U^T G
-    corner = matmul(transpose(left), columns, HIGHEST)
+    """The truncated SVD of decay * M plus the gradient's projection on the tangent space at M.
+
+    All of U^T, the diagonal of S, and V^T.
+    """
+    dtype, r = left.dtype, left.shape[-2]
+    columns = left_product(right, transposed(gradient)).astype(dtype)  # (G V)^T
+    rows = left_product(left, gradient).astype(dtype)  # U^T G
+    corner = times(left, transpose(columns))
     eye = jnp.broadcast_to(jnp.eye(r, dtype=dtype), corner.shape)
     # M and the projection in the spans of [U, G V] and [V, G^T U].
     blocks = [[decay * values[..., None, :] * eye - corner, eye], [eye, jnp.zeros_like(eye)]]
-    q_left, r_left = jnp.linalg.qr(jnp.concatenate([left, columns], axis=-1))
-    q_right, r_right = jnp.linalg.qr(transpose(jnp.concatenate([right, rows], axis=-2)))
-    core = matmul(matmul(r_left, jnp.block(blocks), HIGHEST), transpose(r_right), HIGHEST)
-    u, values, vt = jnp.linalg.svd(finite_or_nan(core), full_matrices=False)
-    left = matmul(q_left, u[..., :r], HIGHEST)
-    right = matmul(vt[..., :r, :], transpose(q_right), HIGHEST)
-    return left, values[..., :r], right
+    q_left, r_left = solve.qr(transpose(jnp.concatenate([left, columns], axis=-2)))
+    q_right, r_right = solve.qr(transpose(jnp.concatenate([right, rows], axis=-2)))
+    u, values, vt = solve.svd(times(r_left, jnp.block(blocks), transpose(r_right)))
+    left = times(transpose(u[..., :r]), transpose(q_left))
+    return left, values[..., :r], times(vt[..., :r, :], transpose(q_right))

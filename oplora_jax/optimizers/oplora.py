@@ -1,34 +1,25 @@
 """OPLoRA: SGD with momentum on the full weight, with LoRSum in the place of addition."""
 
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
 
-from oplora_jax.lorsum import lorsum
-from oplora_jax.matrix import (
-    HIGHEST,
-    LowRank,
-    from_unit_scale,
-    left_product,
-    matmul,
-    right_product,
-    to_unit_scale,
-    transpose,
-)
-from oplora_jax.optimizers._lift import at_step, difference, for_lora, full_gradient, is_zero, map_lora
-from oplora_jax.optimizers.momentum import init_momentum, momentum_rule, take_steps
-from oplora_jax.optimizers.precision import check_state_dtype
-from oplora_jax.problems import Problem, Rule, Sum
-from oplora_jax.solve import inverse
+from oplora_jax.gradients.tangent import full_gradient
+from oplora_jax.lorsum import Sums, lorsum, lorsums
+from oplora_jax.matrix import LowRank, from_unit_scale, is_zero, left_product, times, transpose, transposed
+from oplora_jax.optimizers._factors import wide_at_unit_scale
+from oplora_jax.optimizers._lift import at_step, lora_optimizer
+from oplora_jax.optimizers._momentum import heavy_ball, random_start
+from oplora_jax.optimizers._types import check_state_dtype
+from oplora_jax.solve import gram_inverse
 
 
 class OPLoRAState(NamedTuple):
     """State of `oplora` at the LoRA parameters."""
 
-    count: Array  # int32 ()
     momentum: Any  # LowRank at each LoRA parameter: a (*batch, n, k), b (*batch, k, m); None without momentum
     previous: Any = None  # "projected" alone: the factors that its buffers belong to
 
@@ -119,96 +110,76 @@ def oplora(
             "number, and only with momentum_kind='low_rank'"
         )
     kind = "none" if is_zero(momentum) else momentum_kind
+    decay, share = 0.0 if is_zero(momentum) else momentum, 1 - dampening
 
-    def init_fn(params):
-        count = jnp.zeros((), jnp.int32)
+    def init(param, key):
         if kind == "none":
-            return OPLoRAState(count, momentum=None)
-        if kind == "projected":
-            zeros = jax.tree.map(jnp.zeros_like, params)
-            return OPLoRAState(count, momentum=zeros, previous=jax.tree.map(jnp.array, params))
+            return OPLoRAState(None)
+        if kind == "low_rank":
+            return OPLoRAState(random_start(param, key, momentum_rank))
+        copy = jax.tree.map(jnp.array, param)
         if kind == "extrapolated":
-            return OPLoRAState(count, momentum=jax.tree.map(jnp.array, params))
-        return OPLoRAState(count, momentum=init_momentum(params, seed, momentum_rank))
+            return OPLoRAState(copy)
+        return OPLoRAState(jax.tree.map(jnp.zeros_like, param), previous=copy)
 
-    def update_fn(updates, state, params=None, **extra_args):
-        del extra_args
-        lr = at_step(learning_rate, state.count)
-        weight = 1 - lr * weight_decay
-        ridge = 0.0 if is_zero(regularization) else lr * regularization
-        ridge_m = ridge
-        if momentum_regularization is not None:
-            ridge_m = 0.0 if is_zero(momentum_regularization) else lr * momentum_regularization
-        share = 1 - dampening
-        decay = 0.0 if is_zero(momentum) else momentum
-        rate, pull = -lr * share, -lr * decay
-
-        def plain(param, gradient):
-            return Problem([full_gradient(param, gradient)], [Sum(param)])
-
-        def low_rank(param, gradient, old):
-            return Problem([full_gradient(param, gradient)], [Sum(param), Sum(old)])
-
-        def extrapolated(param, gradient, old):
-            g = full_gradient(param, gradient)
-            settings = {"num_iters": num_iters, "regularization": ridge}
-            z = lorsum([(weight, param), (rate, g)], **settings)
-            new = lorsum([(1 + momentum, z), (-momentum, old)], **settings)
-            return difference(new, param), z
-
-        def projected(param, gradient, buffers, previous):
-            g = full_gradient(param, gradient)
-            terms = [(weight, param), (rate, g)]
-            z = lorsum(terms, num_iters=num_iters, regularization=ridge)
-            step, moment = _transport(z, g, buffers, previous, momentum, share, ridge)
-            new = jax.tree.map(lambda old, u: old - (lr * momentum * u).astype(old.dtype), z, step)
-            return difference(new, param), moment, z
-
-        count = optax.safe_increment(state.count)
-        if kind == "projected":
-            trees = map_lora(projected, 3, params, updates, state.momentum, state.previous)
-            return trees[0], OPLoRAState(count, *trees[1:])
+    def step(params, gradients, states, count):
+        lr = at_step(learning_rate, count)
+        given = regularization if momentum_regularization is None else momentum_regularization
+        ridges = tuple(0.0 if is_zero(value) else lr * value for value in (regularization, given))
+        settings = {"weight": 1 - lr * weight_decay, "num_iters": num_iters}
+        gradients = [full_gradient(*z) for z in zip(params, gradients, strict=True)]
+        if kind in ("none", "low_rank"):
+            momenta, settings["learning_rate"] = [state.momentum for state in states], lr
+            settings |= {"decay": decay, "share": share, "regularization": ridges}
+            found = heavy_ball(params, momenta, gradients, [None] * len(params), **settings)
+            return [new for new, _ in found], [OPLoRAState(moment) for _, moment in found]
+        # The plain step, and then what the momentum adds.
+        found = lorsums(
+            [Sums([p], [(1.0, g)]) for p, g in zip(params, gradients, strict=True)],
+            [[settings["weight"]]],
+            [-lr * share],
+            regularization=ridges[:1],
+            num_iters=num_iters,
+        )
         if kind == "extrapolated":
-            updates, last = map_lora(extrapolated, 2, params, updates, state.momentum)
-            return updates, OPLoRAState(count, last)
-        if kind == "none":
-            updates, _ = take_steps([Rule([weight], [rate], ridge)], plain, num_iters, params, updates)
-            return updates, OPLoRAState(count, momentum=None)
-        rules = Rule([weight, pull], [rate], ridge), momentum_rule(decay, share, ridge_m)
-        updates, moment = take_steps(rules, low_rank, num_iters, params, updates, state.momentum)
-        return updates, OPLoRAState(count, moment)
+            settings = {"num_iters": num_iters, "regularization": ridges[0]}
+            ahead = lambda z, state: lorsum([(1 + decay, z), (-decay, state.momentum)], **settings)
+            pairs = [(ahead(z, state), OPLoRAState(z)) for [z], state in zip(found, states, strict=True)]
+        else:
+            carry = partial(_projected, lr=lr, decay=decay, share=share, ridge=ridges[0])
+            pairs = [carry(*z) for z in zip([z for [z] in found], gradients, states, strict=True)]
+        return [new for new, _ in pairs], [state for _, state in pairs]
 
-    state_dtype = check_state_dtype(state_dtype)
     if others is None:
-        others = _heavy_ball(learning_rate, momentum, dampening, weight_decay, state_dtype)
-    lora = optax.GradientTransformation(init_fn, update_fn)
-    return for_lora(lora, others, state_dtype=state_dtype)
+        others = _heavy_ball_of_arrays(learning_rate, momentum, dampening, weight_decay, state_dtype)
+    return lora_optimizer(init, step, others=others, state_dtype=state_dtype, seed=seed)
 
 
-def _transport(z, g, buffers, previous, momentum, share, ridge):
-    """The projected momentum at the new factors z, before and after the gradient g is added to it."""
-    at, before = to_unit_scale(z), to_unit_scale(previous)
-    ridge = None if is_zero(ridge) else ridge
-    to_a = matmul(inverse(matmul(transpose(at.a), at.a, HIGHEST), ridge), transpose(at.a), HIGHEST)
-    to_b = matmul(transpose(at.b), inverse(matmul(at.b, transpose(at.b), HIGHEST), ridge), HIGHEST)
-    gradient = right_product(g, to_b), left_product(to_a, g)
-    old = to_unit_scale(buffers)
-    carried = (
-        matmul(old.a, matmul(before.b, to_b, HIGHEST), HIGHEST),
-        matmul(matmul(to_a, before.a, HIGHEST), old.b, HIGHEST),
-    )
+def _projected(z, gradient, state, *, lr, decay, share, ridge):
+    """The step along the projected momentum, from the new factors z, and the momentum there.
+
+    The buffers are the products of the gradients with the factors' pseudo-inverses, carried to z.
+    """
+    (at, b), (old_at, old_b) = wide_at_unit_scale(z), wide_at_unit_scale(state.previous)
+    buffer_at, buffer_b = wide_at_unit_scale(state.momentum)
+    to_a, to_b = times(gram_inverse(b, ridge), b), times(gram_inverse(at, ridge), at)
+    carried = times(to_a, transpose(old_b), buffer_at), times(to_b, transpose(old_at), buffer_b)
+    new = left_product(to_a, transposed(gradient)), left_product(to_b, gradient)
     # The first gradient enters whole: nothing has been gathered yet.
-    started = jnp.any(buffers.a != 0) | jnp.any(buffers.b != 0)
+    started = jnp.any(buffer_at != 0) | jnp.any(buffer_b != 0)
     share = jnp.where(started, share, 1.0)
-    new = (momentum * p + share * q for p, q in zip(carried, gradient, strict=True))
-    return from_unit_scale(LowRank(*carried), buffers), from_unit_scale(LowRank(*new), buffers)
+    unscaled = lambda at, b: from_unit_scale(LowRank(transpose(at), b), state.momentum)
+    moment = unscaled(*(decay * p + share * q for p, q in zip(carried, new, strict=True)))
+    step = jax.tree.map(lambda old, u: old - lr * decay * u, z, unscaled(*carried))
+    return step, OPLoRAState(moment, previous=z)
 
 
-def _heavy_ball(learning_rate, momentum, dampening, weight_decay, state_dtype):
+def _heavy_ball_of_arrays(learning_rate, momentum, dampening, weight_decay, state_dtype):
     """SGD on plain arrays, with the same hyperparameters."""
+    dtype = check_state_dtype(state_dtype)
     parts = [
         optax.scale(1 - dampening),
-        optax.identity() if is_zero(momentum) else optax.trace(momentum, accumulator_dtype=state_dtype),
+        optax.identity() if is_zero(momentum) else optax.trace(momentum, accumulator_dtype=dtype),
         optax.identity() if is_zero(weight_decay) else optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
     ]

@@ -6,9 +6,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from oplora_jax.matrix import HIGHEST, finite_or_nan, matmul, transpose
-from oplora_jax.optimizers._factors import from_thin, is_determined, orthonormal, thin_factors_and_gradients
-from oplora_jax.optimizers._lift import for_lora, map_lora
+from oplora_jax import solve
+from oplora_jax.gradients.tangent import factor_gradients
+from oplora_jax.matrix import times, transpose
+from oplora_jax.optimizers._factors import from_wide, is_determined, mapped, orthonormal, wide
+from oplora_jax.optimizers._lift import lora_transformation
 
 
 class RefLoRAState(NamedTuple):
@@ -75,37 +77,36 @@ def reflora(
     def update_fn(updates, state, params=None):
         warm = state.count >= warmup_steps
 
-        def one(param, gradient):
-            a, b, da, db = thin_factors_and_gradients(param, gradient)
-            s, inverse, exists = refactoring(a, b)
+        def refactored(param, gradient):
+            dat, db = wide(factor_gradients(param, gradient))
+            s, inverse, exists = refactoring(*wide(param))
             used = exists & warm
-            da = jnp.where(used, matmul(da, inverse, HIGHEST), da)
-            db = jnp.where(used, matmul(db, s, HIGHEST), db)
-            return (from_thin(param, da, db),)
+            return from_wide(
+                param, jnp.where(used, times(inverse, dat), dat), jnp.where(used, times(s, db), db)
+            )
 
-        return map_lora(one, 1, params, updates)[0], RefLoRAState(optax.safe_increment(state.count))
+        return mapped(refactored, params, updates), RefLoRAState(optax.safe_increment(state.count))
 
     lora = optax.chain(optax.GradientTransformation(init_fn, update_fn), base)
-    return for_lora(lora, base if others is None else others)
+    return lora_transformation(lora, others=base if others is None else others)
 
 
 def refactoring(
-    a: Float[Array, "*batch n r"], b: Float[Array, "*batch m r"]
+    at: Float[Array, "*batch r n"], b: Float[Array, "*batch r m"]
 ) -> tuple[Float[Array, "*batch r r"], Float[Array, "*batch r r"], Array]:
-    """(S, S^-1, whether they exist) for the factors a and b^T.
+    """(S, S^-1, whether they exist) for the factors a^T and b.
 
-    With the triangles of both factors and the decomposition U L V^T of their product Ra Rb^T, whose singular
-    values are those of a b, S is Z L^-1 Z^T for Z = Rb^T V and its inverse the same for Z = Ra^T U. No
-    Gram matrix is formed and nothing but the singular values is inverted.
+    With the triangles of both factors, a^T = La Qa and b = Lb Qb, and the decomposition U D V^T of La^T Lb,
+    whose singular values are those of a b, S is Z D^-1 Z^T for Z = Lb V and its inverse the same for
+    Z = La U. No Gram matrix is formed and nothing but the singular values is inverted.
     """
-    triangle_a, triangle_b = orthonormal(a)[1], orthonormal(b)[1]
-    product = matmul(triangle_a, transpose(triangle_b), HIGHEST)
-    u, values, vt = jnp.linalg.svd(finite_or_nan(product))
+    triangle_a, triangle_b = orthonormal(at)[1], orthonormal(b)[1]
+    u, values, vt = solve.svd(times(transpose(triangle_a), triangle_b))
     exists = jnp.all(is_determined(values), axis=-1)[..., None, None]
     values = jnp.where(exists, values[..., None, :], 1)
 
     def divided(triangle, vectors):
-        z = matmul(transpose(triangle), vectors, HIGHEST)
-        return matmul(z / values, transpose(z), HIGHEST)
+        z = times(triangle, vectors)
+        return times(z / values, transpose(z))
 
     return divided(triangle_b, transpose(vt)), divided(triangle_a, u), exists

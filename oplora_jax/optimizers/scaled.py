@@ -6,16 +6,10 @@ from typing import Any
 import optax
 
 from oplora_jax.gradients.tangent import factor_gradients
-from oplora_jax.matrix import (
-    HIGHEST,
-    LowRank,
-    from_unit_scale,
-    matmul,
-    to_unit_scale,
-    transpose,
-)
-from oplora_jax.optimizers._lift import for_lora, is_zero, map_lora
-from oplora_jax.solve import inverse
+from oplora_jax.matrix import LowRank, Matrix, from_unit_scale, is_zero, times, transpose
+from oplora_jax.optimizers._factors import preconditioned, wide, wide_at_unit_scale
+from oplora_jax.optimizers._lift import lora_transformation
+from oplora_jax.solve import gram_inverse
 
 
 def scaled_gd(
@@ -108,27 +102,12 @@ def scaled_adamw(
 
 
 def _preconditioned(plain, regularization, others):
-    lora = optax.chain(precondition(regularization), plain)
-    return for_lora(lora, plain if others is None else others)
+    def precondition(param: LowRank, gradient: Matrix) -> LowRank:
+        at, b = wide_at_unit_scale(param)
+        # The derivative by the factors at scale 1: s G b^T / sqrt(s).
+        dat, db = (z / math.sqrt(param.scale) for z in wide(factor_gradients(param, gradient)))
+        dat, db = times(gram_inverse(b, regularization), dat), times(gram_inverse(at, regularization), db)
+        return from_unit_scale(LowRank(transpose(dat), db), param)
 
-
-def precondition(regularization: Any) -> optax.GradientTransformation:
-    """Turns any kind of gradient at LoRA parameters into preconditioned factor gradients."""
-
-    def update_fn(updates, state, params=None):
-        def one(param, gradient):
-            if not isinstance(gradient, LowRank):
-                gradient = factor_gradients(param, gradient)
-            at = to_unit_scale(param)
-            a, b, dtype = at.a, at.b, at.dtype
-            # The derivative by the factors at scale 1: s G b^T / sqrt(s).
-            root = math.sqrt(param.scale)
-            da, db = gradient.a.astype(dtype) / root, gradient.b.astype(dtype) / root
-            ridge = None if is_zero(regularization) else regularization
-            da = matmul(da, inverse(matmul(b, transpose(b), HIGHEST), ridge), HIGHEST)
-            db = matmul(inverse(matmul(transpose(a), a, HIGHEST), ridge), db, HIGHEST)
-            return (from_unit_scale(LowRank(da, db), param),)
-
-        return map_lora(one, 1, params, updates)[0], state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update_fn)
+    lora = optax.chain(preconditioned(precondition), plain)
+    return lora_transformation(lora, others=plain if others is None else others)

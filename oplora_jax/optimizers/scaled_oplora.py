@@ -5,9 +5,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
 
-from oplora_jax.matrix import DenseGradient, LowRank, OuterProduct, compute_dtype, is_low_rank
+from oplora_jax.gradients.tangent import full_gradient
+from oplora_jax.matrix import DenseGradient, LowRank, OuterProduct, compute_dtype, is_zero
 from oplora_jax.metrics import (
     KroneckerMetric,
     Reduction,
@@ -17,16 +17,14 @@ from oplora_jax.metrics import (
     powers,
     shampoo_moments,
 )
-from oplora_jax.optimizers._lift import at_step, for_lora, full_gradient, is_zero, map_lora
-from oplora_jax.optimizers.momentum import init_momentum, momentum_rule, take_steps
-from oplora_jax.optimizers.precision import check_state_dtype
-from oplora_jax.problems import Problem, Rule, Sum
+from oplora_jax.optimizers._lift import at_step, lora_optimizer
+from oplora_jax.optimizers._momentum import heavy_ball, random_start
+from oplora_jax.optimizers._types import check_state_dtype
 
 
 class ScaledOPLoRAState(NamedTuple):
     """State of `scaled_oplora` at the LoRA parameters."""
 
-    count: Array  # int32 ()
     momentum: Any  # LowRank at each LoRA parameter: a (*batch, n, r), b (*batch, r, m); None without momentum
     moments: KroneckerMetric  # of trees: (*batch, n) and (*batch, m), dense (*batch, n, n) and (*batch, m, m)
     metric: KroneckerMetric | None = None  # dense alone, of trees: the damped powers of the moments
@@ -140,89 +138,77 @@ def scaled_oplora(
     has_momentum, dense = not is_zero(b1), structure == "dense"
     estimate = kfac_moments if metric == "kfac" else shampoo_moments
 
-    def init_fn(params):
-        ones = KroneckerMetric(*map_lora(lambda param: _ones(param, structure), 2, params))
-        momentum = init_momentum(params, seed) if has_momentum else None
+    def init(param, key):
+        ones = _ones(param, structure)
         caches = (jax.tree.map(jnp.array, ones), jax.tree.map(jnp.array, ones)) if dense else ()
-        return ScaledOPLoRAState(jnp.zeros((), jnp.int32), momentum, ones, *caches)
+        return ScaledOPLoRAState(random_start(param, key) if has_momentum else None, ones, *caches)
 
-    def update_fn(updates, state, params=None, **extra_args):
-        del extra_args
-        if metric == "kfac":
-            _check_moments(updates, params, structure)
-        lr = at_step(learning_rate, state.count)
+    def step(params, gradients, states, count):
+        lr = at_step(learning_rate, count)
         ridge = jnp.maximum(lr * regularization, 1e-5)
-        share = 1 - b1
-        rate, pull = -lr * share, -lr * b1
-        rules = [Rule([1.0, pull], [rate], ridge), momentum_rule(b1, share, ridge)]
-        if not has_momentum:
-            rules = [Rule([1.0], [rate], ridge)]
-        count = optax.safe_increment(state.count)
-        corrected = (1 - b2) / (1 - jnp.asarray(b2, lr.dtype) ** count)
+        corrected = (1 - b2) / (1 - jnp.asarray(b2, lr.dtype) ** (count + 1))
         weight = jnp.where(bias_correction, corrected, 1 - b2)
+        gradients = [full_gradient(*z) for z in zip(params, gradients, strict=True)]
 
-        def measure(param, gradient, *old):
-            new = estimate(full_gradient(param, gradient), structure, loss_reduction)
-            return tuple(average(*pair, weight) for pair in zip(old, new, strict=True))
+        def measured(gradient, state):
+            new = estimate(gradient, structure, loss_reduction)
+            return jax.tree.map(lambda x, y: average(x, y, weight), state.moments, new)
 
-        def raise_sides(param, *sides):
-            at = KroneckerMetric(*sides)
-            forward, backward = powers(at, power, damping, batch_ndim=len(param.shape) - 2)
-            return *forward, *backward
-
-        def problem(param, gradient, *sides):
-            gradient = full_gradient(param, gradient)
-            *sides, old = sides if has_momentum else (*sides, None)
-            metrics = KroneckerMetric(*sides[:2]), KroneckerMetric(*sides[2:])
-            return Problem([gradient], [Sum(param, *metrics), *(() if old is None else (Sum(old),))])
-
-        moments = KroneckerMetric(*map_lora(measure, 2, params, updates, *state.moments))
-        decompose = lambda: map_lora(raise_sides, 4, params, *moments)
+        moments = [measured(*z) for z in zip(gradients, states, strict=True)]
+        batch = [param.a.ndim - 2 for param in params]
+        decompose = lambda: [
+            powers(z, power, damping, batch_ndim=b) for z, b in zip(moments, batch, strict=True)
+        ]
         if dense and not always:
-            kept = lambda: (*state.metric, *state.inverse_metric)
-            sides = jax.lax.cond(state.count % metric_every == 0, decompose, kept)
+            kept = lambda: [(state.metric, state.inverse_metric) for state in states]
+            metrics = jax.lax.cond(count % metric_every == 0, decompose, kept)
         else:
-            sides = decompose()
-        olds = [state.momentum] if has_momentum else []
-        updates, momentum = take_steps(rules, problem, num_iters, params, updates, *sides, *olds)
-        caches = (KroneckerMetric(*sides[:2]), KroneckerMetric(*sides[2:])) if dense else ()
-        return updates, ScaledOPLoRAState(count, momentum if olds else None, moments, *caches)
+            metrics = decompose()
+        found = heavy_ball(
+            params,
+            [state.momentum for state in states],
+            gradients,
+            metrics,
+            learning_rate=lr,
+            decay=b1,
+            share=1 - b1,
+            weight=1.0,
+            regularization=(ridge, ridge),
+            num_iters=num_iters,
+        )
+        after = zip(found, moments, metrics, strict=True)
+        states = [ScaledOPLoRAState(m, z, *(d if dense else ())) for (_, m), z, d in after]
+        return [new for new, _ in found], states
 
-    state_dtype = check_state_dtype(state_dtype)
     if others is None:
-        adam = {"b1": b1, "b2": b2, "mu_dtype": state_dtype, "weight_decay": 0.0}
+        adam = {"b1": b1, "b2": b2, "mu_dtype": check_state_dtype(state_dtype), "weight_decay": 0.0}
         others = optax.adamw(others_learning_rate, **adam)
-    lora = optax.GradientTransformation(init_fn, update_fn)
-    return for_lora(lora, others, state_dtype=state_dtype)
+    check = (lambda param, gradient: _missing_moments(gradient, structure)) if metric == "kfac" else None
+    return lora_optimizer(init, step, others=others, state_dtype=state_dtype, check=check, seed=seed)
 
 
-def _ones(param: LowRank, structure: Structure) -> tuple[Array, Array]:
+def _ones(param: LowRank, structure: Structure) -> KroneckerMetric:
     """The identity on both sides of a parameter, in float32 at least, sharded as its rows and columns."""
     dtype = compute_dtype(param.a, param.b)
     column, row = jnp.zeros_like(param.a[..., :1], dtype), jnp.zeros_like(param.b[..., :1, :], dtype)
     if structure == "diagonal":
-        return column[..., 0] + 1, row[..., 0, :] + 1
+        return KroneckerMetric(column[..., 0] + 1, row[..., 0, :] + 1)
     *batch, n, m = param.shape
     eye = lambda size: jnp.broadcast_to(jnp.eye(size, dtype=dtype), (*batch, size, size))
-    return column + eye(n), row + eye(m)
+    return KroneckerMetric(column + eye(n), row + eye(m))
 
 
-def _check_moments(updates: Any, params: Any, structure: Structure) -> None:
-    """Raises ValueError for a LoRA parameter whose gradient does not know its tokens."""
-    paths_and_nodes, treedef = jax.tree.flatten_with_path(params, is_leaf=is_low_rank)
-    gradients = treedef.flatten_up_to(updates)
-    for (path, _), gradient in zip(paths_and_nodes, gradients, strict=True):
-        if isinstance(gradient, OuterProduct):
-            continue
-        if isinstance(gradient, DenseGradient):
-            if structure == "diagonal" or gradient.x_moment.ndim == gradient.gradient.ndim:
-                continue
-            got = "a DenseGradient with diagonal moments"
-        else:
-            got = "factor gradients" if isinstance(gradient, LowRank) else "an array"
-        name = jax.tree_util.keystr(path) or "the LoRA parameter"
-        raise ValueError(
-            f"{name}: metric='kfac' with structure={structure!r} needs the second moments of x and dy, and "
-            f"the gradient is {got}. Take gradients with oplora_jax.value_and_grad and "
-            f"moments={structure!r} or gradient='outer', or choose metric='shampoo'"
-        )
+def _missing_moments(gradient: Any, structure: Structure) -> str | None:
+    """What is wrong with a gradient that does not know the second moments of its tokens."""
+    if isinstance(gradient, OuterProduct):
+        return None
+    got = "factor gradients" if isinstance(gradient, LowRank) else "an array"
+    if isinstance(gradient, DenseGradient):
+        if structure == "diagonal" or gradient.x_moment.ndim == gradient.gradient.ndim:
+            return None
+        got = "a DenseGradient with diagonal moments"
+    return (
+        f"metric='kfac' with structure={structure!r} needs the second moments of x and dy, and the gradient "
+        f"is {got}. Take gradients with oplora_jax.value_and_grad and moments={structure!r} or "
+        "gradient='outer', or choose metric='shampoo'"
+    )

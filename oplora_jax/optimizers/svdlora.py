@@ -1,12 +1,12 @@
 """SVDLoRA: the full step, then the best approximation of rank r. The gold standard, at full cost."""
 
-from typing import Any
-
-import jax
+import jax.numpy as jnp
 import optax
 
-from oplora_jax.matrix import is_low_rank, to_dense
-from oplora_jax.optimizers._lift import difference, for_lora, full_gradient, map_lora
+from oplora_jax.gradients.tangent import full_gradient
+from oplora_jax.matrix import LowRank, to_dense
+from oplora_jax.optimizers._factors import mapped
+from oplora_jax.optimizers._lift import lora_transformation
 from oplora_jax.svd import svd
 
 
@@ -48,34 +48,30 @@ def svdlora(
     """
     dense_base = optax.with_extra_args_support(base)
 
-    def init_fn(params):
-        return dense_base.init(_dense(params))
-
     def update_fn(updates, state, params=None, **extra_args):
-        gradients, increments = map_lora(
-            lambda param, gradient: (
-                to_dense(full_gradient(param, gradient)).astype(param.dtype),
-                to_dense(param),
-            ),
-            2,
-            params,
-            updates,
-        )
+        dense = lambda param, gradient: to_dense(full_gradient(param, gradient)).astype(param.dtype)
+        increments = mapped(to_dense, params)
+        gradients = mapped(dense, params, updates)
         steps, state = dense_base.update(gradients, state, increments, **extra_args)
 
-        def truncate(param, increment, step):
+        def truncated(param, increment, step):
             r = param.a.shape[-1]
             if rank is not None and not 1 <= rank <= r:
                 raise ValueError(f"rank is {rank}; a parameter of rank {r} takes 1 to {r}")
             new = svd([(1.0, increment), (1.0, step)], r if rank is None else rank, param.scale)
-            return (difference(new, param),)
+            return _difference(new, param)
 
-        [updates] = map_lora(truncate, 1, params, increments, steps)
-        return updates, state
+        return mapped(truncated, params, increments, steps), state
 
+    init_fn = lambda params: dense_base.init(mapped(to_dense, params))
     lora = optax.GradientTransformationExtraArgs(init_fn, update_fn)
-    return for_lora(lora, base if others is None else others)
+    return lora_transformation(lora, others=base if others is None else others)
 
 
-def _dense(params: Any) -> Any:
-    return jax.tree.map(lambda p: to_dense(p), params, is_leaf=is_low_rank)
+def _difference(new: LowRank, old: LowRank) -> LowRank:
+    """The increments of the factors; columns that `new` lacks are zero."""
+    missing = old.a.shape[-1] - new.a.shape[-1]
+    batch = [(0, 0)] * (old.a.ndim - 2)
+    a = jnp.pad(new.a, [*batch, (0, 0), (0, missing)])
+    b = jnp.pad(new.b, [*batch, (0, missing), (0, 0)])
+    return old.with_factors((a - old.a).astype(old.a.dtype), (b - old.b).astype(old.b.dtype))

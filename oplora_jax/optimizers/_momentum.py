@@ -1,0 +1,77 @@
+"""A low-rank momentum, and the heavy-ball step with it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from oplora_jax.lorsum import Sums, lorsums
+from oplora_jax.matrix import LowRank, Matrix, compute_dtype, from_unit_scale, is_zero
+
+
+def random_start(param: LowRank, key: jax.Array, rank: Any = None) -> LowRank:
+    """A zero momentum of a rank, the parameter's if None; at scale 1 its left factor is standard normal.
+
+    It is drawn in the type of the solves and then rounded, so that every type starts from the same numbers.
+    """
+    (*batch, n, _), rank = param.shape, param.a.shape[-1] if rank is None else int(rank)
+    # Built on zeros made from the parameter, for its sharding.
+    column, row = jnp.zeros_like(param.a[..., :1]), jnp.zeros_like(param.b[..., :1, :])
+    a = column + jax.random.normal(key, (*batch, n, rank), compute_dtype(param.a))
+    return from_unit_scale(LowRank(a, row + jnp.zeros((*batch, rank, 1), param.b.dtype)), param)
+
+
+def heavy_ball(
+    params: Sequence[LowRank],
+    momenta: Sequence[LowRank | None],
+    gradients: Sequence[Matrix],
+    metrics: Sequence[Any],
+    *,
+    learning_rate: Any,
+    decay: Any,
+    share: Any,
+    weight: Any,
+    regularization: tuple[Any, Any],
+    num_iters: Any,
+) -> list[tuple[LowRank, LowRank | None]]:
+    """P <- LoRSum[w P - lr (share G + decay M)] and M <- LoRSum[decay M + share G], in one pass over each G.
+
+    Args:
+      params: P of each parameter.
+      momenta: M, of all parameters or of none.
+      gradients: G, exact or its projection.
+      metrics: of the first sum, as for `Sums`.
+      learning_rate, decay, share, weight: lr, decay, share and w.
+      regularization: of both sums.
+      num_iters: as for `lorsum`.
+    """
+    mixing, rates = [[weight, -learning_rate * decay], [0.0, decay]], [-learning_rate * share, share]
+    # The authors' code adds 1e-6 to the diagonal of every Gram matrix. It shows in the momentum alone, which
+    # starts at zero: at most 0.2 % of the regularization, so that a step of size 0 changes nothing.
+    small = 0.0 if is_zero(regularization[1]) else jnp.minimum(1e-6, 2e-3 * regularization[1])
+    shrinkage, sums = [0.0, small], 1 if None in momenta else 2
+    found = lorsums(
+        [
+            Sums([p, m][:sums], [(1.0, g)], d)
+            for p, m, g, d in zip(params, momenta, gradients, metrics, strict=True)
+        ],
+        [row[:sums] for row in mixing[:sums]],
+        rates[:sums],
+        regularization=regularization[:sums],
+        shrinkage=shrinkage[:sums],
+        num_iters=num_iters,
+    )
+    return [(new, _balanced(moment[0]) if moment else None) for new, *moment in found]
+
+
+def _balanced(moment: LowRank) -> LowRank:
+    """The same matrix, with the norm of a not below that of b.
+
+    Its decay falls on the factor that is solved first, and the other one grows in return. Left alone, a would
+    vanish like decay^k, until the regularization outweighed it and froze b.
+    """
+    left, right = (jnp.sum(jnp.square(z), axis=(-2, -1), keepdims=True) for z in (moment.a, moment.b))
+    limit = 1 / jnp.finfo(left.dtype).tiny
+    ratio = jax.lax.clamp(1.0, jnp.where(left > 0, right / left, 1.0), limit) ** 0.25
+    return moment.with_factors(moment.a * ratio, moment.b / ratio)

@@ -1,0 +1,99 @@
+"""Trees of parameters, some of which are LoRA parameters."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from oplora_jax.matrix import LowRank, OuterProduct, check_factors, is_low_rank
+
+
+def walk(params: Any) -> tuple[Callable[[Any], list], Callable[[Sequence[Any]], Any]]:
+    """(what stands at the LoRA parameters of a tree like this one, the tree of what is to stand there)."""
+    nodes, treedef = jax.tree.flatten(params, is_leaf=is_low_rank)
+    at = [i for i, node in enumerate(nodes) if is_low_rank(node)]
+
+    def pick(tree):
+        parts = treedef.flatten_up_to(tree)
+        return [parts[i] for i in at]
+
+    def spread(some):
+        found = dict(zip(at, some, strict=True))
+        return treedef.unflatten(found.get(i, optax.MaskedNode()) for i in range(len(nodes)))
+
+    return pick, spread
+
+
+def names(params: Any) -> list[str]:
+    """The paths of the LoRA parameters, for errors."""
+    paths_and_nodes = jax.tree.leaves_with_path(params, is_leaf=is_low_rank)
+    return [
+        jax.tree_util.keystr(p) or "the LoRA parameter" for p, node in paths_and_nodes if is_low_rank(node)
+    ]
+
+
+def restore_nodes(like_params: Any, params: Any) -> Any:
+    """`LowRank` nodes where a container has made dicts of them, as `nnx.Optimizer` does."""
+    nodes, treedef = jax.tree.flatten(params, is_leaf=is_low_rank)
+    parts = treedef.flatten_up_to(like_params)
+    # Such a container drops a factor without state.
+    factor = lambda part, name: part[name] if name in part else optax.MaskedNode()
+    return treedef.unflatten(
+        LowRank(factor(part, "a"), factor(part, "b"), node.scale)
+        if isinstance(part, Mapping) and set(part) <= {"a", "b"}
+        else part
+        for node, part in zip(nodes, parts, strict=True)
+    )
+
+
+def split(tree: Any, params: Any) -> tuple[Any, Any]:
+    """(the LoRA parameters' part, the others' part) of a tree, each with the rest masked."""
+    nodes, treedef = jax.tree.flatten(params, is_leaf=is_low_rank)
+    parts = treedef.flatten_up_to(tree)
+    pick = lambda lora: treedef.unflatten(
+        part if is_low_rank(node) == lora else optax.MaskedNode()
+        for node, part in zip(nodes, parts, strict=True)
+    )
+    return pick(True), pick(False)
+
+
+def check_gradients(updates: Any, params: Any) -> None:
+    paths_and_nodes, treedef = jax.tree.flatten_with_path(params, is_leaf=is_low_rank)
+    try:
+        gradients = treedef.flatten_up_to(updates)
+    except ValueError as error:
+        raise ValueError(f"the tree of gradients does not have the parameters' structure: {error}") from error
+    for (path, param), gradient in zip(paths_and_nodes, gradients, strict=True):
+        if not is_low_rank(param):
+            continue
+        name = jax.tree_util.keystr(path) or "the LoRA parameter"
+        check_factors(param, name)
+        if isinstance(gradient, LowRank):
+            got = jnp.shape(gradient.a), jnp.shape(gradient.b)
+            expected = param.a.shape, param.b.shape
+        elif isinstance(gradient, OuterProduct) or hasattr(gradient, "shape"):
+            got, expected = gradient.shape, param.shape
+        else:
+            raise ValueError(
+                f"{name}: the gradient is {type(gradient).__name__}; expected an OuterProduct or an array "
+                f"of shape {param.shape} (oplora_jax.value_and_grad), or a LowRank of factor gradients "
+                "(jax.grad)"
+            )
+        if got != expected:
+            raise ValueError(f"{name}: the gradient has shape {got}; the parameter needs {expected}")
+
+
+def owners(tx: optax.GradientTransformation, state: Any, params: Any) -> list[int]:
+    """Which node of the parameters each array of a state belongs to; -1 for counters and the like."""
+    nodes, treedef = jax.tree.flatten(params, is_leaf=is_low_rank)
+    marked = optax.tree.map_params(
+        tx,
+        lambda part, index: jax.tree.map(lambda _: index, part),
+        state,
+        treedef.unflatten(range(len(nodes))),
+        transform_non_params=lambda _: -1,
+        is_leaf=lambda z: isinstance(z, LowRank | optax.MaskedNode),
+    )
+    return jax.tree.leaves(marked)
