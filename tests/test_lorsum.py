@@ -268,12 +268,12 @@ def test_a_bfloat16_anchor_is_solved_in_float32(num_iters):
 
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
 def test_the_floor_of_a_solve_leaves_no_bias(size):
-    """The floor of the Cholesky solve is 8 r eps, 64 eps here; what is determined does not show it."""
+    """A pivot counts as 8 r eps of its diagonal entry at least, 64 eps here: a floor, no bias."""
     gram = np.diag(np.linspace(1.0, 2.0, 8)).astype(np.float32) * np.float32(size)
     regularization = 1e-3 * size
     expected = np.diag(1 / (np.diag(f64(gram)) + regularization))
     solved = inverse(jnp.asarray(gram), regularization)
-    # Scaling, Cholesky, and one Newton step: a few eps.
+    # A few roundings of numbers that do not cancel: some eps, far below the floor.
     np.testing.assert_allclose(solved, expected, rtol=8 * np.finfo(np.float32).eps)
 
 
