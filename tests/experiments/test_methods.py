@@ -7,6 +7,7 @@ import pytest
 import oplora_jax
 from experiments import ExperimentError, methods
 from oplora_jax import LowRank, OuterProduct
+from tests.arrays import normals
 
 SETTINGS = methods.Settings(learning_rate=0.1, momentum=0.9, rank=2, loss_reduction="mean", seed=0)
 NAMES = [name.replace("K", "2").replace("X", "0.5") for name in methods.METHODS]
@@ -16,8 +17,7 @@ NAMES = [name.replace("K", "2").replace("X", "0.5") for name in methods.METHODS]
 def test_every_method_takes_a_step(name):
     method = methods.find(name)
     optimizer = method.optimizer(SETTINGS)
-    rng = np.random.default_rng(0)
-    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape))
+    normal = normals(0)
     params = {"bias": jnp.ones(3)}
     gradients = {"bias": jnp.ones(3)}
     if method.gradient == "full":

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import oplora_jax
 from oplora_jax import LowRank, OuterProduct, is_low_rank
+from tests.arrays import normals
 from tests.optimizers.cases import (
     CASES,
     KINDS,
@@ -301,8 +302,7 @@ def test_after_clipping(name, kind):
 
 @each
 def test_a_stack_is_as_good_as_its_layers(name):
-    rng = np.random.default_rng(0)
-    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    normal = normals(0, jnp.float32)
     params = LowRank(normal(3, 8, 2), normal(3, 2, 6), 2.0)
     gradients = [OuterProduct(normal(3, 5, 8), normal(3, 5, 6)) for _ in range(2)]
     tx = make(name)

@@ -8,6 +8,7 @@ import pytest
 import oplora_jax
 from oplora_jax import LowRank, OuterProduct, is_low_rank, lora_dot, lorsum, oplora, to_dense
 from tests import reference
+from tests.arrays import f64, normals
 from tests.optimizers.cases import CASES, KINDS, dense_tree, gradient_of, problem
 
 VARIANTS = [name for name in CASES if name.startswith("oplora")]
@@ -18,14 +19,9 @@ def settings_of(name):
     return CASES[name].settings
 
 
-def f64(x):
-    return np.asarray(x, np.float64)
-
-
 def linear_problem(dtype, scale, seed=0):
     """(a, b, loss_fn) with factors for scale 1, so that every scale begins at the same increment."""
-    rng = np.random.default_rng(seed)
-    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)
+    normal = normals(seed, dtype)
     x, w, y = normal(12, 7), normal(7, 5), normal(12, 5)
     root = np.sqrt(scale)
     param = LowRank(normal(7, 2) / root, normal(2, 5) / root, scale)
