@@ -6,14 +6,14 @@ does to a^T with the help of b.
 
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
 from oplora_jax import solve
 from oplora_jax.gradients.tangent import factor_gradients
-from oplora_jax.matrix import LowRank, Matrix, compute_dtype, is_low_rank, times, to_unit_scale, transpose
+from oplora_jax.matrix import LowRank, Matrix, compute_dtype, times, to_unit_scale, transpose
+from oplora_jax.optimizers._trees import mapped
 
 Wide = Float[Array, "*batch r n"]
 Pair = tuple[Float[Array, "*batch r n"], Float[Array, "*batch r m"]]  # a^T and b
@@ -83,13 +83,6 @@ def sylvester(left: Square, right: Square, total: Square) -> Square:
     kept = sums > jnp.maximum(8 * sums.shape[-1] * eps * sums[..., -1:, -1:], tiny)
     rotated = times(transpose(vectors_l), total, vectors_r)
     return times(vectors_l, jnp.where(kept, rotated / jnp.where(kept, sums, 1), 0), transpose(vectors_r))
-
-
-def mapped(function: Any, params: Any, *rest: Any) -> Any:
-    """A function of what stands at each LoRA parameter of some trees, to what is to stand there."""
-    return jax.tree.map(
-        lambda p, *z: function(p, *z) if is_low_rank(p) else p, params, *rest, is_leaf=is_low_rank
-    )
 
 
 def preconditioned(function: Any) -> optax.GradientTransformation:

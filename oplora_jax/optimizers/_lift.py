@@ -9,7 +9,16 @@ import optax
 from jaxtyping import Array
 
 from oplora_jax.matrix import LowRank, check_factors, is_low_rank
-from oplora_jax.optimizers._trees import check_gradients, names, owners, restore_nodes, split, walk
+from oplora_jax.optimizers._trees import (
+    check_gradients,
+    is_column,
+    mapped,
+    names,
+    owners,
+    restored,
+    split,
+    walk,
+)
 from oplora_jax.optimizers._types import cast, cast_up, check_state_dtype, in_dtype, widest
 from oplora_jax.sharding import specs_of, under_auto_sharding
 
@@ -89,44 +98,46 @@ def lora_optimizer(
     is_node = lambda z: isinstance(z, LowRank)
     keep = lambda z: cast(z, stored) if is_node(z) and stored is not None else z
 
-    def structure():
-        """That of the state of one parameter."""
-        probe = LowRank(jnp.zeros((1, 1)), jnp.zeros((1, 1)))
-        shapes = jax.eval_shape(lambda: init(probe, jax.random.key(0)))
-        return jax.tree.structure(shapes, is_leaf=is_node)
-
-    def as_trees(states, spread):
-        rows = [structure().flatten_up_to(state) for state in states]
-        return structure().unflatten(spread([row[i] for row in rows]) for i in range(structure().num_leaves))
-
     def init_fn(params):
         pick, spread = walk(params)
         nodes = pick(params)
         keys = jax.random.split(jax.random.key(seed), len(nodes) or 1)
         wide = nodes if stored is None else [cast(node, widest(node, stored)) for node in nodes]
         states = [init(*z) for z in zip(wide, keys, strict=bool(nodes))]
-        return as_trees([jax.tree.map(keep, state, is_leaf=is_node) for state in states], spread)
+        # Known without any parameter too: for `optax.tree.map_params`, and under `optax.partition`.
+        probe = LowRank(jnp.zeros((1, 1)), jnp.zeros((1, 1)))
+        shapes = jax.eval_shape(lambda: init(probe, jax.random.key(0)))
+        structure = jax.tree.structure(shapes, is_leaf=is_node)
+        rows = [map(keep, structure.flatten_up_to(state)) for state in states]
+        columns = zip(*rows, strict=True) if rows else [()] * structure.num_leaves
+        return structure.unflatten(map(spread, columns))
 
-    def update_fn(updates, trees, params, count):
+    def update_fn(updates, trees, params, count, **extra_args):
+        del extra_args
         pick, spread = walk(params)
         nodes, gradients = pick(params), pick(updates)
+        if not nodes:
+            return spread([]), trees, 0
         for name, *pair in zip(names(params), nodes, gradients, strict=True):
             wrong = check and check(*pair)
             if wrong:
                 raise ValueError(f"{name}: {wrong}")
-        columns = [pick(tree) for tree in structure().flatten_up_to(trees)]
-        old = [structure().unflatten(column[i] for column in columns) for i in range(len(nodes))]
+        columns, structure = jax.tree.flatten(trees, is_leaf=lambda z: is_column(z, params))
+        rows = zip(*map(pick, columns), strict=True)
+        old = [structure.unflatten(row) for row in rows] if columns else [trees] * len(nodes)
         wide = [widest(node, jnp.float32, *([] if stored is None else [stored])) for node in nodes]
         at, before = ([cast_up(z, d) for z, d in zip(some, wide, strict=True)] for some in (nodes, old))
-        new, after = step(at, gradients, before, count) if nodes else ([], [])
-        after = [jax.tree.map(lambda z, o: z.astype(o.dtype), *pair) for pair in zip(after, old, strict=True)]
-        changes = [
-            jax.tree.map(lambda z, a, p: (z - a).astype(p.dtype), *triple)
-            for triple in zip(new, at, nodes, strict=True)
-        ]
-        return spread(changes), as_trees(after, spread)
+        results = zip(nodes, at, old, *step(at, gradients, before, count), strict=True)
+        changes, states, finite = zip(*(_guarded(*z) for z in results), strict=True)
+        rows = [structure.flatten_up_to(state) for state in states]
+        trees = structure.unflatten(spread(column) for column in zip(*rows, strict=True))
+        return spread(changes), trees, sum(~z for z in finite)
 
-    return _lift(optax.GradientTransformationExtraArgs(init_fn, update_fn), in_dtype(others, stored), joint)
+    def restore_fn(trees, params):
+        of_column = lambda column: mapped(restored, params, column)
+        return jax.tree.map(of_column, trees, is_leaf=lambda z: is_column(z, params))
+
+    return _lift(_OnTrees(init_fn, restore_fn, update_fn), in_dtype(others, stored), joint)
 
 
 def lora_transformation(
@@ -141,11 +152,15 @@ def lora_transformation(
     """
     tx = optax.with_extra_args_support(tx)
 
+    def restore_fn(state, params):
+        of_column = lambda column: mapped(restored, params, column)
+        return optax.tree.map_params(tx, of_column, state, is_leaf=lambda _: True)
+
     def update_fn(updates, state, params, count, **extra_args):
         del count
-        return tx.update(updates, state, params, **extra_args)
+        return _skip_nonfinite(tx, *tx.update(updates, state, params, **extra_args), state)
 
-    return _lift(optax.GradientTransformationExtraArgs(tx.init, update_fn), others, None)
+    return _lift(_OnTrees(tx.init, restore_fn, update_fn), others, None)
 
 
 def each(
@@ -176,11 +191,16 @@ def at_step(learning_rate: optax.ScalarOrSchedule, count: Array) -> Array:
     return value.astype(jnp.promote_types(value.dtype, jnp.float32))
 
 
-def _lift(lora: Any, others: Any, joint: str | None) -> optax.GradientTransformationExtraArgs:
-    """`lora` for the LoRA parameters of a tree, and `others` for the rest.
+class _OnTrees(NamedTuple):
+    """An optimizer of trees of LoRA parameters alone."""
 
-    The update of `lora` is also given the number of steps before this one.
-    """
+    init: Callable[[Any], Any]
+    restore: Callable[[Any, Any], Any]  # (state, params): undoes what a container has made of the state
+    update: Callable[..., Any]  # to (updates, state, how many steps were left out); is given the step's count
+
+
+def _lift(lora: _OnTrees, others: Any, joint: str | None) -> optax.GradientTransformationExtraArgs:
+    """`lora` for the LoRA parameters of a tree, and `others` for the rest."""
     others = optax.with_extra_args_support(others)
 
     def init_fn(params):
@@ -199,16 +219,11 @@ def _lift(lora: Any, others: Any, joint: str | None) -> optax.GradientTransforma
             raise ValueError(f"{joint}: a step in the backward pass sees one LoRA parameter at a time")
         check_gradients(updates, params)
         (lora_updates, other_updates), (at, other_params) = split(updates, params), split(params, params)
-        old = optax.tree.map_params(lora, restore_nodes, state.lora, at, is_leaf=lambda _: True)
-
-        def step(updates, old, at, count):
-            new = lora.update(updates, old, at, count=count, **extra_args)
-            return _skip_nonfinite(lora, *new, old)
-
+        old = lora.restore(state.lora, at)
+        step = lambda updates, old, at, count: lora.update(updates, old, at, count=count, **extra_args)
         like = lambda: specs_of((at, old, state.skipped))
-        lora_updates, lora_state, skipped = under_auto_sharding(
-            step, like, lora_updates, old, at, state.count
-        )
+        found = under_auto_sharding(step, like, lora_updates, old, at, state.count)
+        lora_updates, lora_state, skipped = found
         other_updates, other_state = others.update(other_updates, state.others, other_params, **extra_args)
         updates = jax.tree.map(
             lambda p, u, v: u if is_low_rank(p) else v,
@@ -241,3 +256,13 @@ def _skip_nonfinite(tx: Any, updates: Any, state: Any, old: Any) -> tuple[Any, A
     ]
     skipped = jnp.sum(~jnp.asarray(finite, bool), dtype=jnp.int32)
     return treedef.unflatten(updates), structure.unflatten(kept), skipped
+
+
+def _guarded(param: LowRank, at: LowRank, old: Any, new: LowRank, after: Any) -> tuple[Any, Any, Array]:
+    """(increments, state, whether they are finite) in the types kept; nothing and the old one where not."""
+    change = jax.tree.map(lambda p, x, y: (y - x).astype(p.dtype), param, at, new)
+    after = jax.tree.map(lambda x, y: y.astype(x.dtype), old, after)
+    finite = sum(jnp.sum(z * 0) for z in jax.tree.leaves((change, after))) == 0
+    keep = lambda x, y: jax.lax.select(finite, x, y)
+    still = jax.tree.map(jnp.zeros_like, change)
+    return jax.tree.map(keep, change, still), jax.tree.map(keep, after, old), finite

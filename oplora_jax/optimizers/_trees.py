@@ -34,17 +34,30 @@ def names(params: Any) -> list[str]:
     ]
 
 
-def restore_nodes(like_params: Any, params: Any) -> Any:
-    """`LowRank` nodes where a container has made dicts of them, as `nnx.Optimizer` does."""
-    nodes, treedef = jax.tree.flatten(params, is_leaf=is_low_rank)
-    parts = treedef.flatten_up_to(like_params)
+def restored(node: LowRank, part: Any) -> Any:
+    """What a container has made a dict of, as `nnx.Optimizer` does of the `LowRank` nodes of a state."""
+    if not isinstance(part, Mapping) or not set(part) <= {"a", "b"}:
+        return part
     # Such a container drops a factor without state.
-    factor = lambda part, name: part[name] if name in part else optax.MaskedNode()
-    return treedef.unflatten(
-        LowRank(factor(part, "a"), factor(part, "b"), node.scale)
-        if isinstance(part, Mapping) and set(part) <= {"a", "b"}
-        else part
-        for node, part in zip(nodes, parts, strict=True)
+    return node.with_factors(*(part[name] if name in part else optax.MaskedNode() for name in ("a", "b")))
+
+
+def is_column(part: Any, params: Any) -> bool:
+    """Whether a part of a state is a tree with one entry at each LoRA parameter, and nothing elsewhere."""
+    nodes, treedef = jax.tree.flatten(params, is_leaf=is_low_rank)
+    try:
+        parts = treedef.flatten_up_to(part)
+    except ValueError:
+        return False
+    is_entry = lambda z: isinstance(z, LowRank | Mapping) or hasattr(z, "shape")
+    fits = lambda node, z: is_entry(z) if is_low_rank(node) else not jax.tree.leaves(z)
+    return all(map(fits, nodes, parts))
+
+
+def mapped(function: Any, params: Any, *rest: Any) -> Any:
+    """A function of what stands at each LoRA parameter of some trees, to what is to stand there."""
+    return jax.tree.map(
+        lambda p, *z: function(p, *z) if is_low_rank(p) else p, params, *rest, is_leaf=is_low_rank
     )
 
 
@@ -97,3 +110,27 @@ def owners(tx: optax.GradientTransformation, state: Any, params: Any) -> list[in
         is_leaf=lambda z: isinstance(z, LowRank | optax.MaskedNode),
     )
     return jax.tree.leaves(marked)
+
+
+def update_part(
+    tx: Any,
+    treedef: Any,
+    params: dict[int, Any],
+    gradients: dict[int, Any],
+    arrays: dict[int, Any],
+    **options: Any,
+) -> tuple[list[Any], dict[int, Any]]:
+    """The update of some nodes of a tree alone: the increments of all nodes, and the new arrays of the state.
+
+    Args:
+      tx: an optimizer for trees of this treedef.
+      treedef: with a leaf for each node.
+      params, gradients: of the nodes that are updated, by their places.
+      arrays: their part of the optimizer's state, by the places among all arrays of the whole one.
+      options: for `tx.update`.
+    """
+    only = lambda some: treedef.unflatten(some.get(i, optax.MaskedNode()) for i in range(treedef.num_leaves))
+    part, places = jax.tree.structure(jax.eval_shape(tx.init, only(params))), sorted(arrays)
+    before = part.unflatten(arrays[k] for k in places)
+    updates, after = tx.update(only(gradients), before, only(params), **options)
+    return treedef.flatten_up_to(updates), dict(zip(places, jax.tree.leaves(after), strict=True))

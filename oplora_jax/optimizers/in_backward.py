@@ -12,7 +12,7 @@ from oplora_jax.gradients.capture import Tapped
 from oplora_jax.gradients.value_and_grad import lora_uses, name_of
 from oplora_jax.matrix import OuterProduct, is_low_rank
 from oplora_jax.optimizers._lift import LoRAState
-from oplora_jax.optimizers._trees import owners
+from oplora_jax.optimizers._trees import owners, update_part
 
 
 def value_and_update(
@@ -20,42 +20,33 @@ def value_and_update(
 ) -> Callable[..., Any]:
     r"""`value_and_grad` and `tx.update` in one: each LoRA parameter takes its step in the backward pass.
 
-    The same step as with exact gradients, but a gradient is gone as soon as its layer is done. Under a
-    `jax.lax.scan` over layers, where `value_and_grad` returns the gradients of all layers stacked, x and dy
-    or n x m numbers of each, the memory stays that of one layer: what leaves the backward pass are the
-    increments of the factors and the new state.
-
-    What needs all gradients at once is not possible: clipping by a global norm, accumulation over
-    microbatches, `optax.chain`. The same holds for a base that is given to `svdlora`, `reflora` or as one of
-    their settings, which is not checked. In a scan a step that is not finite is left out, and counted, for
-    each layer by itself. A parameter that the backward pass does not reach, in a branch of `jax.lax.cond`
-    that is not taken or behind `jax.lax.stop_gradient`, is left alone: no momentum, no weight decay.
+    The same step as with exact gradients, but a gradient is gone as soon as its layer is done: the memory of
+    a `jax.lax.scan` over layers is that of one. What needs all gradients at once is not possible: clipping by
+    a global norm, microbatches, `optax.chain` (or such a base of `svdlora`, `reflora` or `lora_plus`, which is
+    not checked). In a scan a step that is not finite is left out, and counted, by layer. A parameter that the
+    backward pass does not reach, as in a branch that is not taken, is left alone.
 
     Args:
-      loss_fn: a function of (params, *args, **kwargs) that returns a scalar loss, or with `has_aux` a pair of
-        the loss and anything else. It uses each LoRA parameter once, through `lora_dot`.
-      tx: one of this package's optimizers, by itself.
-      has_aux: whether the loss returns auxiliary data.
+      loss_fn: as for `value_and_grad`. It uses each LoRA parameter once, through `lora_dot`.
+      tx: one of this package's optimizers, or of `lora_optimizer`, by itself.
+      has_aux: as for `value_and_grad`.
 
     Returns:
-      A function of (params, state, *args, **kwargs), with the state that `tx.init(params)` makes, that
-        returns (value, updates, state); value is (loss, aux) with `has_aux`.
+      A function of (params, state, *args, **kwargs) that returns (value, updates, state), the value a pair
+        (loss, aux) with `has_aux`.
 
     Raises:
-      ValueError: a state that is not of one of this package's optimizers, or a LoRA parameter that is used
-        several times, merged, or cast to another type within the loss; the message names its path.
+      ValueError: a state of another optimizer, or a LoRA parameter that is used several times, merged, or
+        cast to another type within the loss; the message names its path.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
       >>> import oplora_jax
       >>> kernels = jnp.ones((5, 4, 4)) / 4
       >>> layers = oplora_jax.LowRank(jnp.ones((5, 4, 1)), jnp.zeros((5, 1, 4)))
+      >>> layer = lambda x, at: (oplora_jax.lora_dot(x, *at), None)
       >>> def loss_fn(layers, x):
-      ...   def layer(x, at):
-      ...     kernel, lora = at
-      ...     return oplora_jax.lora_dot(x, kernel, lora), None
-      ...   x, _ = jax.lax.scan(layer, x, (kernels, layers))
-      ...   return jnp.mean((x - 3.0) ** 2)
+      ...   return jnp.mean((jax.lax.scan(layer, x, (kernels, layers))[0] - 3.0) ** 2)
       >>> tx = oplora_jax.oplora(0.01)
       >>> step = jax.jit(oplora_jax.value_and_update(loss_fn, tx))
       >>> state, x = tx.init(layers), jnp.ones((2, 4))
@@ -68,107 +59,78 @@ def value_and_update(
 
     def value_and_update_fn(params: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
         paths_and_nodes, treedef = jax.tree.flatten_with_path(params, is_leaf=is_low_rank)
-        nodes, structure = [node for _, node in paths_and_nodes], jax.tree.structure(state)
-        if not isinstance(state, LoRAState):
+        names, nodes = zip(*((name_of(path), z) for path, z in paths_and_nodes), strict=True)
+        (kept, structure), expected = (
+            jax.tree.flatten(state),
+            jax.tree.structure(jax.eval_shape(tx.init, params)),
+        )
+        if not isinstance(state, LoRAState) or structure != expected:
             raise ValueError(
-                f"the state is {type(state).__name__}; expected that of one of this package's optimizers by "
-                "itself. Clipping by a global norm, accumulation and optax.chain need all gradients at once: "
-                "take them with value_and_grad"
-            )
-        if structure != jax.tree.structure(jax.eval_shape(tx.init, params)):
-            raise ValueError(
-                "the state does not belong to these parameters; expected that of tx.init(params)"
+                f"the state is {type(state).__name__}; expected what tx.init(params) makes, with one of this "
+                "package's optimizers by itself. What needs all gradients at once (clipping by a global norm, "
+                "accumulation, optax.chain) takes them with value_and_grad"
             )
 
-        def loss(nodes):
-            out = loss_fn(treedef.unflatten(nodes), *args, **kwargs)
+        def loss(at):
+            out = loss_fn(treedef.unflatten(at), *args, **kwargs)
             return out if has_aux else (out, None)
 
-        uses = lora_uses(lambda nodes: loss(nodes)[0], paths_and_nodes)
-        kept, owner = jax.tree.leaves(state), owners(tx, state, params)
-        others = [i for i, use in enumerate(uses) if use is None]
-        loras = [i for i, use in enumerate(uses) if use is not None]
-        # The arrays of the state that a step of one LoRA parameter sees: its own, and the counters.
-        seen = {i: [k for k, of in enumerate(owner) if of in (i, -1)] for i in loras}
-        own = {i: [k for k in seen[i] if owner[k] == i] for i in loras}
+        uses = lora_uses(lambda at: loss(at)[0], paths_and_nodes)
+        owner = owners(tx, state, params)
+        counters = [k for k, of in enumerate(owner) if of == -1]  # the last one counts skipped steps
+        own = {i: [k for k, of in enumerate(owner) if of == i] for i, z in enumerate(uses) if z is not None}
 
-        def step(chosen, gradients, arrays, **options):
-            """The step of some nodes: a list with their increments, and the arrays of their new state."""
-            only = lambda some: treedef.unflatten(some.get(i, optax.MaskedNode()) for i in range(len(nodes)))
-            before = jax.tree.structure(jax.eval_shape(tx.init, only(chosen))).unflatten(arrays)
-            updates, after = tx.update(only(gradients), before, only(chosen), **options)
-            return treedef.flatten_up_to(updates), jax.tree.leaves(after)
+        def rule(i, a, b, held, x, dy):
+            """What the taps capture: increments, the new state, whether this ran, whether it was skipped."""
+            if a.dtype != nodes[i].a.dtype:  # the state would be rounded too
+                raise ValueError(
+                    f"{names[i]}: the loss casts this LoRA parameter to {a.dtype}; expected "
+                    f"{nodes[i].a.dtype}. Cast x and the kernel alone, or use value_and_grad"
+                )
+            at, last = (0,) * (a.ndim - 2), counters[-1]
+            arrays = dict(zip([*own[i], *counters], held, strict=True))
+            arrays |= {k: arrays[k][at] for k in counters}
+            chosen, gradients = {i: nodes[i].with_factors(a, b)}, {i: OuterProduct(x, dy)}
+            updates, new = update_part(tx, treedef, chosen, gradients, arrays, in_backward=True)
+            ran = jnp.ones(a.shape[:-2])
+            skipped = jnp.zeros_like(ran).at[at].set(new[last] - arrays[last])
+            return updates[i].a, updates[i].b, *(new[k] for k in own[i]), ran, skipped
 
-        def rule_of(i):
-            types = [z.dtype for z in (nodes[i].a, nodes[i].b, *(kept[k] for k in seen[i]))]
-
-            def rule(a, b, held, x, dy):
-                if [z.dtype for z in (a, b, *held)] != types:  # the state would be rounded too
-                    raise ValueError(
-                        f"{name_of(paths_and_nodes[i][0])}: the loss casts this LoRA parameter to {a.dtype}; "
-                        f"expected {nodes[i].a.dtype}, as lora_dot computes in the type of x and the kernel. Cast "
-                        "those alone, or take the gradients with value_and_grad"
-                    )
-                at = (0,) * (a.ndim - 2)
-                arrays = [z if k in own[i] else z[at] for k, z in zip(seen[i], held, strict=True)]
-                chosen, gradients = {i: nodes[i].with_factors(a, b)}, {i: OuterProduct(x, dy)}
-                updates, after = step(chosen, gradients, arrays, in_backward=True)
-                new = [z for k, z in zip(seen[i], after, strict=True) if k in own[i]]
-                ran = jnp.ones(a.shape[:-2])
-                skipped = jnp.zeros_like(ran).at[at].set(after[-1] - arrays[-1])
-                return updates[i].a, updates[i].b, *new, ran, skipped
-
-            return rule
-
-        def taps(i):
-            """Zeros for what a rule returns; none for a parameter that is not used."""
-            name, batch = name_of(paths_and_nodes[i][0]), nodes[i].shape[:-2]
+        held, taps = {}, list(nodes)
+        for i, places in own.items():
             if not uses[i].once:
                 raise ValueError(
-                    f"{name}: a step in the backward pass needs one use per forward pass, through lora_dot, "
-                    f"but this LoRA parameter of shape {nodes[i].shape} is {uses[i]}. Take the gradients with "
-                    "value_and_grad"
+                    f"{names[i]}: a step in the backward pass needs one use per forward pass, through "
+                    f"lora_dot, but this LoRA parameter is {uses[i]}. Use value_and_grad"
                 )
-            for k in own[i]:
-                if not jnp.issubdtype(kept[k].dtype, jnp.floating):
-                    raise ValueError(f"{name}: its state has {kept[k].dtype}; expected floating point")
-            like = nodes[i].a, nodes[i].b, *(kept[k] for k in own[i])
-            return (*map(jnp.zeros_like, like), jnp.zeros(batch), jnp.zeros(batch)) if uses[i].places else ()
+            batch, arrays = nodes[i].shape[:-2], [kept[k] for k in places]
+            # Counters for each entry of the batch axes: a scan takes them along.
+            held[i] = (*arrays, *(jnp.broadcast_to(kept[k], (*batch, *kept[k].shape)) for k in counters))
+            like = nodes[i].a, nodes[i].b, *arrays, jnp.zeros(batch), jnp.zeros(batch)
+            taps[i] = tuple(map(jnp.zeros_like, like)) if uses[i].places else ()
 
-        def held(i):
-            """The state's arrays, with counters for each entry of the batch axes: a scan takes them along."""
-            spread = lambda z: jnp.broadcast_to(z, (*nodes[i].shape[:-2], *z.shape))
-            return tuple(kept[k] if k in own[i] else spread(kept[k]) for k in seen[i])
-
-        def tapped_loss(at):
-            at = list(at)
-            for i in loras:
-                a, b, scale, roles = nodes[i].a, nodes[i].b, nodes[i].scale, nodes[i].roles
-                at[i] = Tapped(a, b, scale, roles, at[i], held(i), rule_of(i)) if at[i] else nodes[i]
+        def tapped_loss(taps):
+            at = list(taps)
+            for i in own:
+                fields, step = vars(nodes[i]), functools.partial(rule, i)
+                at[i] = Tapped(**fields, tap=taps[i], held=held[i], rule=step) if taps[i] else nodes[i]
             return loss(at)
 
-        at = [node if use is None else taps(i) for i, (node, use) in enumerate(zip(nodes, uses, strict=True))]
-        (value, aux), cotangents = jax.value_and_grad(tapped_loss, has_aux=True)(at)
-
-        shared = [k for k, of in enumerate(owner) if of in (-1, *others)]
-        found = step(
-            {i: nodes[i] for i in others}, {i: cotangents[i] for i in others}, [kept[k] for k in shared]
-        )
-        updates, new = found[0], dict(zip(shared, found[1], strict=True))
-        for i in loras:
-            (*batch, n, m), result = nodes[i].shape, cotangents[i]
-            if not result:  # of an unused parameter: one row of zeros
-                rows = (
-                    jnp.zeros((*batch, 1, n), nodes[i].a.dtype),
-                    jnp.zeros((*batch, 1, m), nodes[i].b.dtype),
-                )
-                result = rule_of(i)(nodes[i].a, nodes[i].b, held(i), *rows)
-            a, b, *after, ran, skipped = result
-            updates[i] = nodes[i].with_factors(a, b)
-            for k, z in zip(own[i], after, strict=True):
+        (value, aux), found = jax.value_and_grad(tapped_loss, has_aux=True)(taps)
+        rest = {i: node for i, node in enumerate(nodes) if i not in own}
+        arrays = {k: kept[k] for k, of in enumerate(owner) if of not in own}
+        updates, new = update_part(tx, treedef, rest, {i: found[i] for i in rest}, arrays)
+        for i, places in own.items():
+            a, b, *batch = nodes[i].a, nodes[i].b, *nodes[i].shape[:-2]
+            if not found[i]:  # of an unused parameter: one row of zeros
+                rows = (jnp.zeros((*batch, 1, size), a.dtype) for size in nodes[i].shape[-2:])
+                found[i] = rule(i, a, b, held[i], *rows)
+            da, db, *after, ran, skipped = found[i]
+            updates[i] = nodes[i].with_factors(da, db)
+            for k, z in zip(places, after, strict=True):
                 new[k] = jnp.where(ran.reshape(*batch, *[1] * (z.ndim - len(batch))) > 0, z, kept[k])
-            new[len(kept) - 1] += jnp.sum(skipped).astype(jnp.int32)
-        value = (value, aux) if has_aux else value
-        return value, treedef.unflatten(updates), structure.unflatten(new[k] for k in range(len(kept)))
+            new[counters[-1]] += jnp.sum(skipped).astype(jnp.int32)
+        after = structure.unflatten(new[k] for k in range(len(kept)))
+        return ((value, aux) if has_aux else value), treedef.unflatten(updates), after
 
     return functools.wraps(loss_fn)(value_and_update_fn)

@@ -5,8 +5,8 @@ import optax
 
 from oplora_jax.gradients.tangent import full_gradient
 from oplora_jax.matrix import LowRank, to_dense
-from oplora_jax.optimizers._factors import mapped
 from oplora_jax.optimizers._lift import lora_transformation
+from oplora_jax.optimizers._trees import mapped
 from oplora_jax.svd import svd
 
 
