@@ -12,10 +12,10 @@ import pytest
 
 from benchmarks import approximations, bounds, encoder, matrix, powers, steps, timing
 from benchmarks.__main__ import main
-from benchmarks.counts import count
 from benchmarks.layers import Layers
 from benchmarks.stack import Stack
 from experiments.catalogue import OPTIMIZERS
+from experiments.counts import count
 from experiments.methods import find
 from oplora_jax import LowRank, lorsum, svd
 from tests.experiments.test_encoder import BERT, random_tensors, write
