@@ -1,5 +1,6 @@
 """LoRA optimizers that step like full fine-tuning, as Optax gradient transformations."""
 
+from oplora_jax import optimizers
 from oplora_jax.adapters import (
     from_low_rank,
     init_lora,
@@ -28,24 +29,7 @@ from oplora_jax.matrix import (
     to_dense,
 )
 from oplora_jax.metrics import KroneckerMetric
-from oplora_jax.optimizers import (
-    altlora,
-    altlora_plus,
-    lora_fa,
-    lora_plus,
-    lora_pre,
-    lora_pro,
-    lora_pro_sgd,
-    lora_rite,
-    mofasgd,
-    oplora,
-    reflora,
-    scaled_adamw,
-    scaled_gd,
-    scaled_oplora,
-    set_to_zero,
-    svdlora,
-)
+from oplora_jax.optimizers import *  # noqa: F403
 from oplora_jax.optimizers.in_backward import value_and_update
 from oplora_jax.svd import svd
 
@@ -56,8 +40,6 @@ __all__ = [
     "KroneckerMetric",
     "LowRank",
     "OuterProduct",
-    "altlora",
-    "altlora_plus",
     "clip_by_global_norm",
     "frobenius_norm",
     "from_low_rank",
@@ -67,29 +49,16 @@ __all__ = [
     "inner_product",
     "is_low_rank",
     "lora_dot",
-    "lora_fa",
-    "lora_plus",
-    "lora_pre",
-    "lora_pro",
-    "lora_pro_sgd",
-    "lora_rite",
     "lorsum",
     "merge",
     "merge_and_restart",
     "merge_and_restart_layers",
-    "mofasgd",
-    "oplora",
     "pair_factors",
-    "reflora",
-    "scaled_adamw",
-    "scaled_gd",
-    "scaled_oplora",
-    "set_to_zero",
     "svd",
-    "svdlora",
     "tangent_gradient",
     "to_dense",
     "to_low_rank",
     "value_and_grad",
     "value_and_update",
 ]
+__all__ += optimizers.__all__

@@ -9,6 +9,7 @@ from jaxtyping import Array
 
 from oplora_jax.matrix import HIGHEST, compute_dtype, matmul, transpose
 from oplora_jax.optimizers._factors import from_thin, gram_inverse, thin_factors_and_gradients
+from oplora_jax.optimizers._facts import facts
 from oplora_jax.optimizers._lift import at_step, for_lora, is_zero, map_lora
 
 
@@ -21,6 +22,9 @@ class AltLoRAState(NamedTuple):
     second_moment: Any = None  # altlora_plus: likewise, of float32 at least
 
 
+@facts(
+    gradient="factors", source="2505.12455", invariant="orthogonal", invariant_with={"regularization": 0.0}
+)
 def altlora(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -83,6 +87,7 @@ def altlora(
     return for_lora(lora, plain if others is None else others)
 
 
+@facts(gradient="factors", source="2505.12455", invariant="none")
 def altlora_plus(
     learning_rate: optax.ScalarOrSchedule,
     *,

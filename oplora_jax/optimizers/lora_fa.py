@@ -6,9 +6,11 @@ import optax
 
 from oplora_jax.matrix import HIGHEST, LowRank, Matrix, compute_dtype, left_product, matmul, transpose
 from oplora_jax.optimizers._factors import gram_inverse
+from oplora_jax.optimizers._facts import facts
 from oplora_jax.optimizers._lift import for_lora, map_lora, on_factor
 
 
+@facts(gradient="factors", source="2308.03303", invariant="none")
 def lora_fa(
     learning_rate: optax.ScalarOrSchedule,
     *,

@@ -22,6 +22,7 @@ from oplora_jax.matrix import (
     transpose,
 )
 from oplora_jax.optimizers._factors import gram_inverse, orthonormal
+from oplora_jax.optimizers._facts import facts
 from oplora_jax.optimizers._lift import at_step, difference, for_lora, full_gradient, is_zero, map_lora
 from oplora_jax.optimizers.momentum import init_momentum
 
@@ -34,6 +35,7 @@ class LoRAPreState(NamedTuple):
     magnitude: Any  # likewise, the average of |G|: the root of Adam's second moment
 
 
+@facts(gradient="exact", source="2602.24283", invariant="orthogonal", invariant_with={"regularization": 0.0})
 def lora_pre(
     learning_rate: optax.ScalarOrSchedule,
     *,

@@ -14,11 +14,13 @@ from oplora_jax.optimizers._factors import (
     sylvester,
     thin_factors_and_gradients,
 )
+from oplora_jax.optimizers._facts import facts
 from oplora_jax.optimizers._lift import for_lora, is_zero, map_lora
 
 XMode = Literal["sylvester", "zero"]
 
 
+@facts(gradient="factors", source="2407.18242", invariant="orthogonal", invariant_with={"x_mode": "zero"})
 def lora_pro(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -74,6 +76,7 @@ def lora_pro(
     return for_lora(lora, plain if others is None else others)
 
 
+@facts(gradient="factors", source="2407.18242", invariant="orthogonal", invariant_with={"x_mode": "zero"})
 def lora_pro_sgd(
     learning_rate: optax.ScalarOrSchedule,
     *,

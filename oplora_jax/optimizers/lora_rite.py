@@ -15,6 +15,7 @@ from oplora_jax.optimizers._factors import (
     pseudo_inverse,
     thin_factors_and_gradients,
 )
+from oplora_jax.optimizers._facts import facts
 from oplora_jax.optimizers._lift import at_step, for_lora, map_lora
 
 
@@ -28,6 +29,7 @@ class LoRARITEState(NamedTuple):
     escaped_mass: tuple[Any, Any] | None = None  # likewise: (*batch, 1, 1); None without
 
 
+@facts(gradient="factors", source="2410.20625", invariant="any")
 def lora_rite(
     learning_rate: optax.ScalarOrSchedule,
     *,

@@ -19,6 +19,7 @@ from oplora_jax.matrix import (
     transpose,
 )
 from oplora_jax.optimizers._factors import is_determined, orthonormal
+from oplora_jax.optimizers._facts import facts
 from oplora_jax.optimizers._lift import (
     at_step,
     difference,
@@ -38,6 +39,7 @@ class MoFaSGDState(NamedTuple):
     right: Any  # V^T, (*batch, r, m), orthonormal rows
 
 
+@facts(gradient="exact", source="2507.08091", invariant="any")
 def mofasgd(
     learning_rate: optax.ScalarOrSchedule,
     *,

@@ -18,6 +18,7 @@ from oplora_jax.matrix import (
     to_unit_scale,
     transpose,
 )
+from oplora_jax.optimizers._facts import facts
 from oplora_jax.optimizers._lift import at_step, difference, for_lora, full_gradient, is_zero, map_lora
 from oplora_jax.optimizers.momentum import init_momentum, momentum_rule, take_steps
 from oplora_jax.optimizers.precision import check_state_dtype
@@ -33,6 +34,7 @@ class OPLoRAState(NamedTuple):
     previous: Any = None  # "projected" alone: the factors that its buffers belong to
 
 
+@facts(gradient="exact", source="2509.19977", invariant="orthogonal", invariant_with={"regularization": 0.0})
 def oplora(
     learning_rate: optax.ScalarOrSchedule,
     *,

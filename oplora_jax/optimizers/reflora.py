@@ -1,5 +1,6 @@
 """RefLoRA: the gradient at the most favourable split of a b into factors, for any optimizer."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ from jaxtyping import Array, Float
 
 from oplora_jax.matrix import HIGHEST, finite_or_nan, matmul, transpose
 from oplora_jax.optimizers._factors import from_thin, is_determined, orthonormal, thin_factors_and_gradients
+from oplora_jax.optimizers._facts import facts
 from oplora_jax.optimizers._lift import for_lora, map_lora
 
 
@@ -17,6 +19,7 @@ class RefLoRAState(NamedTuple):
     count: Array  # int32 ()
 
 
+@facts(gradient="factors", source="2505.18877", invariant="none", base=partial(optax.adamw, weight_decay=0.0))
 def reflora(
     base: optax.GradientTransformation,
     *,

@@ -14,10 +14,14 @@ from oplora_jax.matrix import (
     to_unit_scale,
     transpose,
 )
+from oplora_jax.optimizers._facts import facts
 from oplora_jax.optimizers._lift import for_lora, is_zero, map_lora
 from oplora_jax.solve import inverse
 
 
+@facts(
+    gradient="factors", source="2402.02347", invariant="orthogonal", invariant_with={"regularization": 0.0}
+)
 def scaled_gd(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -64,6 +68,7 @@ def scaled_gd(
     return _preconditioned(plain, regularization, others)
 
 
+@facts(gradient="factors", source="2402.02347", invariant="none")
 def scaled_adamw(
     learning_rate: optax.ScalarOrSchedule,
     *,

@@ -17,6 +17,7 @@ from oplora_jax.metrics import (
     powers,
     shampoo_moments,
 )
+from oplora_jax.optimizers._facts import facts
 from oplora_jax.optimizers._lift import at_step, for_lora, full_gradient, is_zero, map_lora
 from oplora_jax.optimizers.momentum import init_momentum, momentum_rule, take_steps
 from oplora_jax.optimizers.precision import check_state_dtype
@@ -33,6 +34,7 @@ class ScaledOPLoRAState(NamedTuple):
     inverse_metric: KroneckerMetric | None = None  # likewise
 
 
+@facts(gradient="moments", source="2602.16456", invariant="orthogonal")
 def scaled_oplora(
     learning_rate: optax.ScalarOrSchedule,
     *,

@@ -1,15 +1,18 @@
 """SVDLoRA: the full step, then the best approximation of rank r. The gold standard, at full cost."""
 
+from functools import partial
 from typing import Any
 
 import jax
 import optax
 
 from oplora_jax.matrix import is_low_rank, to_dense
+from oplora_jax.optimizers._facts import facts
 from oplora_jax.optimizers._lift import difference, for_lora, full_gradient, map_lora
 from oplora_jax.svd import svd
 
 
+@facts(gradient="exact", source="2509.19977", invariant="any", base=partial(optax.sgd, momentum=0.9))
 def svdlora(
     base: optax.GradientTransformation,
     rank: int | None = None,
