@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import ExperimentError
-from experiments.catalogue import OPTIMIZERS, markdown, state_size, update_operations, write_into
+from experiments.__main__ import main
+from experiments.catalogue import OPTIMIZERS, markdown, state_size, update_operations
 from oplora_jax import LowRank
 from tests.optimizers.cases import CASES, dense_tree, gradient_of, problem, run
 
@@ -79,14 +79,14 @@ def test_the_table():
     )
 
 
-def test_the_table_is_replaced_in_a_file(tmp_path):
+def test_the_table_is_replaced_in_a_file(tmp_path, capsys):
     path = tmp_path / "page.md"
     path.write_text("before\n\n| optimizer | old |\n| --- | --- |\n| `oplora` | 1 |\n\nafter | here\n")
-    write_into(path)
+    assert main(["optimizers", "--into", str(path)]) == 0
     assert path.read_text() == f"before\n\n{markdown()}\n\nafter | here\n"
     path.write_text("nothing here\n")
-    with pytest.raises(ExperimentError, match=r"page\.md has 0 tables"):
-        write_into(path)
+    assert main(["optimizers", "--into", str(path)]) == 1
+    assert "page.md has 0 tables that begin with '| optimizer |'; expected one" in capsys.readouterr().err
     assert path.read_text() == "nothing here\n"
 
 
