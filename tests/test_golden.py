@@ -147,7 +147,7 @@ def test_trajectory(name, kind):
         (params, state)
     )
     np.testing.assert_allclose(losses, data["losses"], rtol=RTOL)
-    assert len(data["record"]) == 5
+    assert len(data["record"]) == 5 and bool(sides) == ("metric_type" in config)
     for t in data["record"]:
         expected = data[f"step{t}_delta"] if "a" not in data else data[f"step{t}_a"] @ data[f"step{t}_b"]
         assert_close(to_dense(path)[t - 1], expected)

@@ -19,7 +19,7 @@ from experiments.catalogue import OPTIMIZERS
 from experiments.counts import count, distinct_fusions, instructions
 from experiments.methods import find
 from oplora_jax import LowRank, lorsum, svd
-from tests.experiments.test_encoder import BERT, random_tensors, write
+from tests.experiments.encoders import BERT, random_tensors, write
 from tests.reference import truncated_svd
 
 TINY = Layers(layers=2, width=16, tokens=32, rank=4)

