@@ -1,6 +1,6 @@
 """The command line: `python -m benchmarks WORKLOAD`.
 
-WORKLOAD is stack, encoder, matrix or scaling.
+WORKLOAD is stack, unrolled, encoder, matrix or scaling.
 """
 
 import sys
@@ -14,19 +14,25 @@ from benchmarks.encoder import Encoder
 from benchmarks.matrix import Matrix
 from benchmarks.scaling import Scaling
 from benchmarks.stack import Stack
+from benchmarks.unrolled import Unrolled
 from experiments import ExperimentError
 
 Workload = Annotated[
-    Stack | Encoder | Matrix | Scaling, tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes
+    Stack | Unrolled | Encoder | Matrix | Scaling, tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes
 ]
+
+
+def parse(arguments: Sequence[str] | None = None) -> Stack | Unrolled | Encoder | Matrix | Scaling:
+    """The workload of a command line, of the process's own if None."""
+    return tyro.cli(Workload, prog="python -m benchmarks", description=__doc__, args=arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit status."""
-    workload = tyro.cli(Workload, prog="python -m benchmarks", description=__doc__, args=arguments)
+    workload = parse(arguments)
     console = Console()
     if not console.is_terminal:
-        console = Console(width=140)
+        console = Console(width=170)
     try:
         workload.run(console)
     except (ExperimentError, OSError) as error:

@@ -1,4 +1,4 @@
-"""`benchmark encoder`: a training step of the text task's pretrained encoder."""
+"""`python -m benchmarks encoder`: a training step of the text task's pretrained encoder."""
 
 import dataclasses
 from pathlib import Path

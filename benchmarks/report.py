@@ -25,6 +25,8 @@ _COLUMNS = (
     ("temporary", "temporary_bytes", 2**20, "MiB"),
     ("peak", "peak_bytes", 2**20, "MiB"),
     ("state", "optimizer_bytes", 2**20, "MiB"),
+    ("instructions", "instructions", 1, ""),
+    ("fusions", "fusions", 1, ""),
     ("compile", "compile_seconds", 1, "s"),
 )
 _PANELS = {
@@ -89,7 +91,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         cells = [f"{row[f'{name}_ratio']:.3f}" for _, name, *_ in _COLUMNS]
         if row is rows[0]:
-            cells = [f"{row[name] / unit:.3g} {of}" for _, name, unit, of in _COLUMNS]
+            cells = [_quantity(row[name], unit, of) for _, name, unit, of in _COLUMNS]
         cells.append(f"{_operations(row) / _operations(rows[0]):.3f}")
         if timed:
             ratios = (row[f"time_ratio{part}"] for part in ("", "_least", "_largest"))
@@ -102,6 +104,10 @@ def table(rows: list[dict[str, Any]]) -> Table:
     if timed:
         shown.caption += "; bound: the flops at the rate of a large product, or the bytes at that of a copy"
     return shown
+
+
+def _quantity(value: float, unit: float, name: str) -> str:
+    return f"{value / unit:.3g} {name}" if name else str(value)
 
 
 def _operations(row: dict[str, Any]) -> float:

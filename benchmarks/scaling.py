@@ -1,4 +1,4 @@
-"""`benchmark scaling`: how the cost of a training step grows with depth, width and tokens."""
+"""`python -m benchmarks scaling`: how the cost of a training step grows with depth, width and tokens."""
 
 import dataclasses
 from collections.abc import Callable, Iterator

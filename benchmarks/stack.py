@@ -1,4 +1,4 @@
-"""`benchmark stack`: a training step of many layers of one size."""
+"""`python -m benchmarks stack`: a training step of many layers of one size."""
 
 import dataclasses
 from pathlib import Path

@@ -12,9 +12,9 @@ import optax
 
 import oplora_jax
 from benchmarks.bounds import measure_rates
-from benchmarks.counts import Counts, compile_anew, count
 from benchmarks.timing import alternate, runner
 from experiments import ExperimentError, methods
+from experiments.counts import Counts, compile_anew, count
 from experiments.task import Task
 from experiments.training import State, advance, make_optimizer, size_in_bytes
 
@@ -44,6 +44,8 @@ COUNTED = (
     "temporary_bytes",
     "peak_bytes",
     "optimizer_bytes",
+    "instructions",
+    "fusions",
     "compile_seconds",
 )
 TIMED = (

@@ -81,6 +81,9 @@ class Ablate:
 class Optimizers:
     """Print the table of all optimizers: what each needs, keeps and costs."""
 
+    into: Path | None = None
+    """A Markdown file whose table of optimizers is to be replaced instead, as README.md."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit status."""
@@ -146,9 +149,12 @@ def ablate(command: Ablate, console: Console) -> None:
 
 
 def optimizers(command: Optimizers, console: Console) -> None:
-    """Prints the table of all optimizers, in Markdown."""
-    del command, console  # nothing to set, and no line to be wrapped
-    print(catalogue.markdown())
+    """Prints the table of all optimizers, in Markdown, or writes it into a file."""
+    if command.into is None:
+        print(catalogue.markdown())  # no line is to be wrapped
+    else:
+        catalogue.write_into(command.into)
+        console.print(f"in {command.into}", soft_wrap=True)
 
 
 def _groups(command: Compare | Ablate, names: tuple[str, ...], console: Console) -> list[report.Group]:

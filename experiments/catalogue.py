@@ -1,218 +1,62 @@
-"""What there is to know of each optimizer before one is chosen: `python -m experiments optimizers`."""
+"""What there is to know of each optimizer before one is chosen: `python -m experiments optimizers`.
 
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+What it works from, its paper and which split into factors matters to it are declared where the optimizer is;
+what it keeps and costs is counted here.
+"""
 
+import re
+from functools import cache, partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
 import optax
 
-import oplora_jax
+from experiments import ExperimentError, storage
+from experiments.counts import operations
+from oplora_jax import LowRank, OuterProduct
+from oplora_jax.optimizers import OPTIMIZERS as OURS
+from oplora_jax.optimizers._facts import Facts
 
-
-class Optimizer(NamedTuple):
-    """Facts about one optimizer at one LoRA parameter, of shape (n, m) and rank r, with N tokens.
-
-    factory takes a learning rate and settings, and `others` unless it is Optax's own. needs is the gradient
-    it works from: the "factors'" derivatives, which every kind has in it; an "exact" one, for which the
-    factors' derivatives stand in as their projection on the tangent space; or an exact one with its
-    "moments" (an `OuterProduct`, or a `DenseGradient`). state is how many numbers it keeps. step is how many
-    operations its update takes, by the cheapest gradient it works from and without the backward pass, in
-    leading terms; a decomposition that outweighs them is named in plus. gauge tells which R leave the path of
-    the increment alone when training starts from a R, R^-1 b instead of a, b: "any" invertible one, an
-    "orthogonal" one, or "none". With the settings gauge_exact it is any.
-    """
-
-    factory: Callable[..., optax.GradientTransformation]
-    needs: Literal["factors", "exact", "moments"]
-    state: str
-    step: str
-    gauge: Literal["any", "orthogonal", "none"]
-    source: str
-    gauge_exact: dict[str, Any] | None = None
-    plus: str = ""
-
-    def state_size(self, n: int, m: int, r: int) -> int:
-        """The numbers in the state of one LoRA parameter, counters aside."""
-        return _evaluate(self.state, n=n, m=m, r=r)
-
-    def step_operations(self, n: int, m: int, r: int, tokens: int) -> int:
-        """The leading operations of one update of one LoRA parameter."""
-        return _evaluate(self.step, n=n, m=m, r=r, N=tokens)
-
-
-def _evaluate(formula: str, **sizes: int) -> int:
-    return eval(formula, {"min": min}, sizes)
-
-
-def _sgd(learning_rate: Any, momentum: Any = 0.9) -> optax.GradientTransformation:
-    return optax.sgd(learning_rate, momentum)
-
-
-def _adamw(learning_rate: Any, **settings: Any) -> optax.GradientTransformation:
-    return optax.adamw(learning_rate, **{"weight_decay": 0.0, **settings})
-
-
-def _svdlora(learning_rate: Any, momentum: Any = 0.9, **settings: Any) -> optax.GradientTransformation:
-    return oplora_jax.svdlora(optax.sgd(learning_rate, momentum), **settings)
-
-
-def _paper(number: str) -> str:
-    return f"[{number}](https://arxiv.org/abs/{number})"
-
-
-def _reflora(learning_rate: Any, **settings: Any) -> optax.GradientTransformation:
-    return oplora_jax.reflora(_adamw(learning_rate), **settings)
-
-
-_LORA, _OPLORA, _PRECONDITIONED = _paper("2106.09685"), _paper("2509.19977"), _paper("2402.02347")
-_ALTLORA, _LORA_PRO = _paper("2505.12455"), _paper("2407.18242")
-
+# Optax's own, of the factors, that the tables hold the others against.
 OPTIMIZERS = {
-    "optax.sgd": Optimizer(
-        _sgd, needs="factors", state="r * (n + m)", step="3 * r * (n + m)", gauge="orthogonal", source=_LORA
-    ),
-    "optax.adamw": Optimizer(
-        _adamw,
-        needs="factors",
-        state="2 * r * (n + m)",
-        step="12 * r * (n + m)",
-        gauge="none",
-        source=_LORA,
-    ),
-    "oplora": Optimizer(
-        oplora_jax.oplora,
-        needs="exact",
-        state="r * (n + m)",
-        step="8 * N * r * (n + m)",
-        gauge="orthogonal",
-        source=_OPLORA,
-        gauge_exact={"regularization": 0.0},
-    ),
-    "scaled_oplora": Optimizer(
-        oplora_jax.scaled_oplora,
-        needs="moments",
-        state="(r + 1) * (n + m)",
-        step="(8 * r + 2) * N * (n + m)",
-        gauge="orthogonal",
-        source=_paper("2602.16456"),
-    ),
-    "svdlora": Optimizer(
-        _svdlora,
-        needs="exact",
-        state="n * m",
-        step="2 * n * m * (r + N)",
-        gauge="any",
-        source=_OPLORA,
-        plus="SVD of n x m",
-    ),
-    "scaled_gd": Optimizer(
-        oplora_jax.scaled_gd,
-        needs="factors",
-        state="0",
-        step="(4 * r + 5) * r * (n + m)",
-        gauge="orthogonal",
-        source=_PRECONDITIONED,
-        gauge_exact={"regularization": 0.0},
-    ),
-    "scaled_adamw": Optimizer(
-        oplora_jax.scaled_adamw,
-        needs="factors",
-        state="2 * r * (n + m)",
-        step="(4 * r + 22) * r * (n + m)",
-        gauge="none",
-        source=_PRECONDITIONED,
-    ),
-    "altlora": Optimizer(
-        oplora_jax.altlora,
-        needs="factors",
-        state="2 * r * (n + m)",
-        step="(8 * r + 28) * r * (n + m)",
-        gauge="orthogonal",
-        source=_ALTLORA,
-        gauge_exact={"regularization": 0.0},
-    ),
-    "altlora_plus": Optimizer(
-        oplora_jax.altlora_plus,
-        needs="factors",
-        state="3 * r * (n + m)",
-        step="(8 * r + 38) * r * (n + m)",
-        gauge="none",
-        source=_ALTLORA,
-    ),
-    "lora_rite": Optimizer(
-        oplora_jax.lora_rite,
-        needs="factors",
-        state="2 * r * (n + m) + 2 * r**2",
-        step="(14 * r + 27) * r * (n + m)",
-        plus="QR of the factors",
-        gauge="any",
-        source=_paper("2410.20625"),
-    ),
-    "lora_pro": Optimizer(
-        oplora_jax.lora_pro,
-        needs="factors",
-        state="2 * n * m",
-        step="(8 * r + 18) * n * m",
-        gauge="orthogonal",
-        source=_LORA_PRO,
-        gauge_exact={"x_mode": "zero"},
-    ),
-    "lora_pro_sgd": Optimizer(
-        oplora_jax.lora_pro_sgd,
-        needs="factors",
-        state="0",
-        step="(9 * r + 8) * r * (n + m)",
-        gauge="orthogonal",
-        source=_LORA_PRO,
-        gauge_exact={"x_mode": "zero"},
-    ),
-    "lora_fa": Optimizer(
-        oplora_jax.lora_fa,
-        needs="factors",
-        state="2 * r * m",
-        step="(2 * r + 12) * r * (n + m)",
-        gauge="none",
-        source=_paper("2308.03303"),
-    ),
-    "lora_plus": Optimizer(
-        oplora_jax.lora_plus,
-        needs="factors",
-        state="2 * r * (n + m)",
-        step="22 * r * (n + m)",
-        gauge="none",
-        source=_paper("2402.12354"),
-    ),
-    "lora_pre": Optimizer(
-        oplora_jax.lora_pre,
-        needs="exact",
-        state="2 * r * (n + m)",
-        step="(2 * N + 16 * r) * n * m",
-        plus="QR of the factors",
-        gauge="orthogonal",
-        source=_paper("2602.24283"),
-        gauge_exact={"regularization": 0.0},
-    ),
-    "mofasgd": Optimizer(
-        oplora_jax.mofasgd,
-        needs="exact",
-        state="r * (n + m + 1)",
-        step="8 * N * r * (n + m)",
-        plus="QR of 2 r columns",
-        gauge="any",
-        source=_paper("2507.08091"),
-    ),
-    "reflora": Optimizer(
-        _reflora,
-        needs="factors",
-        state="2 * r * (n + m)",
-        step="(2 * r + 24) * r * (n + m)",
-        plus="QR of the factors",
-        gauge="none",
-        source=_paper("2505.18877"),
-    ),
+    "optax.sgd": Facts(partial(optax.sgd, momentum=0.9), "factors", "2106.09685", "orthogonal", {}),
+    "optax.adamw": Facts(partial(optax.adamw, weight_decay=0.0), "factors", "2106.09685", "none", {}),
+    **OURS,
 }
 
-_NEEDS = {"factors": "factors", "exact": "exact", "moments": "exact, with moments"}
-_GAUGES = {"any": "any R", "orthogonal": "orthogonal R", "none": "none"}
+# Of the table's LoRA parameter, (n, m) and r, and of the tokens N.
+N, M, RANK, TOKENS = 768, 768, 8, 4096
+
+_GRADIENTS = {"factors": "factors", "exact": "exact", "moments": "exact, with moments"}
+_INVARIANT = {"any": "any R", "orthogonal": "orthogonal R", "none": "none"}
+
+
+def state_size(name: str, n: int, m: int, rank: int) -> int:
+    """The numbers in an optimizer's state of one LoRA parameter, counters aside."""
+    state = jax.eval_shape(OPTIMIZERS[name].factory(0.1).init, _low_rank(n, m, rank))
+    return sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim)
+
+
+@cache
+def update_operations(name: str, n: int, m: int, rank: int, tokens: int) -> float:
+    """The operations of an optimizer's update of one LoRA parameter, of its compiled program.
+
+    Its gradient is that of the factors if that is what the optimizer works from, and else an `OuterProduct`.
+    """
+    facts, param = OPTIMIZERS[name], _low_rank(n, m, rank)
+    outer = OuterProduct(_shape(tokens, n), _shape(tokens, m))
+    tx = facts.factory(0.1)
+    state = jax.eval_shape(tx.init, param)
+    return operations(tx.update, param if facts.gradient == "factors" else outer, state, param)
+
+
+def _low_rank(n: int, m: int, rank: int) -> LowRank:
+    return LowRank(_shape(n, rank), _shape(rank, m))
+
+
+def _shape(*sizes: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(sizes, jnp.float32)
 
 
 def markdown() -> str:
@@ -221,15 +65,33 @@ def markdown() -> str:
         ("optimizer", "gradient", "state", "operations of a step", "unchanged under", "source"),
         ("---",) * 6,
     ]
-    for name, entry in OPTIMIZERS.items():
-        step = " + ".join(filter(None, [_formula(entry.step), entry.plus]))
-        gauge = _GAUGES[entry.gauge]
-        if entry.gauge_exact:
-            settings = ", ".join(f"{key}={value!r}" for key, value in entry.gauge_exact.items())
-            gauge += f" (any R with `{settings}`)"
-        rows.append((f"`{name}`", _NEEDS[entry.needs], _formula(entry.state), step, gauge, entry.source))
+    for name, facts in OPTIMIZERS.items():
+        size = state_size(name, N, M, RANK) / (RANK * (N + M))
+        cost = update_operations(name, N, M, RANK, TOKENS) / (2 * TOKENS * N * M)
+        invariant = _INVARIANT[facts.invariant]
+        if facts.invariant_with:
+            settings = ", ".join(f"{key}={value!r}" for key, value in facts.invariant_with.items())
+            invariant += f" (any R with `{settings}`)"
+        paper = f"[{facts.source}](https://arxiv.org/abs/{facts.source})"
+        cells = (f"`{name}`", _GRADIENTS[facts.gradient], f"{size:.3g}", _share(cost), invariant, paper)
+        rows.append(cells)
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _formula(expression: str) -> str:
-    return expression.replace(" * ", " ").replace("**2", "²").replace("**3", "³")
+def _share(cost: float) -> str:
+    """Two digits; what is less than a thousandth is nothing beside the rest of a step."""
+    return "< 0.001" if cost < 1e-3 else f"{cost:.2g}"
+
+
+def write_into(path: Path) -> None:
+    """Puts the table in the place of the one that is in a Markdown file.
+
+    Raises:
+      ExperimentError: there is none, or more than one.
+      OSError: the file cannot be read or written.
+    """
+    text = path.read_text(encoding="utf-8")
+    new, found = re.subn(r"^\| optimizer \|.*(?:\n\|.*)*", lambda _: markdown(), text, flags=re.MULTILINE)
+    if found != 1:
+        raise ExperimentError(f"{path} has {found} tables that begin with '| optimizer |'; expected one")
+    storage.write(path, new.encode())

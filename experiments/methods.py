@@ -1,4 +1,4 @@
-"""The methods that are compared. A new one is one entry of METHODS."""
+"""The methods that are compared: the entries of METHODS, and any other optimizer with its defaults."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -39,7 +39,7 @@ class Method(NamedTuple):
         """What it trains with: "outer" is the exact gradient where its second moments count."""
         if self.of == "full":
             return "full"
-        return {"factors": "factors", "exact": "exact", "moments": "outer"}[OPTIMIZERS[self.of].needs]
+        return {"factors": "factors", "exact": "exact", "moments": "outer"}[OPTIMIZERS[self.of].gradient]
 
 
 def _rates(
@@ -89,9 +89,10 @@ def _scaled_oplora(
     )
 
 
-def _peer(name: str, factory: Callable[..., optax.GradientTransformation]) -> Method:
-    """A method with its own defaults, as its paper gives them."""
-    return Method(name, _PEER_RATES[name], lambda settings: factory(settings.learning_rate))
+def _peer(name: str, **settings: Any) -> Method:
+    """An optimizer with its own defaults, as its paper gives them."""
+    factory = OPTIMIZERS[name].factory
+    return Method(name, _PEER_RATES.get(name, {}), lambda s: factory(s.learning_rate, **settings))
 
 
 # Their papers do not have these tasks: the best of a sweep.
@@ -128,19 +129,11 @@ METHODS = {
         _rates(0.5, 0.05, 0.02, 5e-4, 0.01),
         lambda s: oplora_jax.scaled_adamw(s.learning_rate, regularization=1e-3),
     ),
-    "altlora": _peer("altlora", oplora_jax.altlora),
-    "altlora_plus": _peer("altlora_plus", oplora_jax.altlora_plus),
     # Without its thresholds, which are for the gradients of language models: above them nothing moves.
-    "lora_rite": _peer("lora_rite", partial(oplora_jax.lora_rite, skip_threshold=None, max_norm=None)),
-    "lora_pro": _peer("lora_pro", oplora_jax.lora_pro),
-    "lora_pro_sgd": _peer("lora_pro_sgd", oplora_jax.lora_pro_sgd),
-    "lora_fa": _peer("lora_fa", oplora_jax.lora_fa),
-    "lora_plus": _peer("lora_plus", oplora_jax.lora_plus),
-    "lora_pre": _peer("lora_pre", oplora_jax.lora_pre),
+    "lora_rite": _peer("lora_rite", skip_threshold=None, max_norm=None),
+    "lora_pre": _peer("lora_pre"),
     # Its second moment may come near zero anywhere; where it diverges a larger eps helps.
     "lora_pre_epsX": Method("lora_pre", {}, lambda s, eps: oplora_jax.lora_pre(s.learning_rate, eps=eps)),
-    "mofasgd": _peer("mofasgd", oplora_jax.mofasgd),
-    "reflora": _peer("reflora", OPTIMIZERS["reflora"].factory),
     "oplora_K": Method("oplora", _rates(0.5, 0.1, 0.02, 0.01, 0.1), lambda s, k: _oplora(s, num_iters=k)),
     "oplora_K_momentumKx": Method(
         "oplora",
@@ -159,7 +152,8 @@ METHODS = {
         "scaled_oplora", _SCALED_OPLORA, partial(_scaled_oplora, "dense")
     ),
 }
-
+_NAMED = {method.of for method in METHODS.values()}
+METHODS |= {name: _peer(name) for name in OPTIMIZERS if name not in _NAMED}
 
 # What "all" stands for: each of them, with the numbers that are usual.
 _USUAL = [name for name in METHODS if not re.search("[KX]", name)]

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 
 import oplora_jax
 from experiments import ExperimentError, methods, storage
+from experiments.counts import peak_memory
 from experiments.storage import Config
 from experiments.task import Task
 
@@ -182,13 +183,6 @@ def _step(task, name, steps, learning_rate, key, step, state, frozen, batch, wei
     optimizer = make_optimizer(task, name, learning_rate, 0, steps)
     key = jax.random.fold_in(key, step)
     return advance(value_and_grad, optimizer, state, frozen, batch, weights, key)
-
-
-def peak_memory(compiled: Any) -> int:
-    """The bytes of a program's arguments, results and temporary buffers; of what it overwrites, once."""
-    sizes = compiled.memory_analysis()
-    results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    return sizes.argument_size_in_bytes + results + sizes.temp_size_in_bytes
 
 
 def _check(config: Config, size: int) -> None:

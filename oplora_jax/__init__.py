@@ -1,5 +1,6 @@
 """LoRA optimizers that step like full fine-tuning, as Optax gradient transformations."""
 
+from oplora_jax import optimizers
 from oplora_jax.adapters import (
     from_low_rank,
     init_lora,
@@ -29,26 +30,7 @@ from oplora_jax.matrix import (
 )
 from oplora_jax.metrics import KroneckerMetric
 from oplora_jax.norms import frobenius_norm, inner_product
-from oplora_jax.optimizers import (
-    altlora,
-    altlora_plus,
-    each,
-    lora_fa,
-    lora_optimizer,
-    lora_plus,
-    lora_pre,
-    lora_pro,
-    lora_pro_sgd,
-    lora_rite,
-    mofasgd,
-    oplora,
-    reflora,
-    scaled_adamw,
-    scaled_gd,
-    scaled_oplora,
-    set_to_zero,
-    svdlora,
-)
+from oplora_jax.optimizers import *  # noqa: F403
 from oplora_jax.optimizers.in_backward import value_and_update
 from oplora_jax.svd import svd
 
@@ -59,10 +41,7 @@ __all__ = [
     "KroneckerMetric",
     "LowRank",
     "OuterProduct",
-    "altlora",
-    "altlora_plus",
     "clip_by_global_norm",
-    "each",
     "factor_gradients",
     "frobenius_norm",
     "from_low_rank",
@@ -73,30 +52,16 @@ __all__ = [
     "inner_product",
     "is_low_rank",
     "lora_dot",
-    "lora_fa",
-    "lora_optimizer",
-    "lora_plus",
-    "lora_pre",
-    "lora_pro",
-    "lora_pro_sgd",
-    "lora_rite",
     "lorsum",
     "merge",
     "merge_and_restart",
     "merge_and_restart_layers",
-    "mofasgd",
-    "oplora",
     "pair_factors",
-    "reflora",
-    "scaled_adamw",
-    "scaled_gd",
-    "scaled_oplora",
-    "set_to_zero",
     "svd",
-    "svdlora",
     "tangent_gradient",
     "to_dense",
     "to_low_rank",
     "value_and_grad",
     "value_and_update",
 ]
+__all__ += optimizers.__all__

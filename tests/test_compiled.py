@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import oplora_jax
+from experiments.counts import distinct_fusions
 from oplora_jax import LowRank, lora_dot
 
 LAYERS, WIDTH, TOKENS, RANK = 12, 768, 4096, 8
@@ -96,18 +97,6 @@ def test_each_layer_is_passed_over_once():
 def test_plain_lora_takes_the_factors_gradients(lora_adamw):
     """The same count where they are read."""
     assert products_over_tokens(lora_adamw) == {WIDTH: 2 * LAYERS - 1, RANK: 4 * LAYERS}
-
-
-def distinct_fusions(compiled):
-    """How many different fused computations there are, whatever their names."""
-    text = re.sub(r", (metadata|backend_config|frontend_attributes)=\{.*", "", compiled.as_text())
-    bodies = dict(re.findall(r"^%(\S+) \(.*?\{\n(.*?)^\}", text, re.M | re.S))
-    distinct = set()
-    for name in re.findall(r" fusion\(.*calls=%([\w.-]+)", text):
-        names = {}
-        number = lambda found, names=names: str(names.setdefault(found[0], len(names)))
-        distinct.add(re.sub(r"%[\w.-]+", number, bodies[name]))
-    return len(distinct)
 
 
 @pytest.mark.parametrize("num_iters", [1, 2])

@@ -60,4 +60,12 @@ def test_programs(tmp_path, monkeypatch):
 
 
 def test_the_table_of_optimizers():
-    assert markdown() in README
+    """`python -m experiments optimizers --into README.md` writes it; XLA's counts change with its version."""
+    cells = lambda table: [line.split(" | ") for line in table.splitlines()]
+    [written] = re.findall(r"^\| optimizer \|.*(?:\n\|.*)*", README, flags=re.MULTILINE)
+    for row, computed in zip(cells(written), cells(markdown()), strict=True):
+        operations = row.pop(3), computed.pop(3)
+        assert row == computed
+        if operations[0] != operations[1]:
+            # Two digits, and what the compiler does about single numbers.
+            assert float(operations[0]) == pytest.approx(float(operations[1]), rel=0.1)

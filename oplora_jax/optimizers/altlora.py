@@ -9,6 +9,7 @@ import optax
 from oplora_jax.gradients.tangent import factor_gradients
 from oplora_jax.matrix import compute_dtype, is_zero, times, transpose
 from oplora_jax.optimizers._factors import from_wide, wide
+from oplora_jax.optimizers._facts import facts
 from oplora_jax.optimizers._lift import at_step, each, lora_optimizer
 from oplora_jax.solve import gram_inverse
 
@@ -21,6 +22,9 @@ class AltLoRAState(NamedTuple):
     second_moment: Any = None  # altlora_plus: likewise, of float32 at least
 
 
+@facts(
+    gradient="factors", source="2505.12455", invariant="orthogonal", invariant_with={"regularization": 0.0}
+)
 def altlora(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -83,6 +87,7 @@ def altlora(
     return lora_optimizer(init, step, others=plain if others is None else others)
 
 
+@facts(gradient="factors", source="2505.12455", invariant="none")
 def altlora_plus(
     learning_rate: optax.ScalarOrSchedule,
     *,

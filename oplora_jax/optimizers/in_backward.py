@@ -22,7 +22,7 @@ def value_and_update(
 
     The same step as with exact gradients, but a gradient is gone as soon as its layer is done: the memory of
     a `jax.lax.scan` over layers is that of one. What needs all gradients at once is not possible: clipping by
-    a global norm, microbatches, `optax.chain` (or such a base of `svdlora`, `reflora` or `lora_plus`, which is
+    a global norm, microbatches, `optax.chain` (or such a base of `svdlora`, `reflora` or `lora_plus`: that is
     not checked). In a scan a step that is not finite is left out, and counted, by layer. A parameter that the
     backward pass does not reach, as in a branch that is not taken, is left alone.
 
@@ -66,9 +66,9 @@ def value_and_update(
         )
         if not isinstance(state, LoRAState) or structure != expected:
             raise ValueError(
-                f"the state is {type(state).__name__}; expected what tx.init(params) makes, with one of this "
-                "package's optimizers by itself. What needs all gradients at once (clipping by a global norm, "
-                "accumulation, optax.chain) takes them with value_and_grad"
+                f"the state is {type(state).__name__}; expected that of tx.init(params), for one of this "
+                "package's optimizers by itself. What needs all gradients at once (clipping, accumulation, "
+                "optax.chain) takes them with value_and_grad"
             )
 
         def loss(at):

@@ -6,10 +6,12 @@ import optax
 
 from oplora_jax.matrix import LowRank, Matrix, left_product, times
 from oplora_jax.optimizers._factors import on_factor, preconditioned, wide
+from oplora_jax.optimizers._facts import facts
 from oplora_jax.optimizers._lift import lora_transformation
 from oplora_jax.solve import gram_inverse
 
 
+@facts(gradient="factors", source="2308.03303", invariant="none")
 def lora_fa(
     learning_rate: optax.ScalarOrSchedule,
     *,

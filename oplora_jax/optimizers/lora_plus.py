@@ -6,9 +6,11 @@ from typing import Any
 import optax
 
 from oplora_jax.optimizers._factors import on_factor, plain_gradient, preconditioned
+from oplora_jax.optimizers._facts import facts
 from oplora_jax.optimizers._lift import lora_transformation
 
 
+@facts(gradient="factors", source="2402.12354", invariant="none")
 def lora_plus(
     learning_rate: optax.ScalarOrSchedule,
     ratio: Any = 16.0,

@@ -21,6 +21,7 @@ from oplora_jax.matrix import (
     transposed,
 )
 from oplora_jax.optimizers._factors import orthonormal, wide_at_unit_scale
+from oplora_jax.optimizers._facts import facts
 from oplora_jax.optimizers._lift import at_step, each, lora_optimizer
 from oplora_jax.optimizers._momentum import random_start
 from oplora_jax.solve import gram_inverse
@@ -33,6 +34,7 @@ class LoRAPreState(NamedTuple):
     magnitude: Any  # likewise, the average of |G|: the root of Adam's second moment
 
 
+@facts(gradient="exact", source="2602.24283", invariant="orthogonal", invariant_with={"regularization": 0.0})
 def lora_pre(
     learning_rate: optax.ScalarOrSchedule,
     *,

@@ -9,6 +9,7 @@ import optax
 from oplora_jax.gradients.tangent import factor_gradients, tangent_gradient
 from oplora_jax.matrix import LowRank, compute_dtype, is_zero, times, to_dense, transpose
 from oplora_jax.optimizers._factors import from_wide, preconditioned, sylvester, wide
+from oplora_jax.optimizers._facts import facts
 from oplora_jax.optimizers._lift import lora_transformation
 from oplora_jax.optimizers._trees import mapped
 from oplora_jax.solve import gram, gram_inverse
@@ -16,6 +17,7 @@ from oplora_jax.solve import gram, gram_inverse
 XMode = Literal["sylvester", "zero"]
 
 
+@facts(gradient="factors", source="2407.18242", invariant="orthogonal", invariant_with={"x_mode": "zero"})
 def lora_pro(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -83,6 +85,7 @@ def lora_pro(
     return lora_transformation(lora, others=others)
 
 
+@facts(gradient="factors", source="2407.18242", invariant="orthogonal", invariant_with={"x_mode": "zero"})
 def lora_pro_sgd(
     learning_rate: optax.ScalarOrSchedule,
     *,

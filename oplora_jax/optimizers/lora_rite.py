@@ -11,6 +11,7 @@ from oplora_jax import solve
 from oplora_jax.gradients.tangent import factor_gradients
 from oplora_jax.matrix import LowRank, compute_dtype, times, transpose
 from oplora_jax.optimizers._factors import from_wide, orthonormal, pseudo_inverse, wide
+from oplora_jax.optimizers._facts import facts
 from oplora_jax.optimizers._lift import at_step, lora_optimizer
 from oplora_jax.solve import gram
 
@@ -24,6 +25,7 @@ class LoRARITEState(NamedTuple):
     escaped_mass: tuple[Any, Any] | None = None  # likewise: (*batch, 1, 1); None without
 
 
+@facts(gradient="factors", source="2410.20625", invariant="any")
 def lora_rite(
     learning_rate: optax.ScalarOrSchedule,
     *,

@@ -11,6 +11,7 @@ from oplora_jax import solve
 from oplora_jax.gradients.tangent import full_gradient
 from oplora_jax.matrix import LowRank, Matrix, compute_dtype, left_product, times, transpose, transposed
 from oplora_jax.optimizers._factors import is_determined, orthonormal, wide
+from oplora_jax.optimizers._facts import facts
 from oplora_jax.optimizers._lift import at_step, each, lora_optimizer
 from oplora_jax.svd import svd
 
@@ -23,6 +24,7 @@ class MoFaSGDState(NamedTuple):
     right: Any  # V^T, (*batch, r, m), orthonormal rows
 
 
+@facts(gradient="exact", source="2507.08091", invariant="any")
 def mofasgd(
     learning_rate: optax.ScalarOrSchedule,
     *,

@@ -11,6 +11,7 @@ from oplora_jax.gradients.tangent import full_gradient
 from oplora_jax.lorsum import Sums, lorsum, lorsums
 from oplora_jax.matrix import LowRank, from_unit_scale, is_zero, left_product, times, transpose, transposed
 from oplora_jax.optimizers._factors import wide_at_unit_scale
+from oplora_jax.optimizers._facts import facts
 from oplora_jax.optimizers._lift import at_step, lora_optimizer
 from oplora_jax.optimizers._momentum import heavy_ball, random_start
 from oplora_jax.optimizers._types import check_state_dtype
@@ -24,6 +25,7 @@ class OPLoRAState(NamedTuple):
     previous: Any = None  # "projected" alone: the factors that its buffers belong to
 
 
+@facts(gradient="exact", source="2509.19977", invariant="orthogonal", invariant_with={"regularization": 0.0})
 def oplora(
     learning_rate: optax.ScalarOrSchedule,
     *,

@@ -1,5 +1,6 @@
 """RefLoRA: the gradient at the most favourable split of a b into factors, for any optimizer."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from oplora_jax import solve
 from oplora_jax.gradients.tangent import factor_gradients
 from oplora_jax.matrix import times, transpose
 from oplora_jax.optimizers._factors import from_wide, is_determined, orthonormal, wide
+from oplora_jax.optimizers._facts import facts
 from oplora_jax.optimizers._lift import lora_transformation
 from oplora_jax.optimizers._trees import mapped
 
@@ -20,6 +22,7 @@ class RefLoRAState(NamedTuple):
     count: Array  # int32 ()
 
 
+@facts(gradient="factors", source="2505.18877", invariant="none", base=partial(optax.adamw, weight_decay=0.0))
 def reflora(
     base: optax.GradientTransformation,
     *,

@@ -8,10 +8,14 @@ import optax
 from oplora_jax.gradients.tangent import factor_gradients
 from oplora_jax.matrix import LowRank, Matrix, from_unit_scale, is_zero, times, transpose
 from oplora_jax.optimizers._factors import preconditioned, wide, wide_at_unit_scale
+from oplora_jax.optimizers._facts import facts
 from oplora_jax.optimizers._lift import lora_transformation
 from oplora_jax.solve import gram_inverse
 
 
+@facts(
+    gradient="factors", source="2402.02347", invariant="orthogonal", invariant_with={"regularization": 0.0}
+)
 def scaled_gd(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -58,6 +62,7 @@ def scaled_gd(
     return _preconditioned(plain, regularization, others)
 
 
+@facts(gradient="factors", source="2402.02347", invariant="none")
 def scaled_adamw(
     learning_rate: optax.ScalarOrSchedule,
     *,

@@ -17,6 +17,7 @@ from oplora_jax.metrics import (
     powers,
     shampoo_moments,
 )
+from oplora_jax.optimizers._facts import facts
 from oplora_jax.optimizers._lift import at_step, lora_optimizer
 from oplora_jax.optimizers._momentum import heavy_ball, random_start
 from oplora_jax.optimizers._types import check_state_dtype
@@ -31,6 +32,7 @@ class ScaledOPLoRAState(NamedTuple):
     inverse_metric: KroneckerMetric | None = None  # likewise
 
 
+@facts(gradient="moments", source="2602.16456", invariant="orthogonal")
 def scaled_oplora(
     learning_rate: optax.ScalarOrSchedule,
     *,

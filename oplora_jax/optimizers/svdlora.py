@@ -1,15 +1,19 @@
 """SVDLoRA: the full step, then the best approximation of rank r. The gold standard, at full cost."""
 
+from functools import partial
+
 import jax.numpy as jnp
 import optax
 
 from oplora_jax.gradients.tangent import full_gradient
 from oplora_jax.matrix import LowRank, to_dense
+from oplora_jax.optimizers._facts import facts
 from oplora_jax.optimizers._lift import lora_transformation
 from oplora_jax.optimizers._trees import mapped
 from oplora_jax.svd import svd
 
 
+@facts(gradient="exact", source="2509.19977", invariant="any", base=partial(optax.sgd, momentum=0.9))
 def svdlora(
     base: optax.GradientTransformation,
     rank: int | None = None,

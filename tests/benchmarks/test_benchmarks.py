@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,10 @@ import pytest
 
 from benchmarks import approximations, bounds, encoder, matrix, powers, steps, timing
 from benchmarks.__main__ import main
-from benchmarks.counts import count
 from benchmarks.layers import Layers
 from benchmarks.stack import Stack
 from experiments.catalogue import OPTIMIZERS
+from experiments.counts import count, distinct_fusions, instructions
 from experiments.methods import find
 from oplora_jax import LowRank, lorsum, svd
 from tests.experiments.encoders import BERT, random_tensors, write
@@ -51,6 +52,33 @@ def test_what_is_overwritten_counts_once():
     assert (kept, donated) == (2 * 400, 400)
 
 
+TWO_SINES = """
+%sine (p: f32[4]) -> f32[4] {
+  %p = f32[4]{0} parameter(0)
+  ROOT %s = f32[4]{0} sine(%p), metadata={op_name="first"}
+}
+
+%sine.1 (q: f32[4]) -> f32[4] {
+  %q = f32[4]{0} parameter(0)
+  ROOT %s.1 = f32[4]{0} sine(%q), metadata={op_name="second"}
+}
+
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %x = f32[4]{0} parameter(0)
+  %one = f32[4]{0} fusion(%x), kind=kLoop, calls=%sine
+  ROOT %two = f32[4]{0} fusion(%one), kind=kLoop, calls=%sine.1
+}
+"""
+
+
+@pytest.mark.parametrize(("text", "fusions"), [(TWO_SINES, 1), (TWO_SINES.replace("sine(%q)", "tan(%q)"), 2)])
+def test_instructions_by_hand(text, fusions):
+    """Equal fusions are one, whatever their names."""
+    compiled = types.SimpleNamespace(as_text=lambda: text)
+    assert instructions(compiled) == 7
+    assert distinct_fusions(compiled) == fusions
+
+
 def scanned(function, times):
     return lambda x: jax.lax.fori_loop(0, times, lambda _, z: function(z), x)
 
@@ -64,6 +92,7 @@ def scanned(function, times):
         (jax.jit(scanned(lambda z: z @ z, 5)), 5),
         (jax.vmap(scanned(lambda z: z * z.sum(), 0)), 0),
         (lambda z: jax.lax.cond(z[0, 0] > 0, lambda: z, lambda: z @ z @ z), 0),
+        (lambda z: jax.lax.platform_dependent(z, cpu=lambda z: z @ z @ z, default=lambda z: z), 2),
         (lambda z: jax.lax.cond(z[0, 0] > 0, scanned(lambda z: z @ z, 6), lambda z: z @ z @ z, z), 2),
     ],
 )
@@ -87,6 +116,11 @@ def test_loops_count_as_often_as_they_run(function, products):
         (lambda x: jnp.linalg.svd(x, compute_uv=False), (9, 4), 4 * 9 * 4**2 - 4 / 3 * 4**3),
         (scanned(jnp.linalg.cholesky, 3), (6, 6), 3 * 6**3 / 3),
         (lambda x: jax.lax.cond(x[0, 0] > 0, lambda: x, lambda: jnp.linalg.cholesky(x)), (6, 6), 0),
+        (
+            lambda x: jax.lax.platform_dependent(x, cpu=jnp.linalg.cholesky, default=jnp.sin),
+            (6, 6),
+            6**3 / 3,
+        ),
     ],
 )
 def test_decompositions_by_the_textbook(function, shape, operations):

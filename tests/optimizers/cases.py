@@ -9,50 +9,11 @@ import jax.numpy as jnp
 import optax
 
 import oplora_jax
-from oplora_jax import (
-    LowRank,
-    altlora,
-    altlora_plus,
-    lora_dot,
-    lora_fa,
-    lora_plus,
-    lora_pre,
-    lora_pro,
-    lora_pro_sgd,
-    lora_rite,
-    mofasgd,
-    oplora,
-    reflora,
-    scaled_adamw,
-    scaled_gd,
-    scaled_oplora,
-    svdlora,
-)
+from oplora_jax import LowRank, lora_dot, scaled_oplora
+from oplora_jax.optimizers import OPTIMIZERS
 from tests.arrays import normals
 
 KINDS = ("outer", "dense", "factors")
-
-
-class Case(NamedTuple):
-    """One optimizer with its settings."""
-
-    factory: Callable[..., optax.GradientTransformation]  # a learning rate, the settings; `others` if ours
-    settings: dict[str, Any]
-    learning_rate: float  # for the problem below
-    ours: bool = True  # takes full gradients, and skips non-finite ones
-    kinds: tuple[str, ...] = KINDS  # of gradients
-    mirrors: bool = True  # the state at a LoRA parameter has the parameter's structure
-    wide: bool = False  # the state is in float32 at least
-    trains_a: bool = True
-
-
-def _svdlora(learning_rate, others=None):
-    return svdlora(optax.sgd(learning_rate, momentum=0.5), others=others)
-
-
-def _reflora(learning_rate, warmup_steps, others=None):
-    base = optax.adamw(learning_rate, weight_decay=0.0)
-    return reflora(base, warmup_steps=warmup_steps, others=others)
 
 
 @functools.wraps(scaled_oplora)
@@ -61,20 +22,47 @@ def _scaled_oplora(learning_rate, **settings):
     return scaled_oplora(learning_rate, **settings | {"others_learning_rate": learning_rate})
 
 
+# Of a learning rate and the settings; `others` if ours.
+FACTORIES = {name: facts.factory for name, facts in OPTIMIZERS.items()}
+FACTORIES |= {"scaled_oplora": _scaled_oplora, "sgd": optax.sgd, "adamw": optax.adamw}
+
+
+class Case(NamedTuple):
+    """One optimizer with its settings."""
+
+    of: str  # the optimizer's name
+    settings: dict[str, Any]
+    learning_rate: float  # for the problem below
+    kinds: tuple[str, ...] = KINDS  # of gradients
+    mirrors: bool = True  # the state at a LoRA parameter has the parameter's structure
+    wide: bool = False  # the state is in float32 at least
+    trains_a: bool = True
+
+    @property
+    def ours(self) -> bool:
+        """Whether it takes full gradients, and skips non-finite ones."""
+        return self.of in OPTIMIZERS
+
+    @property
+    def factory(self) -> Callable[..., optax.GradientTransformation]:
+        """Makes it of a learning rate and the settings."""
+        return FACTORIES[self.of]
+
+
 # The joint norm ties LoRA parameters together, and this problem's gradients are above the threshold.
 UNCLIPPED = {"max_norm": None, "skip_threshold": None}
 
 CASES = {
-    "oplora": Case(oplora, {"momentum": 0.5}, 0.2),
-    "oplora_projected": Case(oplora, {"momentum": 0.5, "momentum_kind": "projected"}, 0.2),
-    "oplora_extrapolated": Case(oplora, {"momentum": 0.5, "momentum_kind": "extrapolated"}, 0.2),
-    "oplora_no_momentum": Case(oplora, {"momentum": 0}, 0.3),
-    "oplora_two_iterations": Case(oplora, {"momentum": 0.5, "num_iters": 2, "momentum_rank": 4}, 0.2),
-    "svdlora": Case(_svdlora, {}, 0.2, mirrors=False),
-    "scaled_gd": Case(scaled_gd, {"momentum": 0.5}, 0.2),
-    "scaled_adamw": Case(scaled_adamw, {}, 0.03),
+    "oplora": Case("oplora", {"momentum": 0.5}, 0.2),
+    "oplora_projected": Case("oplora", {"momentum": 0.5, "momentum_kind": "projected"}, 0.2),
+    "oplora_extrapolated": Case("oplora", {"momentum": 0.5, "momentum_kind": "extrapolated"}, 0.2),
+    "oplora_no_momentum": Case("oplora", {"momentum": 0}, 0.3),
+    "oplora_two_iterations": Case("oplora", {"momentum": 0.5, "num_iters": 2, "momentum_rank": 4}, 0.2),
+    "svdlora": Case("svdlora", {}, 0.2, mirrors=False),
+    "scaled_gd": Case("scaled_gd", {"momentum": 0.5}, 0.2),
+    "scaled_adamw": Case("scaled_adamw", {}, 0.03),
     "scaled_oplora": Case(
-        _scaled_oplora,
+        "scaled_oplora",
         {"b1": 0.5},
         0.2,
         kinds=("outer", "diagonal moments", "dense moments"),
@@ -82,7 +70,7 @@ CASES = {
         wide=True,
     ),
     "scaled_oplora_dense": Case(
-        _scaled_oplora,
+        "scaled_oplora",
         {"b1": 0.5, "structure": "dense", "metric_every": 2, "num_iters": 2},
         0.2,
         kinds=("outer", "dense moments"),
@@ -90,25 +78,25 @@ CASES = {
         wide=True,
     ),
     "scaled_oplora_shampoo": Case(
-        _scaled_oplora,
+        "scaled_oplora",
         {"b1": 0.5, "metric": "shampoo", "power": 0.25},
         0.2,
         mirrors=False,
         wide=True,
     ),
-    "altlora": Case(altlora, {}, 0.05),
-    "altlora_plus": Case(altlora_plus, {"b2": 0.99}, 0.03, wide=True),
-    "lora_rite": Case(lora_rite, UNCLIPPED | {"b2": 0.9}, 0.03, mirrors=False, wide=True),
-    "lora_pro": Case(lora_pro, {}, 0.03, mirrors=False, wide=True),
-    "lora_pro_sgd": Case(lora_pro_sgd, {}, 0.2),
-    "reflora": Case(_reflora, {"warmup_steps": 2}, 0.03),
-    "lora_fa": Case(lora_fa, {}, 0.05, trains_a=False),
-    "lora_plus": Case(lora_plus, {"ratio": 4.0}, 0.03),
-    "lora_pre": Case(lora_pre, {"b2": 0.99}, 0.03, wide=True),
-    "mofasgd": Case(mofasgd, {"momentum": 0.5}, 0.08, mirrors=False, wide=True),
+    "altlora": Case("altlora", {}, 0.05),
+    "altlora_plus": Case("altlora_plus", {"b2": 0.99}, 0.03, wide=True),
+    "lora_rite": Case("lora_rite", UNCLIPPED | {"b2": 0.9}, 0.03, mirrors=False, wide=True),
+    "lora_pro": Case("lora_pro", {}, 0.03, mirrors=False, wide=True),
+    "lora_pro_sgd": Case("lora_pro_sgd", {}, 0.2),
+    "reflora": Case("reflora", {"warmup_steps": 2}, 0.03),
+    "lora_fa": Case("lora_fa", {}, 0.05, trains_a=False),
+    "lora_plus": Case("lora_plus", {"ratio": 4.0}, 0.03),
+    "lora_pre": Case("lora_pre", {"b2": 0.99}, 0.03, wide=True),
+    "mofasgd": Case("mofasgd", {"momentum": 0.5}, 0.08, mirrors=False, wide=True),
     # Plain optimizers of the factors, which check the properties themselves.
-    "sgd": Case(optax.sgd, {"momentum": 0.5}, 0.1, ours=False),
-    "adamw": Case(optax.adamw, {"weight_decay": 0.0}, 0.03, ours=False),
+    "sgd": Case("sgd", {"momentum": 0.5}, 0.1),
+    "adamw": Case("adamw", {"weight_decay": 0.0}, 0.03),
 }
 OURS = [name for name, case in CASES.items() if case.ours]
 OURS_AND_KINDS = [(name, kind) for name in OURS for kind in CASES[name].kinds]

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,8 +11,6 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun, jaxprs_in_params
-
-from experiments.training import peak_memory
 
 
 class Counts(NamedTuple):
@@ -22,6 +21,8 @@ class Counts(NamedTuple):
     bytes_accessed: float  # read and written by all operations of the compiled program
     temporary_bytes: int
     peak_bytes: int  # arguments, results and temporary buffers; what is overwritten counts once
+    instructions: int  # of the compiled program, those inside of its fusions and loops included
+    fusions: int  # different ones: the compiler makes code for one of several that are equal
     compile_seconds: float  # of tracing, lowering and compiling, with empty caches
 
 
@@ -31,8 +32,9 @@ def count(function: Callable[..., Any], *arguments: Any, donated: tuple[int, ...
     XLA counts the body of a loop once, however often it runs, and of a condition the costlier branch. So the
     operations and the bytes accessed are counted in an equivalent program in which every loop of known length
     is unrolled, and every condition has the branch of the fewest operations: that of most steps, where a
-    condition guards a start or an update now and then. Memory and compile time are those of the program
-    itself. Decompositions, which XLA calls a library for and counts nothing of, are counted by the textbook.
+    condition guards a start or an update now and then. One on the platform has this platform's. All else is
+    counted in the program itself. Decompositions, which XLA calls a library for and counts nothing of, are
+    counted by the textbook.
 
     Args:
       function: what is compiled.
@@ -43,22 +45,65 @@ def count(function: Callable[..., Any], *arguments: Any, donated: tuple[int, ...
       The counts, and the compiled program.
     """
     seconds, compiled = compile_anew(function, *arguments, donated=donated)
-    with _no_persistent_cache():
-        program = jax.make_jaxpr(function)(*arguments)
-        counted = compiled
-        if _bends(program.jaxpr):
-            straight = jaxpr_as_fun(program.replace(jaxpr=_straight(program.jaxpr)))
-            counted = jax.jit(straight).lower(*jax.tree.leaves(arguments)).compile()
-    found = counted.cost_analysis()
+    program = jax.make_jaxpr(function)(*arguments)
+    flops, accessed = _cost(program, compiled)
     counts = Counts(
-        flops=max(0.0, found.get("flops", 0.0)),  # -1 where XLA counts nothing at all
+        flops=flops,
         decomposition_flops=decomposition_flops(program.jaxpr),
-        bytes_accessed=max(0.0, found.get("bytes accessed", 0.0)),
+        bytes_accessed=accessed,
         temporary_bytes=compiled.memory_analysis().temp_size_in_bytes,
         peak_bytes=peak_memory(compiled),
+        instructions=instructions(compiled),
+        fusions=distinct_fusions(compiled),
         compile_seconds=seconds,
     )
     return counts, compiled
+
+
+def operations(function: Callable[..., Any], *arguments: Any) -> float:
+    """The operations of a function, those of its decompositions included, as `count` counts them."""
+    program = jax.make_jaxpr(function)(*arguments)
+    return _cost(program)[0] + decomposition_flops(program.jaxpr)
+
+
+def _cost(program: ClosedJaxpr, compiled: Any = None) -> tuple[float, float]:
+    """(operations, bytes accessed) of a program, with its loops and conditions as in `count`.
+
+    Args:
+      program: as it is traced.
+      compiled: as it is compiled, if that is there already.
+    """
+    if compiled is None or _bends(program.jaxpr):
+        straight = program.replace(jaxpr=_straight(program.jaxpr))
+        with _no_persistent_cache():
+            compiled = jax.jit(jaxpr_as_fun(straight)).lower(*program.in_avals).compile()
+    found = compiled.cost_analysis()
+    # -1 where XLA counts nothing at all.
+    return max(0.0, found.get("flops", 0.0)), max(0.0, found.get("bytes accessed", 0.0))
+
+
+def peak_memory(compiled: Any) -> int:
+    """The bytes of a program's arguments, results and temporary buffers; of what it overwrites, once."""
+    sizes = compiled.memory_analysis()
+    results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return sizes.argument_size_in_bytes + results + sizes.temp_size_in_bytes
+
+
+def instructions(compiled: Any) -> int:
+    """How many instructions a compiled program has, those inside of its fusions and loops included."""
+    return len(re.findall(r"^ +(?:ROOT )?%\S+ = ", compiled.as_text(), re.M))
+
+
+def distinct_fusions(compiled: Any) -> int:
+    """How many different fused computations a compiled program has, whatever their names."""
+    text = re.sub(r", (metadata|backend_config|frontend_attributes)=\{.*", "", compiled.as_text())
+    bodies = dict(re.findall(r"^%(\S+) \(.*?\{\n(.*?)^\}", text, re.M | re.S))
+    distinct = set()
+    for name in re.findall(r" fusion\(.*calls=%([\w.-]+)", text):
+        names: dict[str, int] = {}
+        number = lambda found, names=names: str(names.setdefault(found[0], len(names)))
+        distinct.add(re.sub(r"%[\w.-]+", number, bodies[name]))
+    return len(distinct)
 
 
 def compile_anew(
@@ -110,7 +155,7 @@ def _straight(program: Jaxpr) -> Jaxpr:
             params["unroll"] = max(1, params["length"])
         elif eqn.primitive.name == "cond":
             branches = params["branches"]
-            params["branches"] = (min(branches, key=lambda z: _size(z.jaxpr)),) * len(branches)
+            params["branches"] = (branches[_branch(eqn)],) * len(branches)
         eqns.append(eqn.replace(params=params))
     return program.replace(eqns=eqns)
 
@@ -123,6 +168,15 @@ def _straight_param(value: Any) -> Any:
     if type(value) is tuple:
         return tuple(_straight_param(z) for z in value)
     return value
+
+
+def _branch(eqn: Any) -> int:
+    """Which branch of a condition counts."""
+    branches = eqn.params["branches"]
+    platforms = eqn.params.get("branches_platforms")
+    if platforms is not None:  # jax.lax.platform_dependent
+        return next(i for i, z in enumerate(platforms) if z is None or jax.default_backend() in z)
+    return min(range(len(branches)), key=lambda i: _size(branches[i].jaxpr))
 
 
 def _size(program: Jaxpr) -> int:
@@ -142,8 +196,7 @@ def decomposition_flops(program: Jaxpr) -> float:
     for eqn in program.eqns:
         inside = [decomposition_flops(z) for z in jaxprs_in_params(eqn.params)]
         if eqn.primitive.name == "cond":
-            sizes = [_size(branch.jaxpr) for branch in eqn.params["branches"]]
-            total += inside[sizes.index(min(sizes))]
+            total += inside[_branch(eqn)]
         elif eqn.primitive.name in _DECOMPOSITIONS:
             *batch, rows, columns = eqn.invars[0].aval.shape
             operations = _DECOMPOSITIONS[eqn.primitive.name]

@@ -1,0 +1,36 @@
+"""The commands that the documents name are commands."""
+
+import pathlib
+import re
+import shlex
+
+import pytest
+
+from benchmarks import steps
+from benchmarks.__main__ import parse
+from benchmarks.layers import Layers
+
+ROOT = pathlib.Path(__file__).parents[2]
+COMMANDS = [
+    command
+    for path in (ROOT / "README.md", ROOT / "benchmarks" / "PERFORMANCE.md")
+    for command in re.findall(r"python -m benchmarks ([^`\n]+)", path.read_text())
+]
+
+
+def test_there_are_commands():
+    assert {shlex.split(command)[0] for command in COMMANDS} == {
+        "stack",
+        "unrolled",
+        "encoder",
+        "matrix",
+        "scaling",
+    }
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_understood(command):
+    workload = parse(shlex.split(command, comments=True))
+    task = Layers(layers=1, width=8, tokens=8, rank=2)
+    for method in getattr(workload, "methods", ()):
+        steps.parse(method, task)
