@@ -165,20 +165,23 @@ def _rows(anchors):
 
 @partial(jax.jit, static_argnums=0)
 def _grams(side, problem, start, change):
-    """X D X^T, X D (X - X_0)^T, in which nothing cancels where little changes, and X X_0^T."""
-    x = start[1 - side] + change
-    measured = x if problem.metric is None else _times_metric(x, problem, problem.metric[0][1 - side])
-    inner = lambda x, y: times(x, transpose(y))
+    """X D X^T, X D (X - X_0)^T, in which nothing cancels where little changes, and in a metric X X_0^T."""
+    x, inner = start[1 - side] + change, lambda x, y: times(x, transpose(y))
+    if problem.metric is None:
+        return inner(x, x), inner(x, change), None
+    measured = _times_metric(x, problem, problem.metric[0][1 - side])
     return inner(measured, x), inner(measured, change), inner(x, start[1 - side])
 
 
 def _step(ranks, mixing, rates, regularization, shrinkage, gram, drift, cross):
-    """R x R matrices: what to multiply Y_0 with, Y_0 once more in the inverse metric, and X G."""
+    """R x R matrices: what to multiply Y_0 and X G with; in a metric, then Y_0 in the inverse metric too."""
     of = np.repeat(np.arange(len(ranks)), ranks)  # the sum that a row belongs to
     over = lambda z: jnp.broadcast_to(z, gram.shape)
     rows = lambda values: jnp.stack([jnp.asarray(z, gram.dtype) for z in values])[of]
     mixing, same = over(jnp.stack(list(map(rows, mixing)))[of]), over(of[:, None] == of)
-    own = jnp.where(same, (mixing - 1) * (gram - drift) - drift, 0) - over(jnp.diag(rows(shrinkage)))
+    across = mixing * (gram - drift if cross is None else cross)
+    own = jnp.where(same, (mixing - 1) * (gram - drift) - drift, across if cross is None else 0)
+    own = own - over(jnp.diag(rows(shrinkage)))
     if None not in regularization:
         solve = inverse(jnp.where(same, gram, 0), rows(regularization) + rows(shrinkage))
     else:
@@ -187,14 +190,15 @@ def _step(ranks, mixing, rates, regularization, shrinkage, gram, drift, cross):
             at = slice(end - rank, end)
             block = inverse(gram[..., at, at], None if value is None else value + small)
             solve = solve.at[..., at, at].set(block)
-    return times(solve, own), times(solve, jnp.where(same, 0, mixing * cross)), solve * over(rows(rates))
+    across = None if cross is None else times(solve, jnp.where(same, 0, across))
+    return times(solve, own), solve * over(rows(rates)), across
 
 
 @partial(jax.jit, static_argnums=0)
 def _change(side, problem, start, change, step):
     """That of Y, from that of X."""
-    x, y0, (own, across, rate) = start[1 - side] + change, start[side], step
-    moved = times(across, y0)
+    x, y0, (own, rate, across) = start[1 - side] + change, start[side], step
+    moved = jnp.zeros_like(y0) if across is None else times(across, y0)
     for coefficient, term in problem.gradient:
         product = left_product(x, transposed(term) if side == 0 else term)
         moved += coefficient * times(rate, product.astype(y0.dtype))

@@ -1,10 +1,13 @@
 """Small arrays of many parameters, computed at once."""
 
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
 
 
 def together(function: Callable[..., Any], kinds: Sequence[Hashable], arguments: Sequence[Any]) -> list[Any]:
@@ -26,5 +29,12 @@ def together(function: Callable[..., Any], kinds: Sequence[Hashable], arguments:
     for (kind, *_), places in groups.items():
         found = function(kind, jax.tree.map(lambda *z: jnp.stack(z), *(arguments[i] for i in places)))
         for index, place in enumerate(places):
-            results[place] = jax.tree.map(lambda z, index=index: z[index], found)
+            results[place] = jax.tree.map(partial(_entry, index), found)
     return results
+
+
+def _entry(index: int, stack: Array) -> Array:
+    """stack[index], gathered: one kernel for all parameters, where slices would be one each to compile."""
+    rows = stack.reshape(-1, stack.shape[-1])
+    chosen = np.arange(len(rows)).reshape(len(stack), -1)[index]
+    return jnp.take(rows, chosen, axis=0, mode="clip").reshape(stack.shape[1:])
