@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from oplora_jax.gradients.capture import lora_dot_p, to_dense_p
+from oplora_jax._jax import ClosedJaxpr, Jaxpr, Literal
+from oplora_jax.gradients.tap import tap_p
 from oplora_jax.sharding import entries, merged
 
 # Operations that move a factor, or a part of it, without computing with it.
@@ -78,40 +78,35 @@ def count_uses(program: ClosedJaxpr, factors: Sequence[int | None], count: int) 
     """
     flows = [_NOTHING if i is None else _Flow(origins=frozenset([i])) for i in factors]
     places: list[list[Use]] = [[] for _ in range(count)]
-    outputs = _walk(_open(program), flows, 1, places)
-    elsewhere = outputs[0].computed | outputs[0].origins
-    return [Uses(tuple(places[i]), i in elsewhere) for i in range(count)]
+    loss = _walk(program, flows, places)[0]
+    return [Uses(tuple(places[i]), i in loss.computed | loss.origins) for i in range(count)]
 
 
-def _walk(jaxpr: Jaxpr, inputs: Sequence[_Flow], times: int, places: list[list[Use]]) -> list[_Flow]:
+def _walk(program: ClosedJaxpr | Jaxpr, inputs: Sequence[_Flow], places: list[list[Use]]) -> list[_Flow]:
+    """The flows out of a program; what it does with the parameters goes to their places."""
+    jaxpr = _open(program)
     flows = dict(zip(jaxpr.invars, inputs, strict=True))
     read = lambda atom: _NOTHING if isinstance(atom, Literal) else flows.get(atom, _NOTHING)
     for eqn in jaxpr.eqns:
-        arguments = [read(v) for v in eqn.invars]
-        outputs = _step(eqn, arguments, times, places)
+        outputs = _step(eqn, [read(v) for v in eqn.invars], places)
         flows.update(zip(eqn.outvars, outputs, strict=True))
     return [read(v) for v in jaxpr.outvars]
 
 
-def _step(eqn: Any, arguments: list[_Flow], times: int, places: list[list[Use]]) -> list[_Flow]:
-    """The flows out of one equation; records the uses in it."""
+def _step(eqn: Any, arguments: list[_Flow], places: list[list[Use]]) -> list[_Flow]:
+    """The flows out of one equation."""
     name = eqn.primitive.name
-    if eqn.primitive is lora_dot_p or eqn.primitive is to_dense_p:
-        return [_record(eqn, arguments, times, places)]
     if not any(f.origins or f.computed for f in arguments) or name == "stop_gradient":
         return [_NOTHING] * len(eqn.outvars)
-    if name == "scan":
-        return _scan(eqn, arguments, times, places)
-    if name == "while":
-        return _while(eqn, arguments, times, places)
-    if name == "cond":
-        return _cond(eqn, arguments, times, places)
+    if eqn.primitive is tap_p and isinstance(eqn.params["rule"], str):
+        return [_record(eqn, arguments, places)]
+    if name in _CONTROL:
+        return _CONTROL[name](eqn, arguments, places)
     if name == "shard_map":  # what every device sees is used by every device
         arguments = [f._replace(repeated=f.origins) for f in arguments]
     inner = [_open(value) for value in eqn.params.values() if isinstance(value, ClosedJaxpr | Jaxpr)]
-    sizes = [(len(j.invars), len(j.outvars)) for j in inner]
-    if sizes == [(len(eqn.invars), len(eqn.outvars))]:  # jit, remat, custom rules, shard_map
-        return _walk(inner[0], arguments, times, places)
+    if [(len(j.invars), len(j.outvars)) for j in inner] == [(len(eqn.invars), len(eqn.outvars))]:
+        return _walk(inner[0], arguments, places)  # jit, remat, custom rules, shard_map
     merged = _merge(arguments)
     if name not in _MOVES:
         merged = _Flow(computed=merged.computed | merged.origins)
@@ -133,75 +128,69 @@ def _repeats(eqn: Any) -> bool:
     return eqn.outvars[0].aval.size > eqn.invars[0].aval.size
 
 
-def _record(eqn: Any, arguments: list[_Flow], times: int, places: list[list[Use]]) -> _Flow:
-    dot = eqn.primitive is lora_dot_p
-    x, a, b = arguments[:3] if dot else (_NOTHING, *arguments[:2])
-    out = _merge([x, _Flow(computed=a.computed | b.computed)])
+def _record(eqn: Any, arguments: list[_Flow], places: list[list[Use]]) -> _Flow:
+    """What flows out of a marker that has the factors as its taps; its use goes to the parameter's place."""
+    kind, batch = eqn.params["rule"], eqn.params["batch"]
+    x, _, a, b, *kernel = arguments  # y is x times the kernel and the factors: that is what is captured
+    others = [] if kind == "dense" else [x, *kernel]
     if a.origins != b.origins or len(a.origins) != 1:
-        return _Flow(computed=out.computed | out.origins | a.origins | b.origins)
-    [parameter] = a.origins
-    if parameter in a.repeated | b.repeated:
-        times = 2 * times
-    use = Use("dense", times, 0, (), ())
-    if dot:
-        x_aval, a_aval, y_aval = eqn.invars[0].aval, eqn.invars[1].aval, eqn.outvars[0].aval
-        rows = slice(a_aval.ndim - 2, -1)
-        x_entries, y_entries = entries(x_aval), entries(y_aval)
-        sharding = merged(x_entries[rows]), x_entries[-1], y_entries[-1]
-        use = Use("dot", times, math.prod(x_aval.shape[rows]), (x_aval.dtype, y_aval.dtype), sharding)
-    places[parameter].append(use)
-    return _Flow(computed=out.computed | out.origins)
+        others += [a, b]
+    else:
+        [parameter] = a.origins
+        times = 2 if parameter in a.repeated | b.repeated else 1
+        use = Use("dense", times, 0, (), ())
+        if kind == "dot":
+            x_aval, y_aval = (v.aval for v in eqn.invars[:2])
+            rows, (*x_entries, column), y_entries = slice(batch, -1), entries(x_aval), entries(y_aval)
+            tokens, sharding = math.prod(x_aval.shape[rows]), merged(x_entries[batch:])
+            use = Use("dot", times, tokens, (x_aval.dtype, y_aval.dtype), (sharding, column, y_entries[-1]))
+        places[parameter].append(use)
+    return _Flow(computed=a.computed.union(b.computed, *(f.computed | f.origins for f in others)))
 
 
 def _merge(flows: Sequence[_Flow]) -> _Flow:
     return _Flow(*(frozenset().union(*column) for column in zip(*flows, strict=True)))
 
 
-def _fixed_point(body: Any, carry: list[_Flow]) -> list[_Flow]:
-    """What a loop's carry holds once nothing new flows into it."""
-    while True:
-        wider = [_merge(pair) for pair in zip(carry, body(carry), strict=True)]
-        if wider == carry:
-            return carry
-        carry = wider
-
-
-def _scan(eqn, arguments, times, places):
+def _scan(eqn, arguments, places):
     body = _open(eqn.params["jaxpr"])
     # What is sliced or stacked has an axis less inside. JAX's own counts go by other names in each version.
     whole = lambda outer, inner: sum(o.aval.ndim == i.aval.ndim for o, i in zip(outer, inner, strict=True))
     unsliced, carries = whole(eqn.invars, body.invars), whole(eqn.outvars, body.outvars)
     consts = unsliced - carries
-    head, carry, xs = arguments[:consts], arguments[consts:unsliced], arguments[unsliced:]
-    unrecorded = [[] for _ in places]
-    carry = _fixed_point(lambda carry: _walk(body, [*head, *carry, *xs], times, unrecorded)[:carries], carry)
-    # A slice of xs is used once; what every iteration sees is used as often as the loop runs.
-    sliced = frozenset().union(*(f.origins for f in xs)) - _merge([*head, *carry]).origins
-    found: list[list[Use]] = [[] for _ in places]
-    outputs = _walk(body, [*head, *carry, *xs], times, found)
-    for i, uses in enumerate(found):
-        often = 1 if i in sliced else eqn.params["length"]
-        places[i].extend(use._replace(times=use.times * often) for use in uses)
-    return [*carry, *outputs[carries:]]
+    split = arguments[:consts], arguments[consts:unsliced], arguments[unsliced:]
+    return _loop(body, *split, eqn.params["length"], places)
 
 
-def _while(eqn, arguments, times, places):
+def _while(eqn, arguments, places):
     params = eqn.params
     skip, consts = params["cond_nconsts"], params["body_nconsts"]
     head, carry = arguments[skip : skip + consts], arguments[skip + consts :]
-    body = _open(params["body_jaxpr"])
-    unrecorded = [[] for _ in places]
-    carry = _fixed_point(lambda carry: _walk(body, [*head, *carry], times, unrecorded), carry)
-    # The number of rounds is not known: more than one.
-    _walk(body, [*head, *carry], 2 * times, places)
-    return carry
+    return _loop(params["body_jaxpr"], head, carry, [], 2, places)  # the rounds are not known: more than one
 
 
-def _cond(eqn, arguments, times, places):
+def _loop(body, head, carry, xs, rounds, places):
+    """A loop of a body of (constants, carry, slices): what flows out of its carry and its stacked outputs."""
+    while True:  # until nothing new flows into the carry
+        found: list[list[Use]] = [[] for _ in places]
+        outputs = _walk(body, [*head, *carry, *xs], found)
+        wider = [_merge(pair) for pair in zip(carry, outputs, strict=False)]
+        if wider == carry:
+            break
+        carry = wider
+    # A slice of xs is used once; what every round sees is used as often as the loop runs.
+    sliced = _merge([_NOTHING, *xs]).origins - _merge([_NOTHING, *head, *carry]).origins
+    for i, uses in enumerate(found):
+        often = 1 if i in sliced else rounds
+        places[i].extend(use._replace(times=use.times * often) for use in uses)
+    return [*carry, *outputs[len(carry) :]]
+
+
+def _cond(eqn, arguments, places):
     outputs, found = [], []
     for branch in eqn.params["branches"]:
         uses: list[list[Use]] = [[] for _ in places]
-        outputs.append(_walk(_open(branch), arguments[1:], times, uses))
+        outputs.append(_walk(branch, arguments[1:], uses))
         found.append(uses)
     for i, into in enumerate(places):
         branches = [uses[i] for uses in found if uses[i]]
@@ -210,3 +199,6 @@ def _cond(eqn, arguments, times, places):
         else:  # captures of different shapes: counted as several uses
             into.extend(use for b in branches for use in b)
     return [_merge(column) for column in zip(*outputs, strict=True)]
+
+
+_CONTROL = {"scan": _scan, "while": _while, "cond": _cond}

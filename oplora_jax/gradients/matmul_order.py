@@ -10,6 +10,7 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
 from oplora_jax.matrix import LowRank, as_wide, transpose
@@ -76,40 +77,39 @@ def backward_order(sizes: Sizes, wanted: Wanted) -> Order:
     return min(orders, key=lambda order: backward_operations(sizes, order, wanted))
 
 
-# Arguments are Any: among them are constants that JAX hands to a primitive's rules in a class of its own.
-
-
-def dot(x: Any, y: Any, *, precision: Any = None, out_sharding: Any = None) -> Array:
+def dot(x: Array, y: Array, *, precision: Any = None, out_sharding: Any = None) -> Array:
     """x @ y, where x has the batch axes of y in front, then those of its tokens."""
     batch = tuple(range(y.ndim - 2))
     dimensions = ((x.ndim - 1,), (y.ndim - 2,)), (batch, batch)
     return jax.lax.dot_general(x, y, dimensions, precision=precision, out_sharding=out_sharding)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5))
 def multiply(
-    x: Any, kernel: Any, a: Any, b: Any, scale: float | int, precision: Any
+    x: Float[Array, "*tokens n"],
+    kernel: Float[Array, "*batch n m"],
+    a: Float[Array, "*batch n r"],
+    b: Float[Array, "*batch r m"],
+    scale: float | int,
+    precision: Any,
 ) -> Float[Array, "*tokens m"]:
     """x (W + s a b), by x and the factors or by the merged weights."""
+    return _multiply(x, kernel, a, b, scale, precision)
+
+
+def _multiply(x, kernel, a, b, scale, precision):
     product = functools.partial(dot, precision=precision)
     if forward_is_merged(_sizes(x, a, b)):
         return product(x, _merged(kernel, a, b, scale))
     return product(x, kernel) + product(product(x, a) * scale, b)
 
 
-def derivative(
-    primals: tuple[Any, ...], tangents: tuple[Any, ...], scale: float | int, precision: Any
-) -> Array:
-    """The derivative of `multiply` along some tangents.
-
-    Args:
-      primals: x, the kernel, a and b.
-      tangents: theirs; None for zero. At least one is given.
-      scale: s.
-      precision: of the products.
-    """
+@functools.partial(multiply.defjvp, symbolic_zeros=True)
+def _derivative(scale, precision, primals, tangents):
+    """The output and its derivative along the tangents that exist, in the order in which they are pulled back."""
     product = functools.partial(dot, precision=precision)
     (x, kernel, a, b), (dx, dkernel, da, db) = primals, tangents
-    wanted = Wanted(*(tangent is not None for tangent in tangents))
+    wanted = Wanted(*(not isinstance(t, SymbolicZero) for t in tangents))
     order = backward_order(_sizes(x, a, b), wanted)
     terms, thin, weight = [], [], []  # outputs, what b is yet to multiply, what x is yet to multiply
     if wanted.kernel:
@@ -131,20 +131,20 @@ def derivative(
         terms.append(product(sum(thin[1:], thin[0]) * scale, b))
     if weight:
         terms.append(product(x, sum(weight[1:], weight[0])))
-    return sum(terms[1:], terms[0])
+    return _multiply(*primals, scale, precision), sum(terms[1:], terms[0])
 
 
-def _times_thin(x: Any, a: Any, precision: Any) -> Array:
+def _times_thin(x: Array, a: Array, precision: Any) -> Array:
     """x @ a, which the backward pass turns into a product of few rows, x^T and the cotangent's transpose."""
     batch = tuple(range(a.ndim - 2))
     dimensions = ((x.ndim - 1,), (a.ndim - 1,)), (batch, batch)
     return jax.lax.dot_general(x, as_wide(transpose(a)), dimensions, precision=precision)
 
 
-def _sizes(x: Any, a: Any, b: Any) -> Sizes:
+def _sizes(x: Array, a: Array, b: Array) -> Sizes:
     tokens = math.prod(x.shape[a.ndim - 2 : -1])
     return Sizes(tokens, a.shape[-2], b.shape[-1], a.shape[-1])
 
 
-def _merged(kernel: Any, a: Any, b: Any, scale: float | int) -> Array:
+def _merged(kernel: Array, a: Array, b: Array, scale: float | int) -> Array:
     return kernel + LowRank(a, b, scale).to_dense()

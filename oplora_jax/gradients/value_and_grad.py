@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 import jax
 
-from oplora_jax.gradients.capture import Tapped
 from oplora_jax.gradients.count_uses import Use, Uses, count_uses
 from oplora_jax.gradients.microbatches import accumulate
+from oplora_jax.gradients.tap import Tapped
 from oplora_jax.matrix import (
     DenseGradient,
     LowRank,

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from oplora_jax.gradients.capture import Tapped
 from oplora_jax.gradients.count_uses import Uses
+from oplora_jax.gradients.tap import Tapped
 from oplora_jax.gradients.value_and_grad import lora_uses, name_of
 from oplora_jax.matrix import LowRank, OuterProduct, is_low_rank
 from oplora_jax.optimizers._lift import LoRAState

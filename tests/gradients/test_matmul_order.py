@@ -89,8 +89,8 @@ def test_every_order_gives_the_same_gradients(sizes, monkeypatch, x64):
     weight = kernel + 2.0 * a @ b
     expected = [dy @ weight.T, 2.0 * x.T @ dy @ b.T, 2.0 * a.T @ x.T @ dy]
     for merged, order in itertools.product((False, True), table(sizes)):
-        monkeypatch.setattr(orders, "forward_is_merged", lambda _, merged=merged: merged)
-        monkeypatch.setattr(orders, "backward_order", lambda *_, order=order: order)
+        monkeypatch.setattr(matmul_order, "forward_is_merged", lambda _, merged=merged: merged)
+        monkeypatch.setattr(matmul_order, "backward_order", lambda *_, order=order: order)
         y = lora_dot(x, kernel, LowRank(a, b, scale=2.0))
         # float64 sums of up to 600 products of normal numbers
         chex.assert_trees_all_close(y, x @ weight, rtol=1e-11, atol=1e-10)
