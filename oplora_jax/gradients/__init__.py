@@ -5,11 +5,4 @@ from oplora_jax.gradients.lora_dot import lora_dot
 from oplora_jax.gradients.tangent import tangent_gradient
 from oplora_jax.gradients.value_and_grad import grad, value_and_grad
 
-__all__ = [
-    "clip_by_global_norm",
-    "global_norm",
-    "grad",
-    "lora_dot",
-    "tangent_gradient",
-    "value_and_grad",
-]
+__all__ = ["clip_by_global_norm", "global_norm", "grad", "lora_dot", "tangent_gradient", "value_and_grad"]

@@ -23,10 +23,10 @@ def lora_dot(
 ) -> Float[Array, "*tokens m"]:
     r"""A dense layer with LoRA, :math:`x\,(W + s\,a\,b)`.
 
-    The one function through which a layer applies its LoRA: `value_and_grad` captures the exact gradient of
-    the whole weight here, and plain `jax.grad` gives the factors' gradients as usual. It multiplies in the
-    order of the fewest operations, forward and backward: with N > n m / (n + m) tokens the weights are
-    merged first. In less than float32 they never are, nor on a mesh with explicit axes.
+    Here `value_and_grad` captures the exact gradient of the whole weight; plain `jax.grad` gives the factors'
+    gradients as usual. It multiplies in the order of the fewest operations, forward and backward: with
+    N > n m / (n + m) tokens the weights are merged first. In less than float32 they never are, nor on a mesh
+    with explicit axes.
 
     Args:
       x: inputs with any number of leading axes. If the kernel has batch axes (stacked layers, experts), x
@@ -59,7 +59,7 @@ def lora_dot(
     on_mesh = out_sharding is not None or explicit_mesh((x, kernel, lora)) is not None
     if jnp.finfo(x.dtype).bits >= 32 and not on_mesh:
         precision = _precision(precision)
-        a, b = _factors(x, lora)
+        a, b = lora.a.astype(x.dtype), lora.b.astype(x.dtype)
         y = multiply(x, kernel, a, b, lora.scale, precision)
         return mark(x, y, lora, kernel, precision=precision)
     y = dot(x, kernel, precision=precision, out_sharding=out_sharding)
@@ -72,13 +72,9 @@ def lora_increment(
     """x times the increment alone, in the type of x: what `lora_dot` adds to the layer's own product."""
     precision = _precision(precision)
     product = lambda x, a, b: dot(dot(x, a, precision=precision) * lora.scale, b, precision=precision)
-    a, b = _factors(x, lora)
+    a, b = lora.a.astype(x.dtype), lora.b.astype(x.dtype)
     y = under_auto_sharding(product, lambda: partition(*entries(x)[:-1], entries(b)[-1]), x, a, b)
     return mark(x, y, lora, precision=precision)
-
-
-def _factors(x: Array, lora: LowRank) -> tuple[Array, Array]:
-    return lora.a.astype(x.dtype), lora.b.astype(x.dtype)
 
 
 def _precision(precision: Any) -> Any:

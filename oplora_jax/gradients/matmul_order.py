@@ -49,26 +49,21 @@ def forward_is_merged(sizes: Sizes) -> bool:
 
 
 def backward_operations(sizes: Sizes, order: Order, wanted: Wanted) -> int:
-    """The operations of the gradients that are asked for.
-
-    References:
-      RunLoRA, https://arxiv.org/abs/2312.03415, for all of x, a and b.
-    """
+    """The operations of the gradients that are asked for; of x, a and b RunLoRA's, arXiv:2312.03415."""
     tokens, n, m, r = sizes
     full, formed = 2 * tokens * n * m, 2 * n * m * r
     thin_n, thin_m = 2 * tokens * n * r, 2 * tokens * m * r
-    asked = wanted.x, wanted.a, wanted.b
-    through_x, through_a, through_b = (w and o for w, o in zip(asked, order, strict=True))
-    thin_x, thin_a, thin_b = (w and not o for w, o in zip(asked, order, strict=True))
-    operations = [
-        full * wanted.x,
-        full * (wanted.kernel or through_a or through_b),  # x^T dy
-        formed * (through_x + through_a + through_b),
-        thin_m * (thin_x or thin_a),  # dy b^T, which both take
-        thin_n * (thin_x + thin_a),
-        (thin_n + thin_m) * thin_b,  # x a, and its product with dy
-    ]
-    return sum(operations)
+    asked = Order(wanted.x, wanted.a, wanted.b)
+    through = Order(*(w and o for w, o in zip(asked, order, strict=True)))
+    thin = Order(*(w and not o for w, o in zip(asked, order, strict=True)))
+    return (
+        full * wanted.x
+        + full * (wanted.kernel or through.a or through.b)  # x^T dy
+        + formed * sum(through)
+        + thin_m * (thin.x or thin.a)  # dy b^T, which both take
+        + thin_n * (thin.x + thin.a)
+        + (thin_n + thin_m) * thin.b  # x a, and its product with dy
+    )
 
 
 def backward_order(sizes: Sizes, wanted: Wanted) -> Order:
@@ -84,8 +79,7 @@ def dot(x: Array, y: Array, *, precision: Any = None, out_sharding: Any = None) 
     return jax.lax.dot_general(x, y, dimensions, precision=precision, out_sharding=out_sharding)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5))
-def multiply(
+def _multiply(
     x: Float[Array, "*tokens n"],
     kernel: Float[Array, "*batch n m"],
     a: Float[Array, "*batch n r"],
@@ -94,19 +88,18 @@ def multiply(
     precision: Any,
 ) -> Float[Array, "*tokens m"]:
     """x (W + s a b), by x and the factors or by the merged weights."""
-    return _multiply(x, kernel, a, b, scale, precision)
-
-
-def _multiply(x, kernel, a, b, scale, precision):
     product = functools.partial(dot, precision=precision)
     if forward_is_merged(_sizes(x, a, b)):
-        return product(x, _merged(kernel, a, b, scale))
+        return product(x, kernel + LowRank(a, b, scale).to_dense())
     return product(x, kernel) + product(product(x, a) * scale, b)
+
+
+multiply = jax.custom_jvp(_multiply, nondiff_argnums=(4, 5))
 
 
 @functools.partial(multiply.defjvp, symbolic_zeros=True)
 def _derivative(scale, precision, primals, tangents):
-    """The output and its derivative along the tangents that exist, in the order in which they are pulled back."""
+    """The product, and a sum of terms that are linear in the tangents there are."""
     product = functools.partial(dot, precision=precision)
     (x, kernel, a, b), (dx, dkernel, da, db) = primals, tangents
     wanted = Wanted(*(not isinstance(t, SymbolicZero) for t in tangents))
@@ -116,7 +109,7 @@ def _derivative(scale, precision, primals, tangents):
         weight.append(dkernel)
     if wanted.x and order.x:
         # Formed again for the backward pass: a loop over layers would keep the merged weights of them all.
-        through = jax.checkpoint(lambda dx, *weights: product(dx, _merged(*weights, scale)))
+        through = jax.checkpoint(lambda dx, w, *ab: product(dx, w + LowRank(*ab, scale).to_dense()))
         terms.append(through(dx, kernel, a, b))
     elif wanted.x:
         terms.append(product(dx, kernel))
@@ -142,9 +135,4 @@ def _times_thin(x: Array, a: Array, precision: Any) -> Array:
 
 
 def _sizes(x: Array, a: Array, b: Array) -> Sizes:
-    tokens = math.prod(x.shape[a.ndim - 2 : -1])
-    return Sizes(tokens, a.shape[-2], b.shape[-1], a.shape[-1])
-
-
-def _merged(kernel: Array, a: Array, b: Array, scale: float | int) -> Array:
-    return kernel + LowRank(a, b, scale).to_dense()
+    return Sizes(math.prod(x.shape[a.ndim - 2 : -1]), a.shape[-2], b.shape[-1], a.shape[-1])

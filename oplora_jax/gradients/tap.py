@@ -16,16 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from oplora_jax._jax import (
-    Primitive,
-    Zero,
-    add_tangents,
-    instantiate_zeros,
-    primitive_batchers,
-    primitive_jvps,
-    register_lowering,
-)
-from oplora_jax.matrix import LowRank, matmul, transpose
+from oplora_jax import _jax
+from oplora_jax.matrix import DenseGradient, LowRank, OuterProduct, matmul, transpose
 from oplora_jax.metrics import second_moment
 from oplora_jax.sharding import shard_like, specs_of, under_auto_sharding
 
@@ -52,6 +44,12 @@ class Tapped(LowRank):
         return dense + shard_like(self.tap[0].astype(dense.dtype), dense)
 
 
+def from_tap(cotangents: tuple[Array, ...]) -> OuterProduct | DenseGradient | Array:
+    """The gradient, from the cotangents of its taps."""
+    kinds = {1: lambda gradient: gradient, 2: OuterProduct, 4: DenseGradient}
+    return kinds[len(cotangents)](*cotangents)
+
+
 def mark(
     x: Float[Array, "*tokens n"],
     y: Float[Array, "*tokens m"],
@@ -59,15 +57,7 @@ def mark(
     *kernel: Float[Array, "*batch n m"],
     precision: Any = None,
 ) -> Float[Array, "*tokens m"]:
-    """y, tied to the taps of `lora` if it has any.
-
-    Args:
-      x: the layer's inputs.
-      y: its outputs, in which the matrix `lora` stands for is multiplied by x.
-      lora: the layer's LoRA parameter.
-      kernel: what else y is made of.
-      precision: of the product x^T dy.
-    """
+    """y = x (W + s a b), or x times the increment alone, tied to the taps of `lora` if it has any."""
     if not isinstance(lora, Tapped):
         return y
     batch = lora.a.ndim - 2
@@ -93,12 +83,12 @@ def _gradient(precision: Any, taps: list[Any], held: Any, x: Array, dy: Array) -
 
 
 # (x, y, *taps, *held) -> y, where x, y and all taps begin with `batch` batch axes. `rule` is a function of
-# (types of the taps, held, rows of x, rows of dy) that returns the taps' cotangents. In a program that is only
-# read it is the kind of use, "dot" or "dense", and the taps are the factors.
-tap_p = Primitive("lora_tap")
+# (types of the taps, held, rows of x, rows of dy) that returns the taps' cotangents. In a program that is
+# only read it is the kind of use, "dot" or "dense", and the taps are the factors.
+tap_p = _jax.Primitive("lora_tap")
 tap_p.def_impl(lambda x, y, *rest, **static: y)
 tap_p.def_abstract_eval(lambda x, y, *rest, **static: y)
-register_lowering(tap_p, lambda context, x, y, *rest, **static: [y])
+_jax.register_lowering(tap_p, lambda context, x, y, *rest, **static: [y])
 
 
 def _marker(x: Array, y: Array, taps: Sequence[Array], held: Sequence[Array], rule: Any, batch: int) -> Array:
@@ -109,10 +99,10 @@ def _jvp(primals, tangents, *, taps, rule, batch):
     out = tap_p.bind(*primals, taps=taps, rule=rule, batch=batch)
     (x, _, *rest), (_, dy, *along) = primals, tangents
     tap, along = rest[:taps], along[:taps]
-    if isinstance(rule, str) or all(isinstance(t, Zero) for t in along):
+    if isinstance(rule, str) or all(isinstance(t, _jax.Zero) for t in along):
         return out, dy
     captured = _captured(x, out, tap, rest[taps:], rule, batch)
-    return out, add_tangents(dy, jax.jvp(captured, tap, [*map(instantiate_zeros, along)])[1])
+    return out, _jax.add_tangents(dy, jax.jvp(captured, tap, [*map(_jax.instantiate_zeros, along)])[1])
 
 
 def _captured(x: Array, y: Array, taps: list[Array], held: list[Array], rule: Any, batch: int) -> Any:
@@ -123,7 +113,9 @@ def _captured(x: Array, y: Array, taps: list[Array], held: list[Array], rule: An
         rows = (z.reshape(*z.shape[:batch], -1, z.shape[-1]) for z in (x, dy))
         made = zip(rule(types, held, *rows), types, strict=True)
         made = [cotangent.reshape(tap.shape).astype(tap.dtype) for cotangent, tap in made]
-        return _over_devices(made, [jnp.zeros(tap.shape, tap.dtype) for tap in types])
+        # The sums over the devices of a `jax.shard_map` that see the same taps; elsewhere this does nothing.
+        add_zeros = lambda at: [z + jnp.zeros_like(c) for z, c in zip(at, made, strict=True)]
+        return jax.vjp(add_zeros, [jnp.zeros(tap.shape, tap.dtype) for tap in types])[1](made)[0]
 
     def backward(kept, dy):
         return tuple(under_auto_sharding(capture, lambda: specs_of(types), *kept, dy))
@@ -131,12 +123,6 @@ def _captured(x: Array, y: Array, taps: list[Array], held: list[Array], rule: An
     zeros = jax.custom_vjp(lambda *taps: jnp.zeros_like(y))
     zeros.defvjp(lambda *taps: (jnp.zeros_like(y), (x, held)), backward)
     return zeros
-
-
-def _over_devices(cotangents: list[Array], primals: list[Array]) -> list[Array]:
-    """The sums over the devices of a `jax.shard_map` that see the same primals; otherwise the cotangents."""
-    add_zeros = lambda at: [p + jnp.zeros_like(c) for p, c in zip(at, cotangents, strict=True)]
-    return jax.vjp(add_zeros, primals)[1](cotangents)[0]
 
 
 def _batch(operands, axes, *, taps, rule, batch):
@@ -154,5 +140,5 @@ def _batch(operands, axes, *, taps, rule, batch):
     return tap_p.bind(x, y, *operands[2:], taps=taps, rule=rule, batch=batch), batch
 
 
-primitive_jvps[tap_p] = _jvp
-primitive_batchers[tap_p] = _batch
+_jax.primitive_jvps[tap_p] = _jvp
+_jax.primitive_batchers[tap_p] = _batch
