@@ -18,8 +18,10 @@ import oplora_jax
 from oplora_jax import LowRank, oplora
 from oplora_jax.linen import LoRADense
 from oplora_jax.nnx import LoRALinear, value_and_grad
+from tests.arrays import normals
 from tests.optimizers.cases import CASES, gradient_of, make, problem
-from tests.optimizers.conftest import quick_compilation  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture
@@ -135,8 +137,7 @@ def place(mesh, params):
 
 
 def sharded_problem(axis_type):
-    rng = np.random.default_rng(0)
-    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    normal = normals(0, jnp.float32)
     params = {"first": LowRank(normal(16, 2), normal(2, 8), 2.0), "bias": normal(8)}
     mesh = jax.make_mesh((8,), ("d",), axis_types=(axis_type,), devices=jax.devices("cpu")[:8])
     return mesh, place(mesh, params), params

@@ -44,24 +44,33 @@ def lora_adamw():
     return compile_step(optax.adamw(1e-3), jax.value_and_grad(stack_loss))
 
 
+def costs(compiled):
+    counted = compiled.cost_analysis()
+    return {
+        "operations": counted["flops"],
+        "bytes": counted["bytes accessed"],
+        "temporary memory": compiled.memory_analysis().temp_size_in_bytes,
+    }
+
+
 @pytest.mark.parametrize(
-    ("gradient", "memory_limit", "flops_limit"),
+    ("gradient", "limits"),
     [
-        ("outer", 1.2, 1.05),
-        # One more product a layer, half as much arithmetic again, for less memory than x and dy.
-        ("dense", 1.1, 1.6),
+        # Measured: 1.022, 1.008 and 0.999. A step passes over x and dy with 2 r columns where the factors'
+        # gradients have r, and x and dy of all layers are kept by plain LoRA as well.
+        ("outer", {"operations": 1.03, "bytes": 1.03, "temporary memory": 1.02}),
+        # Measured: 1.492, 0.931 and 0.999. One more product a layer is half as much arithmetic again.
+        ("dense", {"operations": 1.5, "bytes": 0.95, "temporary memory": 1.02}),
     ],
 )
-def test_a_step_costs_about_as_much_as_plain_lora(lora_adamw, gradient, memory_limit, flops_limit):
+def test_a_step_costs_about_as_much_as_plain_lora(lora_adamw, gradient, limits):
     """Next to LoRA with AdamW. XLA counts the body of a loop once, so K = 1 alone is counted right."""
     tx = oplora_jax.oplora(0.1)
     compiled = compile_step(tx, oplora_jax.value_and_grad(stack_loss, gradient))
-    temporary = lambda z: z.memory_analysis().temp_size_in_bytes
-    flops = lambda z: z.cost_analysis()["flops"]
-    memory, arithmetic = (f(compiled) / f(lora_adamw) for f in (temporary, flops))
-    print(f"\n{gradient}: temporary memory {memory:.3f}, flops {arithmetic:.3f} of LoRA-AdamW's")
-    assert memory < memory_limit
-    assert arithmetic < flops_limit
+    ours, plain = costs(compiled), costs(lora_adamw)
+    for cost, limit in limits.items():
+        print(f"\n{gradient}: {cost} {ours[cost] / plain[cost]:.3f} of LoRA-AdamW's")
+        assert ours[cost] < limit * plain[cost], cost
 
 
 def products_over_tokens(compiled):

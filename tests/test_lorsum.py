@@ -12,34 +12,18 @@ from hypothesis import strategies as st
 from oplora_jax import LowRank, OuterProduct, lorsum, to_dense
 from oplora_jax.solve import inverse
 from tests import reference
+from tests.arrays import KINDS, draw_matrix, f64, normals
 from tests.reference import truncated_svd
-
-KINDS = ("low_rank", "outer", "dense")
-
-
-def normal(rng, *shape):
-    return rng.standard_normal(shape)
-
-
-def draw(kind, rng, n, m, batch=(), dtype=jnp.float32):
-    """A term of one kind, and the float64 array of what it stands for."""
-    if kind == "dense":
-        dense = jnp.asarray(normal(rng, *batch, n, m), dtype)
-        return dense, f64(dense)
-    if kind == "low_rank":
-        a, b = (jnp.asarray(normal(rng, *batch, *z), dtype) for z in ((n, 4), (4, m)))
-        return LowRank(a, b, 0.5), 0.5 * f64(a) @ f64(b)
-    x, dy = (jnp.asarray(normal(rng, *batch, 5, z), dtype) for z in (n, m))
-    return OuterProduct(x, dy), np.swapaxes(f64(x), -1, -2) @ f64(dy)
 
 
 def anchor_of(rng, n, m, r, scale=1.0, batch=(), dtype=jnp.float32):
-    a, b = (jnp.asarray(normal(rng, *batch, *z), dtype) for z in ((n, r), (r, m)))
-    return LowRank(a, b, scale)
+    new = normals(rng, dtype)
+    return LowRank(new(*batch, n, r), new(*batch, r, m), scale)
 
 
-def f64(x):
-    return np.asarray(x, np.float64)
+def draw(kind, rng, n, m, batch=(), dtype=jnp.float32):
+    """A term of one kind, of up to five dimensions, and the float64 array of what it stands for."""
+    return draw_matrix(kind, rng, (n, m, 5), batch, dtype, scale=0.5)
 
 
 def product(matrix):
@@ -107,7 +91,7 @@ def test_gauge_invariance(num_iters, first, x64):
         anchor_of(rng, 10, 8, 3, dtype=jnp.float64),
         draw("dense", rng, 10, 8, (), jnp.float64),
     )
-    general = normal(rng, 3, 3) + 2 * np.eye(3)
+    general = rng.standard_normal((3, 3)) + 2 * np.eye(3)
     orthogonal = np.linalg.qr(general)[0]
 
     def change(rotation, regularization):
@@ -124,7 +108,7 @@ def test_gauge_invariance(num_iters, first, x64):
 
 
 def with_singular_values(rng, n, m, values):
-    u, v = (np.linalg.qr(normal(rng, z, len(values)))[0] for z in (n, m))
+    u, v = (np.linalg.qr(rng.standard_normal((z, len(values))))[0] for z in (n, m))
     return u @ np.diag(values) @ v.T
 
 
@@ -202,7 +186,7 @@ def test_the_objective_never_increases(regularization, first, x64):
 def test_a_zero_right_factor(regularization, num_iters):
     """LoRA's usual start: a has nothing to learn from, b takes the step."""
     rng = np.random.default_rng(4)
-    a = normal(rng, 9, 2).astype(np.float32)
+    a = rng.standard_normal((9, 2)).astype(np.float32)
     anchor, (term, g) = LowRank(jnp.asarray(a), jnp.zeros((2, 7))), draw("dense", rng, 9, 7)
     one = lorsum([(1.0, anchor), (-0.1, term)], num_iters=min(num_iters, 1), regularization=regularization)
     np.testing.assert_array_equal(one.a, a)  # the first solve returns a0, exactly
@@ -218,8 +202,8 @@ def test_a_zero_right_factor(regularization, num_iters):
 def test_a_singular_solve_stays_closest_to_the_anchor(x64):
     """Two equal rows of b: the difference of the columns of a is not determined, and stays."""
     rng = np.random.default_rng(5)
-    row = normal(rng, 1, 7)
-    anchor = LowRank(jnp.asarray(normal(rng, 9, 2)), jnp.asarray(np.vstack([row, row])))
+    row = rng.standard_normal((1, 7))
+    anchor = LowRank(jnp.asarray(rng.standard_normal((9, 2))), jnp.asarray(np.vstack([row, row])))
     term, _ = draw("dense", rng, 9, 7, (), jnp.float64)
     result = lorsum([(1.0, anchor), (-0.1, term)], num_iters=0)
     # float64, and a pseudo-inverse of well separated eigenvalues (0 and |row|^2).
@@ -241,10 +225,10 @@ def test_finite_input_gives_finite_output(rank_of_factors, num_iters, regulariza
     rng = np.random.default_rng(6)
     r = 5 if rank_of_factors == 5 else 2
     n, m = (4, 3) if r == 5 else (8, 6)
-    a, b = normal(rng, n, r), normal(rng, r, m)
+    a, b = rng.standard_normal((n, r)), rng.standard_normal((r, m))
     if rank_of_factors == 1:
         a[:, 1], b[1] = a[:, 0], b[0]
-    term = jnp.asarray(normal(rng, n, m), jnp.float32)
+    term = jnp.asarray(rng.standard_normal((n, m)), jnp.float32)
     for size_a, size_b in itertools.product(SIZES, SIZES):
         anchor = LowRank(jnp.asarray(size_a * a, jnp.float32), jnp.asarray(size_b * b, jnp.float32))
         settings = {"num_iters": num_iters, "regularization": regularization}
@@ -268,12 +252,12 @@ def test_a_bfloat16_anchor_is_solved_in_float32(num_iters):
 
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
 def test_the_floor_of_a_solve_leaves_no_bias(size):
-    """The floor of the Cholesky solve is 8 r eps, 64 eps here; what is determined does not show it."""
+    """A pivot counts as 8 r eps of its diagonal entry at least, 64 eps here: a floor, no bias."""
     gram = np.diag(np.linspace(1.0, 2.0, 8)).astype(np.float32) * np.float32(size)
     regularization = 1e-3 * size
     expected = np.diag(1 / (np.diag(f64(gram)) + regularization))
     solved = inverse(jnp.asarray(gram), regularization)
-    # Scaling, Cholesky, and one Newton step: a few eps.
+    # A few roundings of numbers that do not cancel: some eps, far below the floor.
     np.testing.assert_allclose(solved, expected, rtol=8 * np.finfo(np.float32).eps)
 
 

@@ -17,31 +17,10 @@ from oplora_jax import (
     to_dense,
 )
 from oplora_jax.matrix import left_product, right_product
+from tests.arrays import KINDS, draw_matrix, f64, normal
 from tests.reference import truncated_svd
 
-KINDS = ("low_rank", "outer", "dense")
 SHAPES = [(7, 5, 2), (4, 3, 9)]  # (n, m, inner size): few tokens, many tokens
-
-
-def normal(rng, *shape):
-    return rng.standard_normal(shape)
-
-
-def draw(kind, rng, shape, batch=(), dtype=jnp.float32, scale=1.0):
-    """A matrix of one kind, and the float64 array of what it stands for."""
-    n, m, k = shape
-    if kind == "low_rank":
-        a, b = (jnp.asarray(normal(rng, *batch, *z), dtype) for z in ((n, k), (k, m)))
-        return LowRank(a, b, scale), scale * f64(a) @ f64(b)
-    if kind == "outer":
-        x, dy = (jnp.asarray(normal(rng, *batch, k, z), dtype) for z in (n, m))
-        return OuterProduct(x, dy), np.swapaxes(f64(x), -1, -2) @ f64(dy)
-    dense = jnp.asarray(normal(rng, *batch, n, m), dtype)
-    return dense, f64(dense)
-
-
-def f64(x):
-    return np.asarray(x, np.float64)
 
 
 def assert_close(actual, expected, tolerance):
@@ -69,9 +48,9 @@ matrices = st.tuples(
 def test_thin_products_and_dense_form(case):
     kind, shape, batch, scale, dtype, seed = case
     rng = np.random.default_rng(seed)
-    matrix, expected = draw(kind, rng, shape, batch, dtype, scale)
-    right = jnp.asarray(normal(rng, *batch, shape[1], 2), jnp.float32)
-    left = jnp.asarray(normal(rng, *batch, 3, shape[0]), jnp.float32)
+    matrix, expected = draw_matrix(kind, rng, shape, batch, dtype, scale)
+    right = normal(rng, *batch, shape[1], 2, dtype=jnp.float32)
+    left = normal(rng, *batch, 3, shape[0], dtype=jnp.float32)
     # A bf16 gradient multiplies in bf16, so the thin matrix is rounded to 8 bits as well.
     products = right_product(matrix, right), left_product(left, matrix)
     for product, judge in zip(products, (expected @ f64(right), f64(left) @ expected), strict=True):
@@ -87,8 +66,8 @@ def test_thin_products_and_dense_form(case):
 def test_norm_and_inner_product(case, other_kind):
     kind, shape, batch, scale, dtype, seed = case
     rng = np.random.default_rng(seed)
-    first, expected_first = draw(kind, rng, shape, batch, dtype, scale)
-    second, expected_second = draw(other_kind, rng, shape, batch, dtype, 2.0)
+    first, expected_first = draw_matrix(kind, rng, shape, batch, dtype, scale)
+    second, expected_second = draw_matrix(other_kind, rng, shape, batch, dtype, 2.0)
     norms = [np.linalg.norm(z, axis=(-2, -1)) for z in (expected_first, expected_second)]
     norm = frobenius_norm(first)
     assert norm.dtype == jnp.float32
@@ -103,7 +82,7 @@ def test_norm_and_inner_product(case, other_kind):
 
 def test_float64_is_kept(x64):
     for kind in KINDS:
-        matrix, expected = draw(kind, np.random.default_rng(0), (7, 5, 2), dtype=jnp.float64)
+        matrix, expected = draw_matrix(kind, np.random.default_rng(0), (7, 5, 2), dtype=jnp.float64)
         assert to_dense(matrix).dtype == frobenius_norm(matrix).dtype == jnp.float64
         assert_close(frobenius_norm(matrix), np.linalg.norm(expected), 1e-14)  # some 50 eps of float64
 
@@ -111,7 +90,7 @@ def test_float64_is_kept(x64):
 def test_norm_of_a_nearly_cancelling_matrix():
     """a1 b1 - (a1 + d) b1: the Gram route would lose everything below sqrt(eps) |a| |b|."""
     rng = np.random.default_rng(0)
-    a, b, d = normal(rng, 30, 2), normal(rng, 2, 20), 1e-5 * normal(rng, 30, 2)
+    a, b, d = rng.standard_normal((30, 2)), rng.standard_normal((2, 20)), 1e-5 * rng.standard_normal((30, 2))
     factors = np.hstack([a, a + d]).astype(np.float32), np.vstack([b, -b]).astype(np.float32)
     exact = np.linalg.norm(f64(factors[0]) @ f64(factors[1]))
     size = np.linalg.norm(factors[0]) * np.linalg.norm(factors[1])
@@ -124,7 +103,7 @@ def test_norm_of_a_nearly_cancelling_matrix():
 @pytest.mark.parametrize("tokens", [1, 3, 24, 25, 400])
 def test_norm_of_an_outer_product_in_both_regimes(tokens):
     # n m / (n + m) = 24: the Gram matrices up to there, the dense product above.
-    outer, expected = draw("outer", np.random.default_rng(tokens), (60, 40, tokens))
+    outer, expected = draw_matrix("outer", np.random.default_rng(tokens), (60, 40, tokens))
     assert_close(frobenius_norm(outer), np.linalg.norm(expected), 5e-6)  # a sum of 400 terms, 40 eps
 
 
@@ -148,7 +127,7 @@ SUMS = {
 @pytest.mark.parametrize("kinds", SUMS.values(), ids=SUMS.keys())
 def test_svd_is_balanced_and_optimal(kinds, scale, batch, x64):
     rng = np.random.default_rng(0)
-    pairs = [draw(kind, rng, (12, 10, 3), batch, jnp.float64, 2.0) for kind in kinds]
+    pairs = [draw_matrix(kind, rng, (12, 10, 3), batch, jnp.float64, 2.0) for kind in kinds]
     coefficients = [1.0, -0.5, 2.0][: len(pairs)]
     terms = [(c, matrix) for c, (matrix, _) in zip(coefficients, pairs, strict=True)]
     dense = sum(c * d for c, (_, d) in zip(coefficients, pairs, strict=True))
@@ -161,15 +140,15 @@ def test_svd_is_balanced_and_optimal(kinds, scale, batch, x64):
     # No other matrix of the rank is closer: neighbours of the best one are further away.
     error = np.linalg.norm(dense - f64(to_dense(best)))
     for _ in range(5):
-        moved = scale * (f64(best.a) + 0.1 * normal(rng, *best.a.shape)) @ f64(best.b)
+        moved = scale * (f64(best.a) + 0.1 * rng.standard_normal(best.a.shape)) @ f64(best.b)
         assert np.linalg.norm(dense - moved) > error
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_factored_svd_agrees_with_the_dense_route(dtype):
     rng = np.random.default_rng(1)
-    terms = [(1.0, draw("low_rank", rng, (20, 15, 2), (), dtype)[0])]
-    terms.append((-0.5, draw("outer", rng, (20, 15, 3), (), dtype)[0]))
+    terms = [(1.0, draw_matrix("low_rank", rng, (20, 15, 2), (), dtype)[0])]
+    terms.append((-0.5, draw_matrix("outer", rng, (20, 15, 3), (), dtype)[0]))
     factored = svd(terms, rank=4)
     dense = svd([(c, to_dense(jax.tree.map(lambda z: z.astype(jnp.float32), t))) for c, t in terms], rank=4)
     assert factored.dtype == dtype
@@ -179,7 +158,7 @@ def test_factored_svd_agrees_with_the_dense_route(dtype):
 
 
 def test_svd_rank_above_the_stacked_columns():
-    matrix, expected = draw("low_rank", np.random.default_rng(2), (9, 8, 2))
+    matrix, expected = draw_matrix("low_rank", np.random.default_rng(2), (9, 8, 2))
     best = svd([(1.0, matrix)], rank=5)
     chex.assert_shape([best.a, best.b], [(9, 5), (5, 8)])
     assert_close(to_dense(best), expected, 1e-5)  # 100 eps: QR, SVD and back

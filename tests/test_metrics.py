@@ -13,14 +13,11 @@ from hypothesis import strategies as st
 from oplora_jax import DenseGradient, KroneckerMetric, LowRank, OuterProduct, lorsum, to_dense
 from oplora_jax.metrics import average, kfac_moments, powers, shampoo_moments
 from tests import reference
+from tests.arrays import f64
 
 STRUCTURES = ("diagonal", "dense")
 REDUCTIONS = ("mean", "sum")
 each_structure = pytest.mark.parametrize("structure", STRUCTURES)
-
-
-def f64(x):
-    return np.asarray(x, np.float64)
 
 
 def swap(x):

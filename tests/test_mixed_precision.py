@@ -14,7 +14,8 @@ import oplora_jax
 from oplora_jax import LowRank, OuterProduct, lora_dot, oplora, scaled_oplora, to_dense
 from oplora_jax.nnx import LoRALinear
 from tests.optimizers.cases import CASES, OURS_AND_KINDS, gradient_of, make, problem, run, signature
-from tests.optimizers.conftest import quick_compilation  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
 WITH_STATE = [

@@ -1,7 +1,6 @@
 """Training on a mesh of eight devices gives the numbers of one device, and keeps every array where it is."""
 
 import functools
-from typing import NamedTuple
 
 import chex
 import jax
@@ -9,46 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import oplora_jax
 from oplora_jax import LowRank, OuterProduct, is_low_rank, lora_dot
+from tests.meshes import BOTH, LAYOUTS, assert_lie_alike, make_mesh, spec
 
 N, HIDDEN, M, R = 16, 24, 8, 2
-DEVICES = jax.devices("cpu")[:8]
-
-
-class Layout(NamedTuple):
-    """A mesh, and how the two layers' kernels and activations lie on it."""
-
-    shape: tuple[int, ...]
-    names: tuple[str, ...]
-    inputs: P
-    first: P
-    hidden: P
-    second: P
-    outputs: P
-
-
-LAYOUTS = {
-    "data": Layout((8,), ("data",), P("data"), P(), P("data"), P(), P("data")),
-    "model": Layout((8,), ("model",), P(), P(None, "model"), P(None, None, "model"), P("model"), P()),
-    "data and model": Layout(
-        *((2, 4), ("data", "model")),
-        *(P("data"), P(None, "model"), P("data", None, "model"), P("model"), P("data")),
-    ),
-    # The kernels are spread over the devices that have the data, by rows and by columns.
-    "fully sharded": Layout((8,), ("data",), P("data"), P("data"), P("data"), P(None, "data"), P("data")),
-}
-
-
-def make_mesh(layout, axis_types):
-    """axis_types is "explicit", "auto", or "mixed": all axes explicit but the last."""
-    types = [AxisType.Auto if axis_types == "auto" else AxisType.Explicit] * len(layout.names)
-    if axis_types == "mixed":
-        types[-1] = AxisType.Auto
-    return jax.make_mesh(layout.shape, layout.names, axis_types=tuple(types), devices=DEVICES)
 
 
 def explicit_part(spec, mesh):
@@ -81,11 +48,11 @@ def spread(layout, mesh):
     """The problem on a mesh: a is sharded as the rows of its kernel, b as the columns."""
     params, x, y, kernels = problem()
     put = lambda array, *spec: jax.device_put(array, NamedSharding(mesh, P(*spec)))
-    for name, spec in (("first", layout.first), ("second", layout.second)):
-        rows, columns = (*spec, None, None)[:2]
+    for name, kernel_spec in (("first", layout.first), ("second", layout.second)):
+        rows, columns = (*kernel_spec, None, None)[:2]
         param = params[name]
         params[name] = LowRank(put(param.a, rows), put(param.b, None, columns), param.scale)
-        kernels[name] = put(kernels[name], *spec)
+        kernels[name] = put(kernels[name], *kernel_spec)
     params["bias"] = put(params["bias"])
     return params, put(x, *layout.inputs), put(y, *layout.outputs), kernels
 
@@ -132,7 +99,6 @@ OPTIMIZERS = {
     "svdlora": oplora_jax.svdlora(optax.sgd(0.2, momentum=0.9)),
     "clipped": optax.chain(oplora_jax.clip_by_global_norm(0.1), oplora_jax.oplora(0.2)),
 }
-BOTH = "data and model"
 MESHES = [*((t, layout) for t in ("explicit", "auto") for layout in LAYOUTS), ("mixed", BOTH)]
 CASES = [
     ("explicit", "data", "oplora_1", "outer"),
@@ -205,11 +171,6 @@ def numbers(params, state, loss):
     return jax.tree.map(form, params, is_leaf=is_low_rank), np.asarray(loss)
 
 
-def assert_lie_alike(some, others):
-    for one, other in zip(*map(jax.tree.leaves, (some, others)), strict=True):
-        assert one.sharding.is_equivalent_to(other.sharding, one.ndim)
-
-
 @pytest.mark.parametrize("axis_types, layout, name, kind", CASES)
 def test_steps_are_those_of_one_device(axis_types, layout, name, kind):
     mesh, (params, state, *data) = on_mesh(name, layout, axis_types)
@@ -239,10 +200,6 @@ def test_where_gradients_lie():
     assert spec(moments["first"].gradient) == P(None, "model")
     assert spec(moments["first"].x_moment) == P(None) and spec(moments["first"].dy_moment) == P("model")
     assert spec(moments["second"].x_moment) == P("model")
-
-
-def spec(array):
-    return P(*array.sharding.spec, *[None] * (array.ndim - len(array.sharding.spec)))
 
 
 EXPLICIT = make_mesh(LAYOUTS[BOTH], "explicit")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from oplora_jax import LowRank
 from oplora_jax.adapters.kernel_axes import add_einsum_increment, add_increment, kernel_roles, matrix_shape
+from tests.arrays import normal
 
 
 @st.composite
@@ -27,10 +28,6 @@ def products(draw):
     )
     sizes = {c: draw(st.integers(1, 3)) for c in equation if c in string.ascii_letters}
     return equation, kernel, batch, contracted, sizes
-
-
-def normal(index, *shape):
-    return jnp.asarray(np.random.default_rng(index).standard_normal(shape))
 
 
 @settings(max_examples=15)

@@ -11,17 +11,13 @@ import oplora_jax
 import oplora_jax.nnx
 from oplora_jax import LowRank, is_low_rank, lora_dot, merge_and_restart, merge_and_restart_layers, to_dense
 from oplora_jax.linen import LoRADense
+from tests.arrays import f64, normals
 from tests.optimizers.cases import signature
-
-
-def f64(x):
-    return np.asarray(x, np.float64)
 
 
 def model(dtype):
     """(params, lora) of two layers; the increments are as large as the kernels."""
-    rng = np.random.default_rng(0)
-    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)
+    normal = normals(0, dtype)
     params = {"in": {"kernel": normal(8, 6), "bias": normal(6)}, "out": {"kernel": normal(6, 4)}}
     lora = {
         "in/kernel": LowRank(normal(8, 2), normal(2, 6), 2.0),
@@ -71,8 +67,7 @@ def test_the_function_does_not_change_at_all_from_a_fresh_start():
 
 def chained(tx, period, num_steps, keep_state=False):
     """The distance to a target of rank 4, after LoRA of rank 1 that is merged every so many steps."""
-    rng = np.random.default_rng(0)
-    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    normal = normals(0, jnp.float32)
     target = normal(8, 4) @ normal(4, 8)
     params = {"kernel": jnp.zeros((8, 8))}
     lora = oplora_jax.init_lora(jax.random.key(0), params, 1, "kernel", alpha=2)

@@ -9,7 +9,8 @@ import pytest
 
 from oplora_jax import LowRank, from_low_rank, is_low_rank, oplora, pair_factors, to_dense, to_low_rank
 from tests.optimizers.cases import OF_FACTORS, make, problem, run, signature
-from tests.optimizers.conftest import quick_compilation  # noqa: F401 (used by every test)
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SCALE = 2.0  # of the table's problem
 # What the two factors of the table's problem, (8, 2) and (2, 6), may look like in a tree.

@@ -12,13 +12,14 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 from oplora_jax import from_low_rank, oplora, pair_factors, to_dense, to_low_rank
-from tests.optimizers.conftest import quick_compilation  # noqa: F401 (used by every test)
+from tests.arrays import normal, normal_like
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 # Qwix 0.1.8 asks Flax for names that Flax 0.12 has renamed.
 quiet_qwix = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:qwix\._src")
 
-X = jnp.asarray(np.random.default_rng(0).standard_normal((4, 5, 8)), jnp.float32)
-Y = jnp.asarray(np.random.default_rng(1).standard_normal((4, 5, 3)), jnp.float32)
+X, Y = normal(0, 4, 5, 8), normal(1, 4, 5, 3)
 QWIX = {"rank": 2, "alpha": 6.0}  # a scale of 3
 
 
@@ -34,8 +35,7 @@ class Linen(nn.Module):
 
 def randomised(lora):
     """Factors that are all at work: b is zero at the start."""
-    rng = np.random.default_rng(2)
-    return jax.tree.map(lambda z: jnp.asarray(0.3 * rng.standard_normal(z.shape), z.dtype), lora)
+    return normal_like(2, lora, 0.3)
 
 
 @quiet_qwix

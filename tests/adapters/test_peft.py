@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 from oplora_jax import LowRank, from_low_rank, init_lora, to_low_rank
 from oplora_jax.nnx import LoRALinear
 from oplora_jax.peft import load_adapter, save_adapter
+from tests.arrays import normals
 
 RNG = np.random.default_rng(0)
 
 
 def low_rank(n, m, r, scale=1.0, dtype=jnp.float32, batch=()):
-    normal = lambda *shape: jnp.asarray(RNG.standard_normal((*batch, *shape)), dtype)
-    return LowRank(normal(n, r), normal(r, m), scale)
+    normal = normals(RNG, dtype)
+    return LowRank(normal(*batch, n, r), normal(*batch, r, m), scale)
 
 
 def assert_equal(actual, expected):
@@ -149,7 +150,7 @@ def test_trees(tmp_path):
     names = lambda module: module + "/lora"
     assert_equal(load_adapter(tmp_path, names=names), {"q/lora": model.q.lora.get_value()})
 
-    normal = lambda *shape: jnp.asarray(RNG.standard_normal(shape), jnp.float32)
+    normal = normals(RNG, jnp.float32)
     params = {"q": {"kernel_lora_a": normal(4, 2), "kernel_lora_b": normal(2, 3, 5)}, "bias": jnp.ones(3)}
     save_adapter(tmp_path, to_low_rank(params, scale=2.0))
     empty = jax.tree.map(jnp.zeros_like, params)

@@ -6,6 +6,7 @@ import pytest
 import oplora_jax
 from oplora_jax import LowRank, OuterProduct, lora_dot, to_dense
 from oplora_jax.reslora import block_shortcut, input_shortcut, merge_block
+from tests.arrays import f64
 
 
 def stack(dtype, depth=3, size=6, rank=2, batch=()):
@@ -15,10 +16,6 @@ def stack(dtype, depth=3, size=6, rank=2, batch=()):
     kernels = [normal(*batch, size, size) for _ in range(depth)]
     loras = [LowRank(normal(*batch, size, rank), normal(*batch, rank, size), 2.0) for _ in range(depth)]
     return normal(*batch, 5, size), kernels, loras
-
-
-def f64(x):
-    return np.asarray(x, np.float64)
 
 
 @pytest.mark.parametrize("batch", [(), (3,)])

@@ -18,7 +18,7 @@ from benchmarks.stack import Stack
 from experiments.catalogue import OPTIMIZERS
 from experiments.methods import find
 from oplora_jax import LowRank, lorsum, svd
-from tests.experiments.test_encoder import BERT, random_tensors, write
+from tests.experiments.encoders import BERT, random_tensors, write
 from tests.reference import truncated_svd
 
 TINY = Layers(layers=2, width=16, tokens=32, rank=4)

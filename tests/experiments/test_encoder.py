@@ -16,53 +16,13 @@ from experiments import ExperimentError
 from experiments.models.encoder import Classifier, Encoder, bundled_folder, load_encoder
 from oplora_jax import OuterProduct
 from oplora_jax.linen import add_lora, loraize
+from tests.experiments.encoders import BERT, random_tensors, write
 
-BERT = {
-    "model_type": "bert",
-    "vocab_size": 30,
-    "hidden_size": 8,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 12,
-    "max_position_embeddings": 10,
-    "type_vocab_size": 2,
-    "layer_norm_eps": 1e-5,
-    "pad_token_id": 0,
-}
 ROBERTA = {**BERT, "model_type": "roberta", "type_vocab_size": 1, "pad_token_id": 1}
 KINDS = pytest.mark.parametrize("values", [BERT, ROBERTA], ids=["bert", "roberta"])
 TARGETS = r"attention/(query|value)$"
 # float32 through two layers of width 8, numbers of about 1.
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
-
-
-def random_tensors(values):
-    """A checkpoint's tensors, as large as makes attention uneven and the activation curved."""
-    rng = np.random.default_rng(0)
-    d, inner = values["hidden_size"], values["intermediate_size"]
-    shapes = {"embeddings.LayerNorm": (d,)}
-    parts = ("vocab_size", "max_position_embeddings", "type_vocab_size")
-    for part, key in zip(("word", "position", "token_type"), parts, strict=True):
-        shapes[f"embeddings.{part}_embeddings"] = (values[key], d)
-    for i in range(values["num_hidden_layers"]):
-        at = f"encoder.layer.{i}"
-        shapes |= {f"{at}.attention.self.{part}": (d, d) for part in ("query", "key", "value")}
-        shapes |= {f"{at}.attention.output.dense": (d, d), f"{at}.attention.output.LayerNorm": (d,)}
-        shapes |= {f"{at}.intermediate.dense": (inner, d), f"{at}.output.dense": (d, inner)}
-        shapes |= {f"{at}.output.LayerNorm": (d,)}
-    tensors = {}
-    for name, shape in shapes.items():
-        tensors[f"{name}.weight"] = rng.normal(0, 0.7, shape).astype(np.float32)
-        if "_embeddings" not in name:
-            tensors[f"{name}.bias"] = rng.normal(0, 0.5, shape[0]).astype(np.float32)
-    return tensors
-
-
-def write(folder, values, tensors):
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(values))
-    save_file(tensors, folder / "model.safetensors")
-    return folder
 
 
 def reference(values, tensors, row, segments):

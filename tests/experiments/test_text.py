@@ -15,7 +15,7 @@ from experiments.storage import Config, read_metrics
 from experiments.text import Batch, Text
 from experiments.training import load_parameters, train
 from oplora_jax import LowRank
-from tests.experiments.test_encoder import BERT, random_tensors, write
+from tests.experiments.encoders import BERT, random_tensors, write
 
 WORDS = ["good", "bad", "film", "plot", "fun", "dull", "a", "the", "is", "was"]
 

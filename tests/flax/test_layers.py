@@ -14,6 +14,7 @@ from flax import nnx
 import oplora_jax
 from oplora_jax import LowRank, OuterProduct, is_low_rank, linen, to_dense
 from oplora_jax import nnx as lora_nnx
+from tests.arrays import normal
 
 
 class Case(NamedTuple):
@@ -106,10 +107,6 @@ CONVOLUTIONS = {
 }
 CASES = {**DENSE, **CONVOLUTIONS}
 each = pytest.mark.parametrize("name", CASES)
-
-
-def normal(index, *shape, dtype=jnp.float64):
-    return jnp.asarray(np.random.default_rng(index).standard_normal(shape), dtype)
 
 
 def at_work(lora):

@@ -13,9 +13,9 @@ from flax.training.train_state import TrainState
 import oplora_jax
 from oplora_jax import OuterProduct, is_low_rank, to_dense
 from oplora_jax.linen import LoRADense
+from tests.arrays import normal, normal_like
 
-X = jnp.asarray(np.random.default_rng(0).standard_normal((8, 4)), jnp.float32)
-Y = jnp.asarray(np.random.default_rng(1).standard_normal((8, 3)), jnp.float32)
+X, Y = normal(0, 8, 4), normal(1, 8, 3)
 
 
 class MLP(nn.Module):
@@ -44,8 +44,8 @@ class Deep(nn.Module):
 def random_lora(params):
     """Factors that are all at work: b is zero at the start."""
     rng = np.random.default_rng(2)
-    fill = lambda p: jax.tree.map(lambda z: jnp.asarray(rng.standard_normal(z.shape), z.dtype), p)
-    return jax.tree.map(lambda p: fill(p) if is_low_rank(p) else p, params, is_leaf=is_low_rank)
+    fill = lambda p: normal_like(rng, p) if is_low_rank(p) else p
+    return jax.tree.map(fill, params, is_leaf=is_low_rank)
 
 
 @pytest.mark.parametrize("kind", ["outer", "dense"])

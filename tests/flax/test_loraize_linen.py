@@ -14,8 +14,9 @@ import oplora_jax
 from oplora_jax import OuterProduct, is_low_rank, to_dense
 from oplora_jax.linen import LoRADense, add_lora, loraize, merge
 from oplora_jax.matrix import is_matrix
+from tests.arrays import normal, normal_like
 
-X = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 4)), jnp.float32)
+X = normal(0, 2, 5, 4)
 KEY = jax.random.key(0)
 
 
@@ -64,16 +65,15 @@ def flatten(tree):
     return traverse_util.flatten_dict(tree, sep="/")
 
 
-def normal(tree, dtype=jnp.float32):
+def random_params(tree, dtype=jnp.float32):
     """Random parameters of given shapes, b too, which is zero at the start."""
-    rng = np.random.default_rng(1)
-    return jax.tree.map(lambda z: jnp.asarray(0.5 * rng.standard_normal(z.shape), dtype), tree)
+    return normal_like(1, tree, 0.5, dtype)
 
 
 def variables_of(model, dtype=jnp.float32):
     variables = jax.eval_shape(model.init, KEY, X)
     stats = {"norm": {"mean": jnp.zeros(4, dtype), "var": jnp.ones(4, dtype)}}
-    return {"params": normal(variables["params"], dtype), "batch_stats": stats}
+    return {"params": random_params(variables["params"], dtype), "batch_stats": stats}
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +229,7 @@ def test_methods_by_name_and_as_a_part(model):
     params = jax.eval_shape(outer.init, KEY, X)["params"]
     assert set(params["shared"]) == {"kernel", "bias"}  # what is outside is not looked at
     assert set(params["tower"]["shared"]) == {"kernel", "bias", "lora"}
-    params = normal(params)
+    params = random_params(params)
     merged = merge(params)
     close(outer.apply({"params": params}, X), Outer(Model()).apply({"params": merged}, X))
 
@@ -263,7 +263,7 @@ def test_subclasses(cls):
     params = model.init(KEY, X)["params"]
     assert "lora" in params and hash(model) == hash(loraize(cls(3), 2, "*"))
     chex.assert_trees_all_equal(model.apply({"params": params}, X), plain.apply({"params": params}, X))
-    params = {**params, "lora": normal(params["lora"])}
+    params = {**params, "lora": random_params(params["lora"])}
     got, expected = model.apply({"params": params}, X), plain.apply({"params": merge(params)}, X)
     chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-5)  # float32, sums of 4
     assert jnp.linalg.norm(got - plain.apply({"params": params}, X)) > 0.1

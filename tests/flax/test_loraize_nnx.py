@@ -10,8 +10,9 @@ from flax import nnx
 import oplora_jax
 from oplora_jax import OuterProduct, to_dense
 from oplora_jax.nnx import LoRALinear, LoRALinearGeneral, loraize, merge, value_and_grad
+from tests.arrays import normal, normal_like
 
-X = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 4)), jnp.float32)
+X = normal(0, 2, 5, 4)
 
 
 class Block(nnx.Module):
@@ -45,9 +46,7 @@ class Transformer(nnx.Module):
 
 def random_lora(model, index=1):
     """Factors that are all at work: b is zero at the start."""
-    rng = np.random.default_rng(index)
-    fill = lambda z: jnp.asarray(0.3 * rng.standard_normal(z.shape), z.dtype)
-    nnx.update(model, jax.tree.map(fill, nnx.state(model, nnx.LoRAParam)))
+    nnx.update(model, normal_like(index, nnx.state(model, nnx.LoRAParam), 0.3))
 
 
 def test_a_transformer_with_batch_statistics_and_dropout():

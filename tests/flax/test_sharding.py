@@ -17,7 +17,7 @@ import oplora_jax
 from oplora_jax import LowRank, is_low_rank, to_dense
 from oplora_jax import linen as lora_linen
 from oplora_jax import nnx as lora_nnx
-from tests.test_sharding import BOTH, LAYOUTS, assert_lie_alike, make_mesh, spec
+from tests.meshes import BOTH, LAYOUTS, assert_lie_alike, make_mesh, spec
 
 TX = oplora_jax.oplora(0.2, momentum=None)
 OPTIONS = {"use_bias": False}

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oplora_jax import LowRank, OuterProduct, clip_by_global_norm, global_norm, to_dense
+from tests.arrays import normals
 
 
 def tree(tokens=3, batch=(), dtype=jnp.float32):
-    rng = np.random.default_rng(tokens)
-    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)
+    normal = normals(tokens, dtype)
     return {
         "outer": OuterProduct(normal(*batch, tokens, 6), normal(*batch, tokens, 5)),
         "dense": normal(*batch, 6, 5),

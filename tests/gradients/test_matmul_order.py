@@ -5,12 +5,12 @@ import itertools
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from oplora_jax import LowRank, lora_dot
 from oplora_jax.gradients import matmul_order
 from oplora_jax.gradients.matmul_order import Order, Sizes, Wanted, backward_operations, backward_order
+from tests.arrays import normals
 
 ALL = Wanted(x=True, kernel=False, a=True, b=True)
 # Few and many tokens, thin and wide ranks, both sides the longer one: each order is the cheapest of some.
@@ -22,8 +22,7 @@ SHAPES += [Sizes(300, 16, 400, 16), Sizes(300, 400, 16, 16), Sizes(20, 200, 200,
 
 
 def operands(sizes, dtype=jnp.float32):
-    rng = np.random.default_rng(0)
-    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)
+    normal = normals(0, dtype)
     tokens, n, m, r = sizes
     return normal(tokens, n), normal(n, m), normal(n, r), normal(r, m), normal(tokens, m)
 

@@ -14,12 +14,9 @@ from oplora_jax import DenseGradient, LowRank, OuterProduct, lora_dot, to_dense
 from oplora_jax.metrics import kfac_moments
 from oplora_jax.nnx import LoRALinear
 from oplora_jax.nnx import value_and_grad as nnx_value_and_grad
+from tests.arrays import normal
 
 N, M, R, LAYERS, BATCH = 6, 5, 2, 3, 8
-
-
-def normal(index, *shape):
-    return jnp.asarray(np.random.default_rng(index).standard_normal(shape))
 
 
 def low_rank(m=M, batch=()):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import oplora_jax
 from oplora_jax import LowRank, OuterProduct, lora_dot, to_dense
+from tests.arrays import normal
 
 N, M, R, LAYERS, TOKENS = 6, 5, 2, 3, 4
 
@@ -17,10 +18,6 @@ N, M, R, LAYERS, TOKENS = 6, 5, 2, 3, 4
 @pytest.fixture(autouse=True)
 def _double(x64):
     """Gradients of two programs are compared: in float64 only a wrong formula makes them differ."""
-
-
-def normal(index, *shape):
-    return jnp.asarray(np.random.default_rng(index).standard_normal(shape))
 
 
 def low_rank(n=N, m=M, batch=(), scale=2.0):

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 import oplora_jax
@@ -29,6 +28,7 @@ from oplora_jax import (
     scaled_oplora,
     svdlora,
 )
+from tests.arrays import normals
 
 KINDS = ("outer", "dense", "factors")
 
@@ -130,8 +130,7 @@ def problem(dtype=jnp.float32, layers=("first",), b_zero=False, trains_a=True):
 
     Without training of a the targets are within the columns of a.
     """
-    rng = np.random.default_rng(0)
-    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)
+    normal = normals(0, dtype)
     params, data = {"bias": jnp.zeros((M,), dtype)}, {}
     for name in layers:
         params[name] = LowRank(0.3 * normal(N, R), (0 if b_zero else 0.3) * normal(R, M), scale=2.0)

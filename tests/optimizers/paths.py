@@ -1,4 +1,6 @@
-"""Paths of one LoRA parameter through a noisy quadratic, for NumPy transcriptions and invariances."""
+"""Paths of one LoRA parameter: through a noisy quadratic, or along given gradients."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +8,7 @@ import numpy as np
 import optax
 
 from oplora_jax import LowRank, to_dense
+from tests.arrays import normals
 
 N, M, R, STEPS = 6, 5, 2, 20
 
@@ -59,3 +62,24 @@ def assert_same_path(actual, expected, tolerance):
     for x, y in zip(actual, expected, strict=True):
         assert np.abs(y[-1] - y[0]).max() > 1e-3  # it went somewhere
         np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * np.abs(y).max())
+
+
+def draw(scale=1.0, seed=0):
+    """(params, dense gradients)."""
+    normal = normals(seed)
+    return LowRank(normal(7, 2), normal(2, 5), scale), normal(20, 7, 5)
+
+
+def follow(tx, params, gradients):
+    """The parameters after a step along each gradient."""
+    return compiled(tx)(params, gradients)
+
+
+@functools.cache
+def compiled(tx):
+    def step(carry, gradient):
+        params, state = carry
+        updates, state = tx.update(gradient, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    return jax.jit(lambda params, gradients: jax.lax.scan(step, (params, tx.init(params)), gradients)[0][0])

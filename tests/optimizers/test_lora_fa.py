@@ -1,5 +1,3 @@
-import functools
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -10,33 +8,9 @@ from flax import nnx
 
 from oplora_jax import LowRank, lora_dot, lora_fa, to_dense
 from oplora_jax.nnx import LoRALinear, value_and_grad
+from tests.arrays import f64
 from tests.optimizers.cases import KINDS, gradient_of, problem, run
-
-
-def f64(x):
-    return np.asarray(x, np.float64)
-
-
-def draw(scale=1.0, seed=0):
-    """(params, dense gradients)."""
-    rng = np.random.default_rng(seed)
-    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape))
-    return LowRank(normal(7, 2), normal(2, 5), scale), normal(20, 7, 5)
-
-
-def follow(tx, params, gradients):
-    """The parameters after a step along each gradient."""
-    return compiled(tx)(params, gradients)
-
-
-@functools.cache
-def compiled(tx):
-    def step(carry, gradient):
-        params, state = carry
-        updates, state = tx.update(gradient, state, params)
-        return (optax.apply_updates(params, updates), state), None
-
-    return jax.jit(lambda params, gradients: jax.lax.scan(step, (params, tx.init(params)), gradients)[0][0])
+from tests.optimizers.paths import draw, follow
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])

@@ -8,8 +8,9 @@ import optax
 import pytest
 
 from oplora_jax import LowRank, lora_plus
+from tests.arrays import f64
 from tests.optimizers.cases import KINDS, gradient_of, problem, run
-from tests.optimizers.test_lora_fa import draw, f64, follow
+from tests.optimizers.paths import draw, follow
 
 BASES = {
     "adam": None,

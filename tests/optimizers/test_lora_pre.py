@@ -7,7 +7,8 @@ import pytest
 
 from oplora_jax import LowRank, lora_pre, tangent_gradient, to_dense
 from tests import reference
-from tests.optimizers.test_lora_fa import draw, f64, follow
+from tests.arrays import f64
+from tests.optimizers.paths import draw, follow
 
 
 def average(factors, target, rate):

@@ -6,7 +6,8 @@ import optax
 import pytest
 
 from oplora_jax import LowRank, OuterProduct, mofasgd, tangent_gradient, to_dense
-from tests.optimizers.test_lora_fa import draw, f64, follow
+from tests.arrays import f64, normals
+from tests.optimizers.paths import draw, follow
 from tests.reference import truncated_svd
 
 
@@ -50,8 +51,7 @@ def test_twenty_steps_by_hand(scale, x64):
 
 def test_nothing_is_lost_before_truncation(x64):
     """With as many directions as columns the momentum is that of heavy ball, whatever the gradients."""
-    rng = np.random.default_rng(0)
-    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape))
+    normal = normals(0)
     params, expected = LowRank(normal(7, 3), normal(3, 3)), np.zeros((7, 3))
     tx = mofasgd(0.1, momentum=0.9)
     update, state = jax.jit(tx.update), tx.init(params)
@@ -80,8 +80,7 @@ def test_one_path_for_every_gauge_and_scale(x64):
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_every_direction_moves_by_the_learning_rate(scale):
-    rng = np.random.default_rng(0)
-    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    normal = normals(0, jnp.float32)
     start = LowRank(normal(7, 2), jnp.zeros((2, 5)), scale)
     tx = mofasgd(0.25)
     for size in (1e-12, 1.0, 1e12):
@@ -91,8 +90,7 @@ def test_every_direction_moves_by_the_learning_rate(scale):
 
 
 def test_directions_without_momentum_do_not_move():
-    rng = np.random.default_rng(0)
-    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    normal = normals(0, jnp.float32)
     tx = mofasgd(0.25)
     start = LowRank(normal(7, 2), jnp.zeros((2, 5)), 2.0)
     x, dy = normal(1, 7), normal(1, 5)

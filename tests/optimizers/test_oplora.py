@@ -8,6 +8,7 @@ import pytest
 import oplora_jax
 from oplora_jax import LowRank, OuterProduct, is_low_rank, lora_dot, lorsum, oplora, to_dense
 from tests import reference
+from tests.arrays import f64, normals
 from tests.optimizers.cases import CASES, KINDS, dense_tree, gradient_of, problem
 
 VARIANTS = [name for name in CASES if name.startswith("oplora")]
@@ -18,14 +19,9 @@ def settings_of(name):
     return CASES[name].settings
 
 
-def f64(x):
-    return np.asarray(x, np.float64)
-
-
 def linear_problem(dtype, scale, seed=0):
     """(a, b, loss_fn) with factors for scale 1, so that every scale begins at the same increment."""
-    rng = np.random.default_rng(seed)
-    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)
+    normal = normals(seed, dtype)
     x, w, y = normal(12, 7), normal(7, 5), normal(12, 5)
     root = np.sqrt(scale)
     param = LowRank(normal(7, 2) / root, normal(2, 5) / root, scale)
@@ -191,15 +187,28 @@ def test_other_leaves_take_heavy_ball_steps(momentum, dampening, decay, x64):
         np.testing.assert_allclose(params["head"], weight, rtol=1e-12)  # float64 rounding
 
 
-def test_dampening_and_momentum_may_be_schedules_of_inject_hyperparams():
-    params, loss_fn = problem()
-    tx = optax.inject_hyperparams(oplora)(0.1, momentum=optax.linear_schedule(0.0, 0.9, 5), dampening=0.1)
+def test_momentum_and_dampening_may_be_schedules_of_inject_hyperparams(x64):
+    """The steps of a LoRA parameter and of another leaf, by hand with the numbers that are due."""
+    rng = np.random.default_rng(0)
+    momentum, dampening = (lambda step: 0.2 * step), (lambda step: 0.3 - 0.1 * step)
+    tx = optax.inject_hyperparams(oplora)(0.1, momentum=momentum, dampening=dampening, regularization=0.1)
+    factors = rng.standard_normal((7, 2)), rng.standard_normal((2, 5))
+    head, velocity = rng.standard_normal((3, 4)), np.zeros((3, 4))
+    params = {"lora": LowRank(*map(jnp.asarray, factors)), "head": jnp.asarray(head)}
     state, update = tx.init(params), jax.jit(tx.update)
-    for step in range(3):
-        updates, state = update(gradient_of(loss_fn, "outer")(params), state, params)
-        assert np.isclose(state.hyperparams["momentum"], 0.9 * step / 5)
+    start = optax.tree.get(state, "momentum", filtering=_is_tree)["lora"]
+    moments = f64(start.a), f64(start.b)
+    for step in range(4):
+        g, h = rng.standard_normal((7, 5)), rng.standard_normal((3, 4))
+        updates, state = update({"lora": jnp.asarray(g), "head": jnp.asarray(h)}, state, params)
         params = optax.apply_updates(params, updates)
-    chex.assert_tree_all_finite((params, state))
+        mu, d = momentum(step), dampening(step)
+        factors, moments = reference.oplora_step(factors, moments, g, 0.1, mu, d, ridge=0.1 * 0.1)
+        velocity = mu * velocity + (1 - d) * h
+        head = head - 0.1 * velocity
+        # float64, and Gram matrices of a condition up to 1e6
+        np.testing.assert_allclose(to_dense(params["lora"]), factors[0] @ factors[1], rtol=0, atol=1e-9)
+        np.testing.assert_allclose(params["head"], head, rtol=1e-12)  # float64 rounding
 
 
 def test_the_exact_step_is_ahead_of_the_projected_gradient_by_the_second_order(x64):
@@ -224,9 +233,11 @@ def test_the_three_kinds_of_gradient_agree_where_they_must(name):
     params, loss_fn = problem()
     tx = oplora(0.1, **settings_of(name))
     update, state = jax.jit(tx.update), tx.init(params)
-    after = {}
-    for kind in ("outer", "dense"):
-        updates, _ = update(gradient_of(loss_fn, kind)(params), state, params)
-        after[kind] = dense_tree(optax.apply_updates(params, updates))
+    step = lambda gradient: dense_tree(optax.apply_updates(params, update(gradient, state, params)[0]))
+    outer, dense, factors = (gradient_of(loss_fn, kind)(params) for kind in KINDS)
     # The same matrix: float32 rounding of sums of 40 tokens.
-    chex.assert_trees_all_close(after["outer"], after["dense"], atol=1e-5)
+    chex.assert_trees_all_close(step(outer), step(dense), atol=1e-5)
+    # The factors' derivatives stand for the part of it that they determine.
+    part = to_dense(oplora_jax.tangent_gradient(params["first"], factors["first"]))
+    chex.assert_trees_all_close(step(factors), step(factors | {"first": part}), atol=1e-5)
+    assert np.abs(step(factors)["first"] - step(dense)["first"]).max() > 1e-3  # which is not all

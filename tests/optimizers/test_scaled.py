@@ -6,11 +6,8 @@ import optax
 import pytest
 
 from oplora_jax import LowRank, oplora, scaled_adamw, scaled_gd, to_dense
+from tests.arrays import f64, normals
 from tests.optimizers.cases import KINDS, gradient_of, problem
-
-
-def f64(x):
-    return np.asarray(x, np.float64)
 
 
 def two_steps(tx, params, gradients):
@@ -22,8 +19,7 @@ def two_steps(tx, params, gradients):
 
 
 def start(scale=1.0, seed=0):
-    rng = np.random.default_rng(seed)
-    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape))
+    draw = normals(seed)
     root = np.sqrt(scale)
     return LowRank(draw(7, 2) / root, draw(2, 5) / root, scale), [draw(7, 5), draw(7, 5)]
 

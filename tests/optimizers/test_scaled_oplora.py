@@ -10,6 +10,7 @@ import pytest
 
 import oplora_jax
 from oplora_jax import LowRank, OuterProduct, lora_dot, oplora, scaled_oplora, tangent_gradient, to_dense
+from tests.arrays import normals
 
 STRUCTURES = ("diagonal", "dense")
 each_structure = pytest.mark.parametrize("structure", STRUCTURES)
@@ -18,8 +19,7 @@ N, M, R, TOKENS = 7, 5, 2, 12
 
 def problem(scale=1.0, seed=0):
     """(params, loss_fn) in the enabled precision, with one increment for every scale."""
-    rng = np.random.default_rng(seed)
-    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape))
+    normal = normals(seed)
     x, w, y = normal(TOKENS, N), normal(N, M), normal(TOKENS, M)
     root = np.sqrt(scale)
     params = LowRank(normal(N, R) / root, normal(R, M) / root, scale)

@@ -6,11 +6,8 @@ import optax
 import pytest
 
 from oplora_jax import LowRank, OuterProduct, svdlora, tangent_gradient, to_dense
+from tests.arrays import f64
 from tests.reference import truncated_svd
-
-
-def f64(x):
-    return np.asarray(x, np.float64)
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
