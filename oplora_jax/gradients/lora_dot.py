@@ -25,8 +25,8 @@ def lora_dot(
 
     Here `value_and_grad` captures the exact gradient of the whole weight; plain `jax.grad` gives the factors'
     gradients as usual. It multiplies in the order of the fewest operations, forward and backward: with
-    N > n m / (n + m) tokens the weights are merged first. In less than float32 they never are, nor on a mesh
-    with explicit axes.
+    N > n m / (n + m) tokens, under `jax.vmap` those of one example, the weights are merged first. In less
+    than float32 they never are, nor on a mesh with explicit axes.
 
     Args:
       x: inputs with any number of leading axes. If the kernel has batch axes (stacked layers, experts), x

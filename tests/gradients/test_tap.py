@@ -55,9 +55,13 @@ STACKED = {
     "scan": per_layer(lambda f: f),
     "scan over remat": per_layer(jax.checkpoint),
     "vmap over the parameters": lambda *at: jnp.sum(jax.vmap(layer)(*at)),
-    # A batch axis in front and an axis of tokens behind it.
-    "vmap of vmap over the parameters": lambda *at: jnp.sum(
-        jax.vmap(lambda x, *at: jnp.sum(jax.vmap(layer, (0, None, None))(x, *at)))(*at)
+    # Axes of tokens behind a batch axis.
+    "vmap over x of batch axes": lambda *at: jnp.sum(jax.vmap(layer, (1, None, None))(*at)),
+    "vmap over x of vmap over the parameters": lambda *at: jnp.sum(
+        jax.vmap(jax.vmap(layer), (1, None, None))(*at)
+    ),
+    "vmap over the parameters of vmap over x": lambda *at: jnp.sum(
+        jax.vmap(lambda *at: jax.vmap(layer, (0, None, None))(*at))(*at)
     ),
     "vmap of scan over remat": lambda x, kernel, lora: jnp.sum(
         jax.vmap(per_layer(jax.checkpoint), (1, None, None))(x, kernel, lora)
