@@ -9,9 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import AbstractValue
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
+
+from oplora_jax._jax import AbstractValue
 
 # How one axis of an array is sharded: None, the name of an axis of the mesh, or several of them.
 Entry = Any

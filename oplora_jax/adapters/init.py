@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import PRNGKeyArray
 
+from oplora_jax._jax import Tracer
 from oplora_jax.adapters.kernel_axes import matrix_shape
 from oplora_jax.adapters.paths import matches, path_name
 from oplora_jax.matrix import LowRank
@@ -94,7 +95,7 @@ def init_lora(
 
 def beside(kernel: Any, lora: LowRank, roles: str) -> LowRank:
     """A LoRA parameter, spread out as its kernel is, whose axes have these roles."""
-    traced = isinstance(kernel, jax.core.Tracer)
+    traced = isinstance(kernel, Tracer)
     sharding = jax.typeof(kernel).sharding if traced else getattr(kernel, "sharding", None)
     if not isinstance(sharding, NamedSharding) or (traced and not sharding.mesh.explicit_axes):
         return lora

@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from oplora_jax.gradients.capture import lora_increment
+from oplora_jax.gradients.lora_dot import lora_increment
 from oplora_jax.matrix import LowRank, to_dense
 from oplora_jax.sharding import entries, merged, partition, specs_of, under_auto_sharding
 

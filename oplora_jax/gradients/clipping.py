@@ -46,12 +46,8 @@ def clip_by_global_norm(max_norm: Any) -> optax.GradientTransformationExtraArgs:
       >>> tx = optax.chain(oplora_jax.clip_by_global_norm(1.0), oplora_jax.oplora(0.1))
     """
 
-    def init_fn(params: Any) -> optax.EmptyState:
+    def clip(updates, params):
         del params
-        return optax.EmptyState()
-
-    def update_fn(updates, state, params=None, **extra_args):
-        del params, extra_args
         norm = global_norm(updates)
         factor = jnp.where(norm < max_norm, 1.0, max_norm / norm)
 
@@ -63,9 +59,9 @@ def clip_by_global_norm(max_norm: Any) -> optax.GradientTransformationExtraArgs:
                 return DenseGradient(scale(gradient.gradient), gradient.x_moment, moment, gradient.tokens)
             return (gradient * factor).astype(gradient.dtype)
 
-        return jax.tree.map(scale, updates, is_leaf=_is_exact), state
+        return jax.tree.map(scale, updates, is_leaf=_is_exact)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.with_extra_args_support(optax.stateless(clip))
 
 
 def _is_exact(node: Any) -> bool:

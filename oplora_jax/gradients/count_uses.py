@@ -4,14 +4,16 @@ The program is followed as data flows through it, sub-programs included. Countin
 while the loss runs would count a scan body as often as JAX happens to trace it.
 """
 
+import collections
+import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from oplora_jax.gradients.capture import lora_dot_p, to_dense_p
+from oplora_jax._jax import ClosedJaxpr, Jaxpr, Literal
+from oplora_jax.gradients.tap import tap_p
 from oplora_jax.sharding import entries, merged
 
 # Operations that move a factor, or a part of it, without computing with it.
@@ -29,7 +31,7 @@ class Use(NamedTuple):
 
     kind: str  # "dot": through lora_dot; "dense": through to_dense or merge
     times: int  # how often that place runs with the same factors
-    tokens: int  # N, the rows of x (0 for "dense")
+    tokens: int  # N, the rows of x; this and what follows of "dot" alone
     dtypes: tuple[Any, ...]  # of x and dy
     sharding: tuple[Any, ...]  # on explicit axes: of the rows of x and dy, of x's columns, of dy's
 
@@ -48,13 +50,8 @@ class Uses(NamedTuple):
     def __str__(self) -> str:
         return f"used {self._times} times" if self._by_dot else "merged into a weight"
 
-    @property
-    def _times(self) -> int:
-        return sum(use.times for use in self.places)
-
-    @property
-    def _by_dot(self) -> bool:
-        return all(use.kind == "dot" for use in self.places)
+    _times = property(lambda self: sum(use.times for use in self.places))
+    _by_dot = property(lambda self: all(use.kind == "dot" for use in self.places))
 
 
 class _Flow(NamedTuple):
@@ -66,64 +63,59 @@ class _Flow(NamedTuple):
 
 
 _NOTHING = _Flow()
+# The uses found so far, by parameter.
+_Places: TypeAlias = collections.defaultdict[int, list[Use]]
 
 
-def count_uses(program: ClosedJaxpr, factors: Sequence[int | None], count: int) -> list[Uses]:
-    """The uses of LoRA parameters in a program.
+def count_uses(program: ClosedJaxpr, factors: Sequence[int | None]) -> dict[int, Uses]:
+    """The uses of LoRA parameters in a program whose first output is the loss.
 
-    Args:
-      program: the traced loss; its first output is the loss itself.
-      factors: for each of its inputs, the index of the parameter it is a factor of, or None.
-      count: the number of parameters.
+    For each of its inputs, `factors` has a number for the parameter it is a factor of, or None.
     """
     flows = [_NOTHING if i is None else _Flow(origins=frozenset([i])) for i in factors]
-    places: list[list[Use]] = [[] for _ in range(count)]
-    outputs = _walk(_open(program), flows, 1, places)
-    elsewhere = outputs[0].computed | outputs[0].origins
-    return [Uses(tuple(places[i]), i in elsewhere) for i in range(count)]
+    places = collections.defaultdict(list)
+    loss = _walk(program, flows, places)[0]
+    parameters = set(factors) - {None}
+    return {i: Uses(tuple(places[i]), i in loss.computed | loss.origins) for i in parameters}
 
 
-def _walk(jaxpr: Jaxpr, inputs: Sequence[_Flow], times: int, places: list[list[Use]]) -> list[_Flow]:
+def _walk(program: ClosedJaxpr | Jaxpr, inputs: Sequence[_Flow], places: _Places) -> list[_Flow]:
+    """The flows out of a program; what it does with the parameters goes to their places."""
+    jaxpr = _open(program)
     flows = dict(zip(jaxpr.invars, inputs, strict=True))
     read = lambda atom: _NOTHING if isinstance(atom, Literal) else flows.get(atom, _NOTHING)
     for eqn in jaxpr.eqns:
-        arguments = [read(v) for v in eqn.invars]
-        outputs = _step(eqn, arguments, times, places)
+        outputs = _step(eqn, [read(v) for v in eqn.invars], places)
         flows.update(zip(eqn.outvars, outputs, strict=True))
     return [read(v) for v in jaxpr.outvars]
 
 
-def _step(eqn: Any, arguments: list[_Flow], times: int, places: list[list[Use]]) -> list[_Flow]:
-    """The flows out of one equation; records the uses in it."""
+def _step(eqn: Any, arguments: list[_Flow], places: _Places) -> list[_Flow]:
+    """The flows out of one equation."""
     name = eqn.primitive.name
-    if eqn.primitive is lora_dot_p or eqn.primitive is to_dense_p:
-        return [_record(eqn, arguments, times, places)]
     if not any(f.origins or f.computed for f in arguments) or name == "stop_gradient":
         return [_NOTHING] * len(eqn.outvars)
-    if name == "scan":
-        return _scan(eqn, arguments, times, places)
-    if name == "while":
-        return _while(eqn, arguments, times, places)
-    if name == "cond":
-        return _cond(eqn, arguments, times, places)
+    if eqn.primitive is tap_p and isinstance(eqn.params["rule"], str):
+        return [_record(eqn, arguments, places)]
+    if name in ("scan", "while", "cond"):
+        return (_cond if name == "cond" else _loop)(eqn, arguments, places)
     if name == "shard_map":  # what every device sees is used by every device
         arguments = [f._replace(repeated=f.origins) for f in arguments]
     inner = [_open(value) for value in eqn.params.values() if isinstance(value, ClosedJaxpr | Jaxpr)]
-    sizes = [(len(j.invars), len(j.outvars)) for j in inner]
-    if sizes == [(len(eqn.invars), len(eqn.outvars))]:  # jit, remat, custom rules, shard_map
-        return _walk(inner[0], arguments, times, places)
-    merged = _merge(arguments)
+    if [(len(j.invars), len(j.outvars)) for j in inner] == [(len(eqn.invars), len(eqn.outvars))]:
+        return _walk(inner[0], arguments, places)  # jit, remat, custom rules, shard_map
+    flow = _merge(arguments)
     if name not in _MOVES:
-        merged = _Flow(computed=merged.computed | merged.origins)
+        flow = _Flow(computed=flow.computed | flow.origins)
     elif _repeats(eqn):
-        merged = merged._replace(repeated=merged.origins)
+        flow = flow._replace(repeated=flow.origins)
     # No derivative flows through integers and booleans.
     flows_on = lambda v: jnp.issubdtype(getattr(v.aval, "dtype", jnp.int32), jnp.inexact)
-    return [merged if flows_on(v) else _NOTHING for v in eqn.outvars]
+    return [flow if flows_on(v) else _NOTHING for v in eqn.outvars]
 
 
-def _open(jaxpr: ClosedJaxpr | Jaxpr) -> Jaxpr:
-    return jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+def _open(program: ClosedJaxpr | Jaxpr) -> Jaxpr:
+    return program.jaxpr if isinstance(program, ClosedJaxpr) else program
 
 
 def _repeats(eqn: Any) -> bool:
@@ -133,80 +125,64 @@ def _repeats(eqn: Any) -> bool:
     return eqn.outvars[0].aval.size > eqn.invars[0].aval.size
 
 
-def _record(eqn: Any, arguments: list[_Flow], times: int, places: list[list[Use]]) -> _Flow:
-    dot = eqn.primitive is lora_dot_p
-    x, a, b = arguments[:3] if dot else (_NOTHING, *arguments[:2])
-    out = _merge([x, _Flow(computed=a.computed | b.computed)])
-    if a.origins != b.origins or len(a.origins) != 1:
-        return _Flow(computed=out.computed | out.origins | a.origins | b.origins)
-    [parameter] = a.origins
-    if parameter in a.repeated | b.repeated:
-        times = 2 * times
-    use = Use("dense", times, 0, (), ())
-    if dot:
-        x_aval, a_aval, y_aval = eqn.invars[0].aval, eqn.invars[1].aval, eqn.outvars[0].aval
-        rows = slice(a_aval.ndim - 2, -1)
-        x_entries, y_entries = entries(x_aval), entries(y_aval)
-        sharding = merged(x_entries[rows]), x_entries[-1], y_entries[-1]
-        use = Use("dot", times, math.prod(x_aval.shape[rows]), (x_aval.dtype, y_aval.dtype), sharding)
-    places[parameter].append(use)
-    return _Flow(computed=out.computed | out.origins)
+def _record(eqn: Any, arguments: list[_Flow], places: _Places) -> _Flow:
+    """What flows out of a marker that has the factors as its taps; its use goes to the parameter's place."""
+    kind, batch = eqn.params["rule"], eqn.params["batch"]
+    x, _, a, b, *kernel = arguments
+    # The factors in y itself are what is captured; those that x and the kernel are made of would be missed.
+    missed = [x, *kernel] if kind == "dot" else []
+    if a.origins == b.origins and len(a.origins) == 1:
+        [parameter] = a.origins
+        times = 2 if parameter in a.repeated | b.repeated else 1
+        x, y = (v.aval for v in eqn.invars[:2])
+        sharding = merged(entries(x)[batch:-1]), entries(x)[-1], entries(y)[-1]
+        tokens = math.prod(x.shape[batch:-1])
+        places[parameter].append(Use(kind, times, tokens, (x.dtype, y.dtype), sharding))
+    else:
+        missed += [a, b]
+    return _Flow(computed=a.computed.union(b.computed, *(f.computed | f.origins for f in missed)))
 
 
 def _merge(flows: Sequence[_Flow]) -> _Flow:
     return _Flow(*(frozenset().union(*column) for column in zip(*flows, strict=True)))
 
 
-def _fixed_point(body: Any, carry: list[_Flow]) -> list[_Flow]:
-    """What a loop's carry holds once nothing new flows into it."""
-    while True:
-        wider = [_merge(pair) for pair in zip(carry, body(carry), strict=True)]
-        if wider == carry:
-            return carry
-        carry = wider
-
-
-def _scan(eqn, arguments, times, places):
-    body = _open(eqn.params["jaxpr"])
-    # What is sliced or stacked has an axis less inside. JAX's own counts go by other names in each version.
-    whole = lambda outer, inner: sum(o.aval.ndim == i.aval.ndim for o, i in zip(outer, inner, strict=True))
-    unsliced, carries = whole(eqn.invars, body.invars), whole(eqn.outvars, body.outvars)
-    consts = unsliced - carries
-    head, carry, xs = arguments[:consts], arguments[consts:unsliced], arguments[unsliced:]
-    unrecorded = [[] for _ in places]
-    carry = _fixed_point(lambda carry: _walk(body, [*head, *carry, *xs], times, unrecorded)[:carries], carry)
-    # A slice of xs is used once; what every iteration sees is used as often as the loop runs.
-    sliced = frozenset().union(*(f.origins for f in xs)) - _merge([*head, *carry]).origins
-    found: list[list[Use]] = [[] for _ in places]
-    outputs = _walk(body, [*head, *carry, *xs], times, found)
-    for i, uses in enumerate(found):
-        often = 1 if i in sliced else eqn.params["length"]
-        places[i].extend(use._replace(times=use.times * often) for use in uses)
-    return [*carry, *outputs[carries:]]
-
-
-def _while(eqn, arguments, times, places):
+def _loop(eqn, arguments, places):
+    """What flows out of the carry and the stacked outputs of a scan or a while loop."""
     params = eqn.params
-    skip, consts = params["cond_nconsts"], params["body_nconsts"]
-    head, carry = arguments[skip : skip + consts], arguments[skip + consts :]
-    body = _open(params["body_jaxpr"])
-    unrecorded = [[] for _ in places]
-    carry = _fixed_point(lambda carry: _walk(body, [*head, *carry], times, unrecorded), carry)
-    # The number of rounds is not known: more than one.
-    _walk(body, [*head, *carry], 2 * times, places)
-    return carry
+    if eqn.primitive.name == "scan":
+        body, rounds = _open(params["jaxpr"]), params["length"]
+        # What is sliced or stacked has an axis less inside. JAX's own counts are named anew in each version.
+        whole = lambda out, inner: sum(o.aval.ndim == i.aval.ndim for o, i in zip(out, inner, strict=True))
+        unsliced, carries = whole(eqn.invars, body.invars), whole(eqn.outvars, body.outvars)
+    else:
+        body, rounds = params["body_jaxpr"], 2  # not known: more than one
+        arguments = arguments[params["cond_nconsts"] :]
+        unsliced, carries = len(arguments), len(eqn.outvars)
+    head, xs = arguments[: unsliced - carries], arguments[unsliced:]
+    carry = arguments[unsliced - carries : unsliced]
+    while True:  # until nothing new flows into the carry
+        found = collections.defaultdict(list)
+        outputs = _walk(body, [*head, *carry, *xs], found)
+        wider = [_merge(pair) for pair in zip(carry, outputs, strict=False)]
+        if wider == carry:
+            break
+        carry = wider
+    # A slice of xs is used once; what every round sees is used as often as the loop runs.
+    sliced = _merge([_NOTHING, *xs]).origins - _merge([_NOTHING, *head, *carry]).origins
+    for i, uses in found.items():
+        often = 1 if i in sliced else rounds
+        places[i].extend(use._replace(times=use.times * often) for use in uses)
+    return [*carry, *outputs[len(carry) :]]
 
 
-def _cond(eqn, arguments, times, places):
-    outputs, found = [], []
-    for branch in eqn.params["branches"]:
-        uses: list[list[Use]] = [[] for _ in places]
-        outputs.append(_walk(_open(branch), arguments[1:], times, uses))
-        found.append(uses)
-    for i, into in enumerate(places):
-        branches = [uses[i] for uses in found if uses[i]]
-        if branches and all(b == branches[0] for b in branches):  # one branch runs
-            into.extend(branches[0])
-        else:  # captures of different shapes: counted as several uses
-            into.extend(use for b in branches for use in b)
+def _cond(eqn, arguments, places):
+    found = [collections.defaultdict(list) for _ in eqn.params["branches"]]
+    walked = zip(eqn.params["branches"], found, strict=True)
+    outputs = [_walk(branch, arguments[1:], uses) for branch, uses in walked]
+    for i in frozenset().union(*found):
+        branches = [uses[i] for uses in found if i in uses]
+        # One branch runs. Captures of different shapes are counted as several uses.
+        same = all(uses == branches[0] for uses in branches)
+        places[i].extend(branches[0] if same else itertools.chain(*branches))
     return [_merge(column) for column in zip(*outputs, strict=True)]

@@ -10,6 +10,7 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
 from oplora_jax.matrix import LowRank, as_wide, transpose
@@ -48,26 +49,21 @@ def forward_is_merged(sizes: Sizes) -> bool:
 
 
 def backward_operations(sizes: Sizes, order: Order, wanted: Wanted) -> int:
-    """The operations of the gradients that are asked for.
-
-    References:
-      RunLoRA, https://arxiv.org/abs/2312.03415, for all of x, a and b.
-    """
+    """The operations of the gradients that are asked for; of x, a and b RunLoRA's, arXiv:2312.03415."""
     tokens, n, m, r = sizes
     full, formed = 2 * tokens * n * m, 2 * n * m * r
     thin_n, thin_m = 2 * tokens * n * r, 2 * tokens * m * r
-    asked = wanted.x, wanted.a, wanted.b
-    through_x, through_a, through_b = (w and o for w, o in zip(asked, order, strict=True))
-    thin_x, thin_a, thin_b = (w and not o for w, o in zip(asked, order, strict=True))
-    operations = [
-        full * wanted.x,
-        full * (wanted.kernel or through_a or through_b),  # x^T dy
-        formed * (through_x + through_a + through_b),
-        thin_m * (thin_x or thin_a),  # dy b^T, which both take
-        thin_n * (thin_x + thin_a),
-        (thin_n + thin_m) * thin_b,  # x a, and its product with dy
-    ]
-    return sum(operations)
+    asked = Order(wanted.x, wanted.a, wanted.b)
+    through = Order(*(w and o for w, o in zip(asked, order, strict=True)))
+    thin = Order(*(w and not o for w, o in zip(asked, order, strict=True)))
+    return (
+        full * wanted.x
+        + full * (wanted.kernel or through.a or through.b)  # x^T dy
+        + formed * sum(through)
+        + thin_m * (thin.x or thin.a)  # dy b^T, which both take
+        + thin_n * (thin.x + thin.a)
+        + (thin_n + thin_m) * thin.b  # x a, and its product with dy
+    )
 
 
 def backward_order(sizes: Sizes, wanted: Wanted) -> Order:
@@ -76,47 +72,44 @@ def backward_order(sizes: Sizes, wanted: Wanted) -> Order:
     return min(orders, key=lambda order: backward_operations(sizes, order, wanted))
 
 
-# Arguments are Any: among them are constants that JAX hands to a primitive's rules in a class of its own.
-
-
-def dot(x: Any, y: Any, *, precision: Any = None, out_sharding: Any = None) -> Array:
+def dot(x: Array, y: Array, *, precision: Any = None, out_sharding: Any = None) -> Array:
     """x @ y, where x has the batch axes of y in front, then those of its tokens."""
     batch = tuple(range(y.ndim - 2))
     dimensions = ((x.ndim - 1,), (y.ndim - 2,)), (batch, batch)
     return jax.lax.dot_general(x, y, dimensions, precision=precision, out_sharding=out_sharding)
 
 
-def multiply(
-    x: Any, kernel: Any, a: Any, b: Any, scale: float | int, precision: Any
+def _multiply(
+    x: Float[Array, "*tokens n"],
+    kernel: Float[Array, "*batch n m"],
+    a: Float[Array, "*batch n r"],
+    b: Float[Array, "*batch r m"],
+    scale: float | int,
+    precision: Any,
 ) -> Float[Array, "*tokens m"]:
     """x (W + s a b), by x and the factors or by the merged weights."""
     product = functools.partial(dot, precision=precision)
     if forward_is_merged(_sizes(x, a, b)):
-        return product(x, _merged(kernel, a, b, scale))
+        return product(x, kernel + LowRank(a, b, scale).to_dense())
     return product(x, kernel) + product(product(x, a) * scale, b)
 
 
-def derivative(
-    primals: tuple[Any, ...], tangents: tuple[Any, ...], scale: float | int, precision: Any
-) -> Array:
-    """The derivative of `multiply` along some tangents.
+multiply = jax.custom_jvp(_multiply, nondiff_argnums=(4, 5))
 
-    Args:
-      primals: x, the kernel, a and b.
-      tangents: theirs; None for zero. At least one is given.
-      scale: s.
-      precision: of the products.
-    """
+
+@functools.partial(multiply.defjvp, symbolic_zeros=True)
+def _derivative(scale, precision, primals, tangents):
+    """The product, and a sum of terms that are linear in the tangents there are."""
     product = functools.partial(dot, precision=precision)
     (x, kernel, a, b), (dx, dkernel, da, db) = primals, tangents
-    wanted = Wanted(*(tangent is not None for tangent in tangents))
+    wanted = Wanted(*(not isinstance(t, SymbolicZero) for t in tangents))
     order = backward_order(_sizes(x, a, b), wanted)
     terms, thin, weight = [], [], []  # outputs, what b is yet to multiply, what x is yet to multiply
     if wanted.kernel:
         weight.append(dkernel)
     if wanted.x and order.x:
         # Formed again for the backward pass: a loop over layers would keep the merged weights of them all.
-        through = jax.checkpoint(lambda dx, *weights: product(dx, _merged(*weights, scale)))
+        through = jax.checkpoint(lambda dx, w, *ab: product(dx, w + LowRank(*ab, scale).to_dense()))
         terms.append(through(dx, kernel, a, b))
     elif wanted.x:
         terms.append(product(dx, kernel))
@@ -131,20 +124,15 @@ def derivative(
         terms.append(product(sum(thin[1:], thin[0]) * scale, b))
     if weight:
         terms.append(product(x, sum(weight[1:], weight[0])))
-    return sum(terms[1:], terms[0])
+    return _multiply(*primals, scale, precision), sum(terms[1:], terms[0])
 
 
-def _times_thin(x: Any, a: Any, precision: Any) -> Array:
+def _times_thin(x: Array, a: Array, precision: Any) -> Array:
     """x @ a, which the backward pass turns into a product of few rows, x^T and the cotangent's transpose."""
     batch = tuple(range(a.ndim - 2))
     dimensions = ((x.ndim - 1,), (a.ndim - 1,)), (batch, batch)
     return jax.lax.dot_general(x, as_wide(transpose(a)), dimensions, precision=precision)
 
 
-def _sizes(x: Any, a: Any, b: Any) -> Sizes:
-    tokens = math.prod(x.shape[a.ndim - 2 : -1])
-    return Sizes(tokens, a.shape[-2], b.shape[-1], a.shape[-1])
-
-
-def _merged(kernel: Any, a: Any, b: Any, scale: float | int) -> Array:
-    return kernel + LowRank(a, b, scale).to_dense()
+def _sizes(x: Array, a: Array, b: Array) -> Sizes:
+    return Sizes(math.prod(x.shape[a.ndim - 2 : -1]), a.shape[-2], b.shape[-1], a.shape[-1])

@@ -13,39 +13,35 @@ from oplora_jax.sharding import entries, partition, under_auto_sharding
 
 
 def accumulate(differentiate: Callable[..., Any], microbatches: int) -> Callable[..., Any]:
-    """A gradient function, applied to each microbatch in a scan.
+    """A gradient function of (params, state, args, kwargs), applied to each of k microbatches in a scan.
 
-    Args:
-      differentiate: a function of (params, state, args, kwargs) that returns (value, (aux, state),
-        gradients), the value and the gradients as parts of a sum over microbatches.
-      microbatches: k.
-
-    Returns:
-      The same function for the whole batch: values and gradients are added up, outer products side by side;
-      aux is stacked, and the state goes from each microbatch to the next.
+    It returns (value, (aux, state), gradients), and so does the result: values and gradients are added up,
+    outer products put side by side, aux is stacked, and the state goes from each microbatch to the next.
     """
 
+    is_outer = lambda node: isinstance(node, OuterProduct)
+
     def accumulated(params, state, args, kwargs):
-        arrays, rebuild = split(args, microbatches)
+        parts, rebuild = split(args, microbatches)
 
         # Traced once: for the shapes of the sums, and for the scan.
         @jax.jit
-        def one(params, state, arrays):
-            return differentiate(params, state, rebuild(arrays), kwargs)
+        def one(params, state, part):
+            return differentiate(params, state, rebuild(part), kwargs)
 
-        first = [jax.lax.index_in_dim(z, 0, keepdims=False) for z in arrays]
+        first = jax.tree.map(lambda z: jax.lax.index_in_dim(z, 0, keepdims=False), parts)
         *_, gradients = jax.eval_shape(one, params, state, first)
-        nodes, treedef = jax.tree.flatten(gradients, is_leaf=_is_outer)
+        nodes, treedef = jax.tree.flatten(gradients, is_leaf=is_outer)
 
-        def body(carry, arrays):
+        def body(carry, part):
             state, sums = carry
-            value, (aux, state), gradients = one(params, state, arrays)
+            value, (aux, state), gradients = one(params, state, part)
             new = treedef.flatten_up_to(gradients)
             sums = [None if s is None else s + g.astype(s.dtype) for s, g in zip(sums, new, strict=True)]
-            return (state, sums), (value, aux, [g for g in new if _is_outer(g)])
+            return (state, sums), (value, aux, [g for g in new if is_outer(g)])
 
-        start = [None if _is_outer(node) else _zeros(node) for node in nodes]
-        (state, sums), (values, aux, outers) = jax.lax.scan(body, (state, start), arrays)
+        start = [None if is_outer(node) else _zeros(node) for node in nodes]
+        (state, sums), (values, aux, outers) = jax.lax.scan(body, (state, start), parts)
         outers = iter(outers)
         total = [
             jax.tree.map(_side_by_side, next(outers)) if s is None else s.astype(node.dtype)
@@ -57,19 +53,17 @@ def accumulate(differentiate: Callable[..., Any], microbatches: int) -> Callable
     return accumulated
 
 
-def split(args: Any, microbatches: int) -> tuple[list[Array], Callable[[list[Array]], Any]]:
-    """The arrays of a tree in k parts, (k, size / k, ...), and a function that puts parts in their places.
+def split(args: Any, microbatches: int) -> tuple[Any, Callable[[Any], Any]]:
+    """A tree's arrays in k parts, (k, size / k, ...), and a function that puts one part in their places.
 
     Raises:
       ValueError: no array, one without axes, sizes that differ, or a size that is no multiple of k.
     """
-    paths_and_leaves, treedef = jax.tree.flatten_with_path(args)
-    leaves = [leaf for _, leaf in paths_and_leaves]
-    found = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
+    is_array = lambda leaf: isinstance(leaf, jax.Array | np.ndarray)
     sizes = {
         _name(path): leaf.shape[0] if leaf.ndim else None
-        for (path, leaf), is_array in zip(paths_and_leaves, found, strict=True)
-        if is_array
+        for path, leaf in jax.tree.leaves_with_path(args)
+        if is_array(leaf)
     }
     listed = ", ".join(f"{name}: {size or 'no axis'}" for name, size in sizes.items())
     whole = "pass what is no part of the batch by keyword, it is not split"
@@ -87,13 +81,8 @@ def split(args: Any, microbatches: int) -> tuple[list[Array], Callable[[list[Arr
         raise ValueError(
             f"microbatches={microbatches} does not divide the first axis of the batch ({listed}); {whole}"
         )
-    arrays = [_parts(jnp.asarray(leaf), microbatches) for leaf, yes in zip(leaves, found, strict=True) if yes]
-
-    def rebuild(arrays):
-        rest = iter(arrays)
-        return treedef.unflatten(next(rest) if yes else leaf for leaf, yes in zip(leaves, found, strict=True))
-
-    return arrays, rebuild
+    parts = jax.tree.map(lambda z: _parts(jnp.asarray(z), microbatches) if is_array(z) else None, args)
+    return parts, lambda part: jax.tree.map(lambda z, one: z if one is None else one, args, part)
 
 
 def _name(path: Any) -> str:
@@ -119,7 +108,3 @@ def _zeros(like: Any) -> Array:
     mesh = like.sharding and like.sharding.mesh
     device = like.sharding if mesh and mesh.explicit_axes else None
     return jnp.zeros(like.shape, compute_dtype(like.dtype), device=device)
-
-
-def _is_outer(node: Any) -> bool:
-    return isinstance(node, OuterProduct)

@@ -6,18 +6,10 @@ from typing import Any, Literal
 
 import jax
 
-from oplora_jax.gradients.capture import Tapped
 from oplora_jax.gradients.count_uses import Use, Uses, count_uses
 from oplora_jax.gradients.microbatches import accumulate
-from oplora_jax.matrix import (
-    DenseGradient,
-    LowRank,
-    OuterProduct,
-    check_factors,
-    compute_dtype,
-    is_low_rank,
-    matrix_entries,
-)
+from oplora_jax.gradients.tap import Tapped, from_tap
+from oplora_jax.matrix import LowRank, check_factors, compute_dtype, is_low_rank, matrix_entries
 from oplora_jax.metrics import Structure
 from oplora_jax.sharding import partition, zeros
 
@@ -54,23 +46,19 @@ def value_and_grad(
       moments: with "diagonal" or "dense" a dense gradient is a `DenseGradient`, with the second moments of x
         and dy that `scaled_oplora` measures with. The parameter must be used through `lora_dot` alone. An
         `OuterProduct` has its moments in it.
-      microbatches: k, to run the loss on one k-th of the batch after the other, so that the activations of
-        one microbatch alone are kept. The batch is all arrays in the positional arguments behind params:
-        they have one size of their first axis, a multiple of k, and microbatch i takes the rows i, i + k,
-        i + 2 k, and so on, which leaves a sharded batch where it is. Keyword arguments are passed whole.
-        The value is the mean over the microbatches, and the gradients, of every kind, are those of this
-        mean: for a loss that is a mean over examples those of the whole batch. Auxiliary data, arrays, are
-        stacked along a new first axis of size k. (`optax.MultiSteps` accumulates what has the parameters'
-        structure, factor gradients alone: with the exact kinds it ends in JAX's error that a `LowRank` and
-        an `OuterProduct` or an array differ.)
+      microbatches: k, to run the loss on one k-th of the batch after the other and keep the activations of
+        one alone. The batch is all arrays in the positional arguments behind params: they have one size of
+        their first axis, a multiple of k, and microbatch i takes the rows i, i + k, i + 2 k, ..., which
+        leaves a sharded batch where it is. Keyword arguments are passed whole. The value is the mean over
+        the microbatches, and the gradients, of every kind, are those of this mean. Auxiliary data, arrays,
+        are stacked along a new first axis. (`optax.MultiSteps` accumulates factor gradients alone.)
 
     Returns:
       A function with the arguments of `loss_fn` that returns (value, gradients).
 
     Raises:
-      ValueError: an unknown `gradient` or `moments`, or a parameter that is used in a way whose exact
-        gradient, or moments, cannot be taken; a batch that does not make k microbatches. The message names
-        the path.
+      ValueError: an unknown `gradient` or `moments`; a parameter, named by its path, that is used in a way
+        whose exact gradient, or moments, cannot be taken; a batch that does not make k microbatches.
 
     Example:
       >>> import jax.numpy as jnp
@@ -103,14 +91,8 @@ def stateful_value_and_grad(
 ) -> Callable[..., Any]:
     """`value_and_grad` of a loss with state, which goes from each microbatch to the next.
 
-    Args:
-      loss_fn: a function of (params, state, *args, **kwargs) that returns (loss, (aux, state)).
-      gradient: as for `value_and_grad`.
-      moments: as for `value_and_grad`.
-      microbatches: as for `value_and_grad`.
-
-    Returns:
-      A function of (params, state, args, kwargs) that returns (value, (aux, state), gradients).
+    The loss is a function of (params, state, *args, **kwargs) that returns (loss, (aux, state)), the result
+    one of (params, state, args, kwargs) that returns (value, (aux, state), gradients).
     """
     if gradient not in ("auto", "outer", "dense"):
         raise ValueError(f"gradient is {gradient!r}; expected 'auto', 'outer' or 'dense'")
@@ -128,18 +110,20 @@ def stateful_value_and_grad(
             # The gradients of microbatches add up: each is of its share of the mean.
             return (value if microbatches is None else value / microbatches), rest
 
-        taps = _taps(lambda nodes: loss(nodes)[0], paths_and_nodes, gradient, moments, microbatches or 1)
+        uses = lora_uses(lambda nodes: loss(nodes)[0], paths_and_nodes)
+        taps = [
+            None if found is None else _tap(name_of(path), node, found, gradient, moments, microbatches or 1)
+            for (path, node), found in zip(paths_and_nodes, uses, strict=True)
+        ]
 
         def tapped_loss(at):
-            nodes_at = [
-                node if tap is None else Tapped(node.a, node.b, node.scale, node.roles, at_node)
-                for node, tap, at_node in zip(nodes, taps, at, strict=True)
-            ]
-            return loss([x if t is None else y for x, t, y in zip(at, taps, nodes_at, strict=True)])
+            tapped = lambda node, tap: Tapped(node.a, node.b, node.scale, node.roles, tap)
+            columns = zip(nodes, taps, at, strict=True)
+            return loss([z if tap is None else tapped(node, z) for node, tap, z in columns])
 
         at = [node if tap is None else tap for node, tap in zip(nodes, taps, strict=True)]
         (value, rest), grads = jax.value_and_grad(tapped_loss, has_aux=True)(at)
-        grads = [g if t is None else _from_tap(g) for g, t in zip(grads, taps, strict=True)]
+        grads = [g if t is None else from_tap(g) for g, t in zip(grads, taps, strict=True)]
         return value, rest, treedef.unflatten(grads)
 
     return differentiate if microbatches is None else accumulate(differentiate, microbatches)
@@ -172,49 +156,31 @@ def grad(
     return grad_fn
 
 
-def _taps(
-    loss: Callable[..., Any],
-    paths_and_nodes: list[Any],
-    gradient: Kind,
-    moments: Structure | None,
-    microbatches: int,
-) -> list[Any]:
-    """Zeros of the shapes in which each LoRA parameter's gradient is captured; None for other leaves."""
-    return [
-        None if uses is None else _tap(name_of(path), node, uses, gradient, moments, microbatches)
-        for (path, node), uses in zip(paths_and_nodes, lora_uses(loss, paths_and_nodes), strict=True)
-    ]
-
-
 def lora_uses(loss: Callable[..., Any], paths_and_nodes: list[Any]) -> list[Uses | None]:
     """What a loss of the nodes does with each LoRA parameter; None for other leaves.
 
     Raises:
       ValueError: a loss that depends on factors in another way than through a product with them.
     """
-    probes, factors, loras = [], [], []
-    for path, node in paths_and_nodes:
-        if is_low_rank(node):
-            check_factors(node, name_of(path))
-            probes.append(Tapped(node.a, node.b, node.scale, node.roles))
-            factors.extend([len(loras)] * 2)
-            loras.append(name_of(path))
-        else:
-            probes.append(node)
-            factors.append(None)
-    if not loras:
-        return [None] * len(paths_and_nodes)
-    found = count_uses(jax.make_jaxpr(loss)(probes), factors, len(loras))
-    for name, uses in zip(loras, found, strict=True):
+    names = [name_of(path) if is_low_rank(node) else None for path, node in paths_and_nodes]
+    if not any(names):
+        return [None] * len(names)
+    nodes = [node for _, node in paths_and_nodes]
+    for i, name in enumerate(names):
+        if name is not None:
+            check_factors(nodes[i], name)
+            nodes[i] = Tapped(nodes[i].a, nodes[i].b, nodes[i].scale, nodes[i].roles)
+    owners = [None if name is None else i for i, name in enumerate(names) for _ in jax.tree.leaves(nodes[i])]
+    found = count_uses(jax.make_jaxpr(loss)(nodes), owners)
+    for i, uses in found.items():
         if uses.elsewhere:
             raise ValueError(
-                f"{name}: the loss depends on the factors a and b of this LoRA parameter in a way whose "
+                f"{names[i]}: the loss depends on the factors a and b of this LoRA parameter in a way whose "
                 "full gradient cannot be taken. Multiply by it through lora_dot, merge or to_dense alone "
                 "(and wrap statistics of the factors in jax.lax.stop_gradient), or use jax.grad for factor "
                 "gradients"
             )
-    uses = iter(found)
-    return [next(uses) if is_low_rank(node) else None for _, node in paths_and_nodes]
+    return [found.get(i) for i in range(len(names))]
 
 
 def name_of(path: Any) -> str:
@@ -235,9 +201,8 @@ def _tap(
         )
     # Of an unused parameter: one row of zeros.
     use = places[0] if once and places else Use("dot", 0, 1, (node.a.dtype, node.b.dtype), (None,) * 3)
-    tokens = use.tokens
-    *batch_sharding, row_sharding, column_sharding = matrix_entries(node)
-    sides = row_sharding, column_sharding
+    tokens, dtypes, (rows, *columns) = use[2:]
+    *batch_sharding, row, column = matrix_entries(node)
 
     def tap(shape, dtype, *sharding):
         return zeros((*batch, *shape), dtype, partition(*batch_sharding, *sharding), like=node)
@@ -245,12 +210,9 @@ def _tap(
     outer = 8 * microbatches * tokens * rank * (n + m)
     dense = 2 * microbatches * tokens * n * m + 8 * n * m * rank
     if gradient == "outer" or (gradient == "auto" and once and outer <= dense):
-        rows, *columns = use.sharding
-        return tuple(
-            tap((tokens, size), dtype, rows, entry)
-            for size, dtype, entry in zip((n, m), use.dtypes, columns, strict=True)
-        )
-    gradient_tap = tap((n, m), node.dtype, *sides)
+        sides = zip((n, m), dtypes, columns, strict=True)
+        return tuple(tap((tokens, size), dtype, rows, entry) for size, dtype, entry in sides)
+    gradient_tap = tap((n, m), node.dtype, row, column)
     if moments is None:
         return (gradient_tap,)
     if any(use.kind != "dot" for use in places):
@@ -260,10 +222,4 @@ def _tap(
         )
     dtype = compute_dtype(node.a, node.b)
     axes = 1 if moments == "diagonal" else 2
-    moment_taps = (tap((size,) * axes, dtype, entry) for size, entry in zip((n, m), sides, strict=True))
-    return gradient_tap, *moment_taps, tap((), dtype)
-
-
-def _from_tap(cotangent: tuple[jax.Array, ...]) -> OuterProduct | DenseGradient | jax.Array:
-    kinds = {1: lambda gradient: gradient, 2: OuterProduct, 4: DenseGradient}
-    return kinds[len(cotangent)](*cotangent)
+    return gradient_tap, tap((n,) * axes, dtype, row), tap((m,) * axes, dtype, column), tap((), dtype)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from oplora_jax.gradients.capture import Tapped
+from oplora_jax.gradients.tap import Tapped
 from oplora_jax.gradients.value_and_grad import lora_uses, name_of
 from oplora_jax.matrix import OuterProduct, is_low_rank
 from oplora_jax.optimizers._lift import LoRAState
@@ -60,10 +60,8 @@ def value_and_update(
     def value_and_update_fn(params: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
         paths_and_nodes, treedef = jax.tree.flatten_with_path(params, is_leaf=is_low_rank)
         names, nodes = zip(*((name_of(path), z) for path, z in paths_and_nodes), strict=True)
-        (kept, structure), expected = (
-            jax.tree.flatten(state),
-            jax.tree.structure(jax.eval_shape(tx.init, params)),
-        )
+        kept, structure = jax.tree.flatten(state)
+        expected = jax.tree.structure(jax.eval_shape(tx.init, params))
         if not isinstance(state, LoRAState) or structure != expected:
             raise ValueError(
                 f"the state is {type(state).__name__}; expected that of tx.init(params), for one of this "
