@@ -17,34 +17,30 @@ from oplora_jax import (
     lora_rite,
     reflora,
 )
-from oplora_jax.optimizers._factors import (
-    from_thin,
-    gram,
-    gram_inverse,
-    orthonormal,
-    pseudo_inverse,
-    sylvester,
-)
+from oplora_jax.matrix import gram
+from oplora_jax.optimizers._factors import from_wide, orthonormal, pseudo_inverse, sylvester
+from oplora_jax.solve import gram_inverse
 
 seeds = st.integers(0, 2**16)
 batches = st.sampled_from([(), (2,)])
 
 
-def thin(seed, n, r, batch=(), rank=None):
-    """A matrix (*batch, n, r) in float64, of a rank that may be lower."""
+def wide(seed, r, n, batch=(), rank=None):
+    """A matrix (*batch, r, n) in float64, of a rank that may be lower."""
     rng = np.random.default_rng(seed)
     rank = r if rank is None else rank
-    return rng.standard_normal((*batch, n, rank)) @ rng.standard_normal((*batch, rank, r))
+    columns = rng.standard_normal((*batch, n, rank)) @ rng.standard_normal((*batch, rank, r))
+    return np.swapaxes(columns, -1, -2)
 
 
 @given(seed=seeds, n=st.sampled_from([2, 7]), batch=batches, rank=st.integers(0, 3))
 def test_the_pseudo_inverse_through_a_triangle(seed, n, batch, rank):
     with jax.enable_x64(True):
-        matrix = thin(seed, n, 3, batch, rank)
+        matrix = wide(seed, 3, n, batch, rank)
         q, triangle = orthonormal(jnp.asarray(matrix))
         assert q.shape == matrix.shape and triangle.shape == (*batch, 3, 3)
-        np.testing.assert_allclose(q @ triangle, matrix, rtol=0, atol=1e-13)  # float64, entries below 10
-        inverse = pseudo_inverse(triangle) @ np.swapaxes(q, -1, -2)
+        np.testing.assert_allclose(triangle @ q, matrix, rtol=0, atol=1e-13)  # float64, entries below 10
+        inverse = np.swapaxes(q, -1, -2) @ pseudo_inverse(triangle)
         expected = np.linalg.pinv(matrix, rcond=1e-10)
         # float64; the smallest singular value may be 1e-3 of the largest.
         np.testing.assert_allclose(inverse, expected, rtol=0, atol=1e-11 * np.abs(expected).max())
@@ -52,7 +48,7 @@ def test_the_pseudo_inverse_through_a_triangle(seed, n, batch, rank):
 
 def test_the_pseudo_inverse_keeps_what_a_gram_matrix_loses():
     """A condition number of about 1e5: its square is beyond float32."""
-    matrix = jnp.asarray(thin(0, 40, 3) @ np.diag([1.0, 1.0, 1e-4]), jnp.float32)
+    matrix = jnp.asarray(np.diag([1.0, 1.0, 1e-4]) @ wide(0, 3, 40), jnp.float32)
     _, triangle = orthonormal(matrix)
     expected = np.linalg.pinv(np.asarray(triangle, np.float64))
     # float32 rounding times the condition number.
@@ -64,8 +60,8 @@ def test_the_pseudo_inverse_keeps_what_a_gram_matrix_loses():
 def test_sylvester(seed, batch, ranks):
     """Solved where at least one of the two matrices is invertible."""
     with jax.enable_x64(True):
-        left, right = (gram(jnp.asarray(thin(seed + i, 5, 3, batch, k))) for i, k in enumerate(ranks))
-        total = jnp.asarray(thin(seed + 2, 3, 3, batch))
+        left, right = (gram(jnp.asarray(wide(seed + i, 3, 5, batch, k))) for i, k in enumerate(ranks))
+        total = jnp.asarray(np.swapaxes(wide(seed + 2, 3, 3, batch), -1, -2))
         x = sylvester(left, right, total)
         # float64, condition numbers up to 1e6.
         np.testing.assert_allclose(left @ x + x @ right, total, rtol=0, atol=1e-9)
@@ -79,15 +75,15 @@ def test_sylvester_where_nothing_determines_x():
 
 
 def test_gram_inverse(x64):
-    matrix = jnp.asarray(thin(0, 5, 3))
-    expected = np.linalg.inv(matrix.T @ matrix + 0.1 * np.eye(3))
+    matrix = jnp.asarray(wide(0, 3, 5))
+    expected = np.linalg.inv(matrix @ matrix.T + 0.1 * np.eye(3))
     np.testing.assert_allclose(gram_inverse(matrix, 0.1), expected, rtol=1e-10)  # float64
-    assert not np.any(gram_inverse(jnp.zeros((5, 3)), 0.0))
+    assert not np.any(gram_inverse(jnp.zeros((3, 5)), 0.0))
 
 
-def test_from_thin():
+def test_from_wide():
     like = LowRank(jnp.ones((4, 2), jnp.bfloat16), jnp.ones((2, 3), jnp.float16), 2.0)
-    node = from_thin(like, jnp.ones((4, 2)), jnp.ones((3, 2)))
+    node = from_wide(like, jnp.ones((2, 4)), jnp.ones((2, 3)))
     chex.assert_trees_all_equal_shapes_and_dtypes(node, like)
     assert node.scale == like.scale
 

@@ -37,7 +37,7 @@ def test_s_solves_its_equation(seed, condition):
     with jax.enable_x64(True):
         a, b = factors(seed=seed)
         a = a @ np.diag([1.0, condition])
-        s, inverse, exists = (np.asarray(z) for z in refactoring(jnp.asarray(a), jnp.asarray(b.T)))
+        s, inverse, exists = (np.asarray(z) for z in refactoring(jnp.asarray(a.T), jnp.asarray(b)))
         assert np.all(exists) and np.all(np.linalg.eigvalsh(s) > 0)
         np.testing.assert_allclose(s, s.T, rtol=1e-13)  # float64
         # float64; the square of the condition numbers of a and b, the latter up to 100.
