@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
-from oplora_jax.adapters.kernel_axes import matrix_shape
+from oplora_jax.adapters.kernel_axes import axes_of, kept_roles, matrix_shape, stacked
 from oplora_jax.adapters.paths import matches, path_name
 from oplora_jax.matrix import LowRank
 from oplora_jax.sharding import merged, partition
@@ -83,37 +83,51 @@ def init_lora(
                 f"output_axes={output_axes} it has no axis of inputs or of outputs"
             )
         roles = "b" * batch_axes + "i" * inputs + "o" * output_axes
-        shape = matrix_shape(kernel.shape, roles)
         try:
-            param = init_low_rank(one_key, shape, rank, alpha, kernel.dtype if dtype is None else dtype)
+            lora[path] = init_beside(one_key, kernel, roles, rank, alpha, dtype)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        lora[path] = beside(kernel, param, roles)
     return lora
 
 
-def beside(kernel: Any, lora: LowRank, roles: str) -> LowRank:
-    """A LoRA parameter, spread out as its kernel is, whose axes have these roles."""
+def init_beside(
+    key: PRNGKeyArray, kernel: Any, roles: str, rank: int, alpha: float | int | None, dtype: Any
+) -> LowRank:
+    """LoRA's usual start for a kernel: a uniform as in He's initialisation, b zero.
+
+    Args:
+      key: a random key.
+      kernel: an array.
+      roles: of its last axes; those in front stack layers.
+      rank: r.
+      alpha: the scale is alpha / rank; 1 when alpha is None.
+      dtype: the parameter's type; the kernel's if None.
+    """
+    *batch, n, m = matrix_shape(kernel.shape, stacked(roles, kernel.ndim))
+    if not 1 <= rank <= min(n, m):
+        raise ValueError(f"rank is {rank}; a kernel ({n}, {m}) takes 1 to {min(n, m)}")
+    dtype = kernel.dtype if dtype is None else dtype
+    a = he_uniform(key, (*batch, n, rank), dtype)
+    b = jnp.zeros((*batch, rank, m), dtype)
+    return beside(kernel, LowRank(a, b, 1.0 if alpha is None else alpha / rank, kept_roles(roles)))
+
+
+def he_uniform(key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any) -> Array:
+    """The left factor at the start."""
+    return jax.nn.initializers.he_uniform(batch_axis=tuple(range(len(shape) - 2)))(key, shape, dtype)
+
+
+def beside(kernel: Any, lora: LowRank) -> LowRank:
+    """A LoRA parameter, spread out as its kernel is."""
     traced = isinstance(kernel, jax.core.Tracer)
     sharding = jax.typeof(kernel).sharding if traced else getattr(kernel, "sharding", None)
     if not isinstance(sharding, NamedSharding) or (traced and not sharding.mesh.explicit_axes):
         return lora
     spec = tuple(sharding.spec)
     spec += (None,) * (kernel.ndim - len(spec))
+    roles = axes_of(kernel.shape, lora)
     batch, rows, columns = ([e for e, r in zip(spec, roles, strict=True) if r == role] for role in "bio")
     put = jax.sharding.reshard if traced else jax.device_put
     place = lambda factor, *some: put(factor, NamedSharding(sharding.mesh, partition(*some)))
     a = place(lora.a, *batch, merged(tuple(rows)), None)
-    return LowRank(a, place(lora.b, *batch, None, merged(tuple(columns))), lora.scale)
-
-
-def init_low_rank(
-    key: PRNGKeyArray, shape: tuple[int, ...], rank: int, alpha: float | int | None, dtype: Any
-) -> LowRank:
-    """LoRA's usual start for a matrix (*batch, n, m): a uniform as in He's initialisation, b zero."""
-    *batch, n, m = shape
-    if not 1 <= rank <= min(n, m):
-        raise ValueError(f"rank is {rank}; a kernel ({n}, {m}) takes 1 to {min(n, m)}")
-    he_uniform = jax.nn.initializers.he_uniform(batch_axis=tuple(range(len(batch))))
-    a = he_uniform(key, (*batch, n, rank), dtype)
-    return LowRank(a, jnp.zeros((*batch, rank, m), dtype), 1.0 if alpha is None else alpha / rank)
+    return lora.with_factors(a, place(lora.b, *batch, None, merged(tuple(columns))))

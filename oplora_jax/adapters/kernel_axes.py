@@ -31,16 +31,42 @@ def matrix_shape(shape: Sequence[int], roles: str) -> tuple[int, ...]:
     return (*sizes["b"], math.prod(sizes["i"]), math.prod(sizes["o"]))
 
 
-def add_increment(kernel: Array, lora: LowRank, roles: str) -> Array:
+def axes_of(shape: Sequence[int], lora: LowRank) -> str:
+    """The roles of a kernel's axes, of which a LoRA parameter has the last ones unless they are in order.
+
+    Raises:
+      ValueError: there are none with which the kernel has the parameter's matrix.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from oplora_jax import LowRank
+      >>> from oplora_jax.adapters.kernel_axes import axes_of
+      >>> axes_of((12, 64, 8, 16), LowRank(jnp.ones((12, 64, 2)), jnp.ones((12, 2, 128))))
+      'bioo'
+      >>> axes_of((12, 16, 64), LowRank(jnp.ones((12, 64, 2)), jnp.ones((12, 2, 16)), roles="oi"))
+      'boi'
+    """
+    batch, ndim = len(lora.shape) - 2, len(shape)
+    if lora.roles is None:
+        splits = range(batch + 1, ndim)
+        candidates = ["b" * batch + "i" * (end - batch) + "o" * (ndim - end) for end in splits]
+        expected = "(*batch, n, m), n the product of the axes next to the batch axes and m that of the rest"
+    else:
+        candidates = [stacked(lora.roles, ndim)] if len(lora.roles) <= ndim else []
+        expected = f"the matrix of a kernel whose last axes have the roles {lora.roles!r}"
+    for roles in candidates:
+        if set(roles) <= set("bio") and matrix_shape(shape, roles) == lora.shape:
+            return roles
+    raise ValueError(f"the kernel is {tuple(shape)}, its LoRA parameter {lora.shape}; expected {expected}")
+
+
+def add_increment(kernel: Array, lora: LowRank) -> Array:
     """The kernel with its LoRA increment added, in the kernel's type and with its sharding.
 
     Raises:
       ValueError: an increment of another shape than the kernel's matrix.
     """
-    if lora.shape != matrix_shape(kernel.shape, roles):
-        raise ValueError(
-            f"the kernel {kernel.shape} with axes {roles!r} does not fit the matrix {lora.shape}"
-        )
+    roles = axes_of(kernel.shape, lora)
     order = sorted(range(len(roles)), key=lambda axis: "bio".index(roles[axis]))
 
     def total(kernel: Any, lora: LowRank) -> Array:
@@ -51,54 +77,29 @@ def add_increment(kernel: Array, lora: LowRank, roles: str) -> Array:
     return under_auto_sharding(total, lambda: specs_of(kernel), kernel, lora)
 
 
-def split_roles(shape: Sequence[int], matrix: Sequence[int], known: str | None = None) -> str:
-    """The roles under which a kernel's axes make up a matrix (*batch, n, m).
-
-    Args:
-      shape: the shape of the kernel.
-      matrix: the shape of its matrix.
-      known: the roles of the last axes, if they are not in the order "bio".
-
-    Raises:
-      ValueError: there are none.
-
-    Example:
-      >>> from oplora_jax.adapters.kernel_axes import split_roles
-      >>> split_roles((12, 64, 8, 16), (12, 64, 128))
-      'bioo'
-    """
-    if known is not None:
-        return stacked(known, len(shape))
-    batch = len(matrix) - 2
-    for end in range(batch + 1, len(shape)):
-        roles = "b" * batch + "i" * (end - batch) + "o" * (len(shape) - end)
-        if matrix_shape(shape, roles) == tuple(matrix):
-            return roles
-    raise ValueError(
-        f"the kernel is {tuple(shape)}, its LoRA parameter {tuple(matrix)}; expected (*batch, n, m), n the "
-        "product of the kernel's axes next to the batch axes and m that of the rest"
-    )
-
-
-def lora_name(roles: str) -> str:
-    """The name of a kernel's LoRA parameter; it has the roles where reshaping does not make the matrix.
-
-    Example:
-      >>> from oplora_jax.adapters.kernel_axes import lora_name
-      >>> lora_name("ioo"), lora_name("oio")
-      ('lora', 'lora_oio')
-    """
-    return "lora" if "".join(sorted(roles, key="bio".index)) == roles else f"lora_{roles}"
-
-
-def named_roles(name: str) -> str | None:
-    """The roles in a name by `lora_name`."""
-    return name.removeprefix("lora").removeprefix("_") or None
-
-
 def stacked(roles: str, ndim: int) -> str:
     """The roles of a kernel of ndim axes: what a layer does not know of, in front, stacks layers."""
     return "b" * (ndim - len(roles)) + roles
+
+
+def kept_roles(roles: str) -> str | None:
+    """What a LoRA parameter keeps of its kernel's roles: None if they are in order.
+
+    Example:
+      >>> from oplora_jax.adapters.kernel_axes import kept_roles
+      >>> kept_roles("bioo"), kept_roles("oio")
+      (None, 'oio')
+    """
+    return None if "".join(sorted(roles, key="bio".index)) == roles else roles
+
+
+def check_roles(lora: LowRank, roles: str, name: str) -> None:
+    """Raises ValueError unless a LoRA parameter has the roles that a layer knows of its kernel's axes."""
+    if lora.roles != kept_roles(roles):
+        raise ValueError(
+            f"{name}: the LoRA parameter has roles={lora.roles!r}, its layer needs {kept_roles(roles)!r}; "
+            "dataclasses.replace(lora, roles=...) sets them"
+        )
 
 
 def dense_equation(ndim: int, axes: Sequence[int], num_batch: int, num_features: int) -> str:
@@ -191,7 +192,7 @@ def add_einsum_increment(
       >>> from oplora_jax import LowRank
       >>> from oplora_jax.adapters.kernel_axes import add_einsum_increment
       >>> x, y = jnp.ones((5, 3)), jnp.zeros((5, 2, 2))
-      >>> lora = LowRank(jnp.ones((3, 1)), jnp.ones((1, 4)))
+      >>> lora = LowRank(jnp.ones((3, 1)), jnp.ones((1, 4)), roles="oio")
       >>> add_einsum_increment(y, "td,ndh->tnh", x, (2, 3, 2), lora)[0].tolist()
       [[3.0, 3.0], [3.0, 3.0]]
     """

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from oplora_jax.adapters.paths import path_name
+from oplora_jax.adapters.paths import leaf_name
 from oplora_jax.matrix import LowRank, is_matrix
 
 # How the paths of a and b end: flax.nnx.LoRA and Qwix (kernel_lora_a), and PyTorch's habit; as arrays, or
@@ -203,7 +203,7 @@ def from_low_rank(
         if shapes[0] != shapes[1]:
             raise ValueError(f"{name}: the factors are {shapes[0]}; the tree needs {shapes[1]}")
         root = math.sqrt(new.scale / old.scale)
-        rescaled = new if root == 1 else LowRank(root * new.a, root * new.b)
+        rescaled = new if root == 1 else new.with_factors(root * new.a, root * new.b)
         for index, factor in zip(pair.indices, _split(pair, rescaled), strict=True):
             leaves[index] = factor.astype(leaves[index].dtype)
     return apart.treedef.unflatten(leaves)
@@ -249,15 +249,6 @@ def _take_apart(tree: Any, scale: Any, pattern: Any, transposed: bool, batch_axe
     if repeated:
         raise ValueError(f"{', '.join(repeated)}: several leaves have this path")
     return _Tree(names, leaves, treedef, pairs)
-
-
-def leaf_name(path: Any) -> str:
-    """A leaf's path, without the box that Flax keeps it in, an `nnx.Variable` or `nn.Partitioned`.
-
-    `nnx.Optimizer` shows a transformation boxes at init and arrays at update.
-    """
-    boxed = path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value"
-    return path_name(path[:-1] if boxed else path)
 
 
 def _factor(name: str, endings: tuple[tuple[str, str], ...]) -> tuple[str, tuple[str, str], int] | None:

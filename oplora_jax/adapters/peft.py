@@ -15,7 +15,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from oplora_jax.adapters.pairs import leaf_name
+from oplora_jax.adapters.paths import leaf_name
 from oplora_jax.matrix import LowRank, check_factors, is_low_rank
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -200,7 +200,7 @@ def _layers(path: str, node: LowRank, names: Any) -> list[tuple[str, LowRank]]:
             else f"a module name for each of the {node.shape[:-2]} layers"
         )
         raise ValueError(f"{path}: a parameter {node.shape} needs {expected}; names gives {names!r}")
-    return [(name, LowRank(node.a[i], node.b[i], node.scale)) for i, name in enumerate(names)]
+    return [(name, node.with_factors(node.a[i], node.b[i])) for i, name in enumerate(names)]
 
 
 def _ranks_and_alphas(modules: dict[str, LowRank]) -> dict[str, Any]:

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
-from oplora_jax.adapters.kernel_axes import named_roles
-from oplora_jax.adapters.merge import merge, merge_as
-from oplora_jax.adapters.paths import path_name
+from oplora_jax.adapters.init import he_uniform
+from oplora_jax.adapters.merge import merge
+from oplora_jax.adapters.old_names import refuse_old_names
+from oplora_jax.adapters.paths import leaf_name, path_name
 from oplora_jax.matrix import LowRank, is_low_rank
 
 
@@ -60,7 +61,9 @@ def merge_and_restart(
     References:
       Chain of LoRA, https://arxiv.org/abs/2401.04151; PeriodicLoRA, https://arxiv.org/abs/2402.16141.
     """
-    return merge(params, lora), _fresh(key, lora)
+    keys = jax.random.split(key, len(lora) or 1)
+    fresh = {path: _fresh(old, k) for k, (path, old) in zip(keys, lora.items(), strict=False)}
+    return merge(params, lora), fresh
 
 
 def merge_and_restart_layers(key: PRNGKeyArray, params: Any) -> Any:
@@ -68,9 +71,7 @@ def merge_and_restart_layers(key: PRNGKeyArray, params: Any) -> Any:
 
     Such are the parameters of a model with the layers of `oplora_jax.linen`, and the `flax.nnx.state` of one
     with those of `oplora_jax.nnx`: ``nnx.update(model, merge_and_restart_layers(key, nnx.state(model)))``.
-    Kernels of any number of axes are taken for the matrices that their layers take them for. (Of an einsum
-    whose kernel does not have its axes in the order of its matrix linen has that in the parameter's name,
-    such as `lora_oio`, and NNX in the metadata of the variable: give the state itself, not a dict of it.)
+    Kernels of any number of axes are taken for the matrices that their layers take them for.
 
     Args:
       key: a random key, another one for each restart.
@@ -90,47 +91,30 @@ def merge_and_restart_layers(key: PRNGKeyArray, params: Any) -> Any:
       >>> float(layer["kernel"][0, 0]), float(layer["lora"].b[0, 0])
       (2.0, 0.0)
     """
+    refuse_old_names(params)
     paths_and_nodes, treedef = jax.tree.flatten_with_path(params, is_leaf=is_low_rank)
-    paths = [path_name(path) for path, _ in paths_and_nodes]
-    variables = jax.tree.leaves_with_path(params, is_leaf=_is_variable)
-    in_metadata = {
-        path_name(p): v.get_metadata("kernel_roles", None) for p, v in variables if _is_variable(v)
-    }
-    for path, variable in variables:
-        if _is_variable(variable) and variable.get_metadata("shortcut", None):
-            raise ValueError(f"{path_name(path)}: an increment with a shortcut is more than its own kernel's")
-    lora, roles, kernels = {}, {}, {}
-    for path, (_, node) in zip(paths, paths_and_nodes, strict=True):
+    boxed = {leaf_name(path): path_name(path) for path, _ in paths_and_nodes}
+    lora, kernels = {}, {}
+    for path, node in paths_and_nodes:
         if is_low_rank(node):
-            before, _, name = path.removesuffix("/value").rpartition("/")
-            if name.split("_")[0] != "lora":
-                raise ValueError(f"{path}: expected the name 'lora', beside a 'kernel'")
+            before, _, name = leaf_name(path).rpartition("/")
+            if name != "lora":
+                raise ValueError(
+                    f"{leaf_name(path)}: expected the name 'lora', beside a 'kernel'; under another name an "
+                    "increment may be more than its kernel's, as one with a shortcut is"
+                )
             kernel = f"{before}/kernel".strip("/")
-            # Where the kernel is in a box, of linen or of NNX, its path has one more part.
-            kernel = kernels[path] = f"{kernel}/value" if f"{kernel}/value" in paths else kernel
+            kernel = kernels[path] = boxed.get(kernel, kernel)
             lora[kernel] = node
-            known = in_metadata.get(path.removesuffix("/value")) or named_roles(name)
-            roles.update({} if known is None else {kernel: known})
     if not lora:
         raise ValueError("the parameters have no LoRA parameter to merge")
-    nodes = treedef.flatten_up_to(merge_as(params, lora, roles))
-    fresh = _fresh(key, lora)
-    return treedef.unflatten(fresh.get(kernels.get(path), z) for path, z in zip(paths, nodes, strict=True))
+    merged, fresh = merge_and_restart(key, params, lora)
+    nodes = zip(paths_and_nodes, treedef.flatten_up_to(merged), strict=True)
+    return treedef.unflatten(fresh[kernels[path]] if path in kernels else node for (path, _), node in nodes)
 
 
-def _is_variable(node: Any) -> bool:
-    """Whether a node is a variable of NNX, which has metadata beside its value."""
-    return hasattr(node, "get_metadata")
-
-
-def _fresh(key: PRNGKeyArray, lora: dict[str, LowRank]) -> dict[str, LowRank]:
-    """LoRA's usual start, like old parameters."""
-    keys = jax.random.split(key, len(lora) or 1)
-    return {path: _fresh_like(old, k) for k, (path, old) in zip(keys, lora.items(), strict=False)}
-
-
-def _fresh_like(old: LowRank, key: PRNGKeyArray) -> LowRank:
-    batch = tuple(range(old.a.ndim - 2))
-    a = jax.nn.initializers.he_uniform(batch_axis=batch)(key, old.a.shape, old.a.dtype)
+def _fresh(old: LowRank, key: PRNGKeyArray) -> LowRank:
+    """LoRA's usual start, like an old parameter."""
     # Added to zeros made from the old factor, for its sharding.
-    return LowRank(jnp.zeros_like(old.a) + a, jnp.zeros_like(old.b), old.scale)
+    a = jnp.zeros_like(old.a) + he_uniform(key, old.a.shape, old.a.dtype)
+    return old.with_factors(a, jnp.zeros_like(old.b))

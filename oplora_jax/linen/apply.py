@@ -6,15 +6,15 @@ from typing import Any
 import flax.linen as nn
 from flax.core import meta
 
-from oplora_jax.adapters.init import beside, init_low_rank
+from oplora_jax.adapters.init import init_beside
 from oplora_jax.adapters.kernel_axes import (
     add_einsum_increment,
     add_increment,
+    check_roles,
     dense_equation,
     kernel_roles,
-    lora_name,
-    matrix_shape,
 )
+from oplora_jax.adapters.old_names import refuse_old_names
 from oplora_jax.matrix import LowRank
 
 LAYERS = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Conv, nn.ConvTranspose)
@@ -47,27 +47,40 @@ def call_with_lora(
     args, kwargs = arguments
     einsum = _einsum(layer, args, kwargs)
     roles = _roles(layer, einsum)
-    name = lora_name(roles)
-    exists = layer.has_variable("params", name)
-    if exists and not split:
-        return _call_merged(layer, call, args, kwargs, meta.unbox(layer.get_variable("params", name)), roles)
+    lora = _lora(layer, roles)
+    if lora is not None and not split:
+        return _call_merged(layer, call, args, kwargs, lora)
     y = call(*args, **kwargs)
     if not layer.has_variable("params", "kernel"):  # a setup, or a method that does not need the kernel
         return y
     kernel = meta.unbox(layer.get_variable("params", "kernel"))
-    if not exists:  # scope.param raises Flax's own error where parameters cannot be created
-        layer.scope.param(name, init, kernel, roles, rank, alpha, dtype)
+    if lora is None:  # scope.param raises Flax's own error where parameters cannot be created
+        layer.scope.param("lora", init_beside, kernel, roles, rank, alpha, dtype)
         return y  # the increment is zero
-    lora = meta.unbox(layer.get_variable("params", name))
-    bias = meta.unbox(layer.get_variable("params", "bias")) if layer.use_bias else None
-    x = args[0] if args else kwargs["inputs"]
-    x, *_ = layer.promote_dtype(x, kernel, bias, dtype=layer.dtype)
+    x = promoted(layer, args[0] if args else kwargs["inputs"])
     if isinstance(layer, nn.Dense):
         einsum = dense_equation(x.ndim, (-1,), 0, 1)
     elif isinstance(layer, nn.DenseGeneral):
         features, axes, batch = map(_as_tuple, (layer.features, layer.axis, layer.batch_dims))
         einsum = dense_equation(x.ndim, axes, len(batch), len(features))
     return add_einsum_increment(y, einsum, x, kernel.shape, lora, layer.precision)
+
+
+def _lora(layer: nn.Module, roles: str) -> LowRank | None:
+    """A layer's LoRA parameter; None if it has none yet."""
+    if not layer.has_variable("params", "lora"):
+        refuse_old_names(layer.variables.get("params", {}), layer.path)
+        return None
+    lora = meta.unbox(layer.get_variable("params", "lora"))
+    check_roles(lora, roles, "/".join((*layer.path, "lora")))
+    return lora
+
+
+def promoted(layer: nn.Module, x: Any) -> Any:
+    """x in the type in which a layer multiplies."""
+    kernel = meta.unbox(layer.get_variable("params", "kernel"))
+    bias = meta.unbox(layer.get_variable("params", "bias")) if layer.use_bias else None
+    return layer.promote_dtype(x, kernel, bias, dtype=layer.dtype)[0]
 
 
 def _einsum(layer: nn.Module, args: Any, kwargs: Any) -> str | None:
@@ -95,18 +108,12 @@ def _as_tuple(value: int | Sequence[int]) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else tuple(value)
 
 
-def init(key: Any, kernel: Any, roles: str, rank: int, alpha: Any, dtype: Any) -> LowRank:
-    """A new LoRA parameter of a kernel, beside it."""
-    dtype = kernel.dtype if dtype is None else dtype
-    return beside(kernel, init_low_rank(key, matrix_shape(kernel.shape, roles), rank, alpha, dtype), roles)
-
-
-def _call_merged(layer: nn.Module, call: Any, args: Any, kwargs: Any, lora: LowRank, roles: str) -> Any:
+def _call_merged(layer: nn.Module, call: Any, args: Any, kwargs: Any, lora: LowRank) -> Any:
     """The layer's own call, in which its parameter "kernel" is the merged one."""
 
     def param(name: str, *init_args: Any, **init_kwargs: Any) -> Any:
         value = type(layer).param(layer, name, *init_args, **init_kwargs)
-        return add_increment(value, lora, roles) if name == "kernel" else value
+        return add_increment(value, lora) if name == "kernel" else value
 
     object.__setattr__(layer, "param", param)
     try:

@@ -89,7 +89,7 @@ class LoRAEinsum(nn.Einsum, kw_only=True):
 
     The axes of the kernel that the inputs have and the outputs lack are contracted: together they are n.
     Those that the outputs have and the inputs lack are m; those that both have are batch axes. Where they
-    are not in the order batch, n, m, the name of the LoRA parameter says what each axis is: `lora_oio` for
+    are not in the order batch, n, m, the `roles` of the LoRA parameter say what each axis is: "oio" for
     "btd,ndh->btnh".
 
     Attributes:
@@ -107,8 +107,8 @@ class LoRAEinsum(nn.Einsum, kw_only=True):
       >>> from oplora_jax.linen import LoRAEinsum
       >>> layer = LoRAEinsum((2, 8, 3), "btd,ndh->btnh", rank=2)
       >>> params = layer.init(jax.random.key(0), jnp.ones((5, 7, 8)))["params"]
-      >>> params["lora_oio"].shape
-      (8, 6)
+      >>> params["lora"].shape, params["lora"].roles
+      ((8, 6), 'oio')
     """
 
     rank: int

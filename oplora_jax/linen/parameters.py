@@ -8,7 +8,8 @@ import jax
 from flax.core import meta
 
 from oplora_jax.adapters.init import beside
-from oplora_jax.adapters.kernel_axes import add_increment, named_roles, split_roles
+from oplora_jax.adapters.kernel_axes import add_increment
+from oplora_jax.adapters.old_names import refuse_old_names
 from oplora_jax.adapters.paths import path_name
 from oplora_jax.matrix import LowRank, is_low_rank
 
@@ -51,6 +52,7 @@ def add_lora(model: nn.Module, rngs: Any, params: Any, *args: Any, **kwargs: Any
       >>> bool((model.apply({"params": params}, x) == plain.apply({"params": pretrained}, x)).all())
       True
     """
+    refuse_old_names(params)
     given = {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
     is_box = lambda node: isinstance(node, meta.AxisMetadata)
     boxed = any(map(is_box, jax.tree.leaves(params, is_leaf=is_box)))
@@ -61,11 +63,11 @@ def add_lora(model: nn.Module, rngs: Any, params: Any, *args: Any, **kwargs: Any
         tree = model.lazy_init(rngs, *args, **kwargs)["params"]
         tree = tree if boxed else meta.unbox(tree)
         expected.update({path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)})
+        if not any(map(is_low_rank, jax.tree.leaves(tree, is_leaf=is_low_rank))):
+            raise ValueError(f"the model has no LoRA parameter; it has: {', '.join(expected)}")
         return jax.tree.map_with_path(lambda path, leaf: None if path_name(path) in given else leaf, tree)
 
     tree = missing(rngs)
-    if not any(map(is_low_rank, jax.tree.leaves(tree, is_leaf=is_low_rank))):
-        raise ValueError(f"the model has no LoRA parameter; it has: {', '.join(expected)}")
     for name, leaf in given.items():
         if name not in expected:
             raise ValueError(f"{name}: the model has no such parameter; it has: {', '.join(expected)}")
@@ -81,11 +83,8 @@ def _placed(tree: Any) -> Any:
         return tree
     placed = {name: _placed(child) for name, child in tree.items()}
     for name, lora in tree.items():
-        if isinstance(lora, LowRank) and name.split("_")[0] == "lora":
-            kernel = meta.unbox(tree["kernel"])
-            placed[name] = beside(kernel, lora, split_roles(kernel.shape, lora.shape, named_roles(name)))
-        elif name in SHORTCUTS:
-            placed[name] = beside(meta.unbox(tree["kernel"]), lora, "io")
+        if name in ("lora", *SHORTCUTS) and isinstance(lora, LowRank):
+            placed[name] = beside(meta.unbox(tree["kernel"]), lora)
     return placed
 
 
@@ -111,6 +110,7 @@ def merge(params: Any) -> Any:
       >>> sorted(merge(params))
       ['bias', 'kernel']
     """
+    refuse_old_names(params)
     if not any(map(is_low_rank, jax.tree.leaves(params, is_leaf=is_low_rank))):
         raise ValueError("the parameters have no LoRA parameter to merge")
     return merge_tree(params, "")
@@ -124,18 +124,13 @@ def merge_tree(tree: Any, path: str) -> Any:
     for name, lora in tree.items():
         if name in SHORTCUTS:
             raise ValueError(f"{path}/{name}: {SHORTCUTS[name]}")
-        if isinstance(lora, LowRank) and name.split("_")[0] == "lora":
+        if name == "lora" and isinstance(lora, LowRank):
             del merged[name]
             if "kernel" not in tree:
                 raise ValueError(f"{path}: there is no kernel beside the LoRA parameter {name!r}")
-            merged["kernel"] = _merged_kernel(tree["kernel"], lora, name, path)
+            kernel = tree["kernel"]
+            try:
+                merged["kernel"] = meta.replace_boxed(kernel, add_increment(meta.unbox(kernel), lora))
+            except ValueError as error:
+                raise ValueError(f"{path}/{name}: {error}") from error
     return merged
-
-
-def _merged_kernel(kernel: Any, lora: LowRank, name: str, path: str) -> Any:
-    array = meta.unbox(kernel)
-    try:
-        merged = add_increment(array, lora, split_roles(array.shape, lora.shape, named_roles(name)))
-    except ValueError as error:
-        raise ValueError(f"{path}/{name}: {error}") from error
-    return meta.replace_boxed(kernel, merged) if isinstance(kernel, meta.AxisMetadata) else merged

@@ -10,8 +10,10 @@ import jax
 from flax.core import meta
 from jaxtyping import Array
 
+from oplora_jax.adapters.init import init_beside
+from oplora_jax.adapters.old_names import refuse_old_names
 from oplora_jax.adapters.reslora import add_increments, add_inputs, check, merge_block
-from oplora_jax.linen.apply import init
+from oplora_jax.linen.apply import promoted
 from oplora_jax.linen.parameters import SHORTCUTS, merge_tree
 from oplora_jax.matrix import LowRank
 
@@ -66,7 +68,7 @@ class BlockShortcutDense(nn.Dense, kw_only=True):
         y, own = super().__call__(inputs), _own(self, "block_lora")
         loras = [*map(_of, self.previous), own]
         check(own.shape, loras)
-        return add_increments(y, _promoted(self, inputs), loras, self.precision)
+        return add_increments(y, promoted(self, inputs), loras, self.precision)
 
 
 @no_type_check
@@ -107,7 +109,7 @@ class InputShortcutDense(nn.Dense, kw_only=True):
     def __call__(self, inputs: Any, previous_inputs: Any) -> Array:
         """The layer's outputs."""
         y, lora = super().__call__(inputs), _own(self, "input_lora")
-        both = add_inputs(_promoted(self, inputs), _promoted(self, previous_inputs))
+        both = add_inputs(promoted(self, inputs), promoted(self, previous_inputs))
         return add_increments(y, both, [lora], self.precision)
 
 
@@ -151,6 +153,7 @@ def merge_shortcuts(model: nn.Module, params: Any, *args: Any, **kwargs: Any) ->
 
     with nn.intercept_methods(note):
         model.lazy_init(jax.random.key(0), *args, **kwargs)
+    refuse_old_names(params)
     at = lambda path: functools.reduce(operator.getitem, path, params)
 
     def merged_blocks(tree: Any, path: tuple[str, ...]) -> Any:
@@ -170,7 +173,7 @@ def _own(layer: nn.Module, name: str) -> LowRank:
     """A layer's increment, which is created after the layer's own parameters."""
     if not layer.has_variable("params", name):
         kernel = meta.unbox(layer.get_variable("params", "kernel"))
-        layer.scope.param(name, init, kernel, "io", layer.rank, layer.alpha, None)
+        layer.scope.param(name, init_beside, kernel, "io", layer.rank, layer.alpha, None)
     return meta.unbox(layer.get_variable("params", name))
 
 
@@ -187,10 +190,3 @@ def _of(layer: nn.Module) -> LowRank:
 
 def _find(params: Mapping[str, Any]) -> LowRank | None:
     return next((meta.unbox(params[name]) for name in ("lora", *SHORTCUTS) if name in params), None)
-
-
-def _promoted(layer: nn.Dense, x: Any) -> Array:
-    """x in the type in which a layer multiplies."""
-    kernel = meta.unbox(layer.get_variable("params", "kernel"))
-    bias = meta.unbox(layer.get_variable("params", "bias")) if layer.use_bias else None
-    return layer.promote_dtype(x, kernel, bias, dtype=layer.dtype)[0]

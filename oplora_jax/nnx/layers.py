@@ -11,32 +11,27 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array
 
-from oplora_jax.adapters.init import beside, init_low_rank
+from oplora_jax.adapters.init import init_beside
 from oplora_jax.adapters.kernel_axes import (
     add_einsum_increment,
     add_increment,
+    check_roles,
     dense_equation,
     kernel_roles,
-    lora_name,
-    matrix_shape,
-    stacked,
 )
+from oplora_jax.matrix import LowRank
 
 
 def init_lora_param(
     layer: nnx.Module, rank: int, alpha: float | int | None, rngs: nnx.Rngs, dtype: Any = None
 ) -> nnx.LoRAParam[Any]:
-    """The `lora` of a layer that has its kernel: a `LowRank` of a type, the kernel's if None."""
-    kernel, axes = layer.kernel.get_value(), roles(layer)
-    dtype = kernel.dtype if dtype is None else dtype
-    lora = init_low_rank(rngs.params(), matrix_shape(kernel.shape, axes), rank, alpha, dtype)
-    # Where reshaping the kernel does not make its matrix, who has the state alone must be told.
-    metadata = {} if lora_name(axes) == "lora" else {"kernel_roles": axes}
-    return nnx.LoRAParam(beside(kernel, lora, axes), **metadata)
+    """The LoRA parameter of a layer that has its kernel: a `LowRank` of a type, the kernel's if None."""
+    kernel = layer.kernel.get_value()
+    return nnx.LoRAParam(init_beside(rngs.params(), kernel, roles(layer), rank, alpha, dtype))
 
 
 def roles(layer: nnx.Module) -> str:
-    """The roles of the axes of a layer's kernel; axes in front of those it knows of stack layers."""
+    """The roles of the axes that a layer knows of its kernel; others, in front of them, stack layers."""
     if isinstance(layer, nnx.Linear):
         known, shape = "io", (layer.in_features, layer.out_features)
     elif isinstance(layer, nnx.LinearGeneral):
@@ -54,26 +49,39 @@ def roles(layer: nnx.Module) -> str:
         raise ValueError(
             f"the kernel is {kernel.shape}; expected {shape}, with axes in front if layers are stacked"
         )
-    return stacked(known, kernel.ndim)
+    return known
+
+
+def lora_of(layer: nnx.Module) -> LowRank:
+    """A layer's LoRA parameter."""
+    lora = layer.lora.get_value()
+    check_roles(lora, roles(layer), f"the lora of a {type(layer).__name__}")
+    return lora
 
 
 def merged_kernel(layer: nnx.Module) -> Array:
     """A layer's kernel with its LoRA increment added."""
-    return add_increment(layer.kernel[...], layer.lora.get_value(), roles(layer))
+    return add_increment(layer.kernel[...], lora_of(layer))
 
 
-class Split(nnx.Module):
+def promoted(layer: nnx.Module, x: Any) -> Array:
+    """x in the type in which a layer multiplies."""
+    bias = None if layer.bias is None else layer.bias[...]
+    return layer.promote_dtype((x, layer.kernel[...], bias), dtype=layer.dtype)[0]
+
+
+class WithLoRA(nnx.Module):
+    """Mixed into a layer of Flax's."""
+
+
+class Split(WithLoRA):
     """Mixed into a dense layer: its own product, and the increment's beside it."""
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Array:
         """The layer's outputs."""
-        y = super().__call__(inputs, *args, **kwargs)
-        kernel = self.kernel[...]
-        bias = None if self.bias is None else self.bias[...]
-        x, *_ = self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
+        y, x = super().__call__(inputs, *args, **kwargs), promoted(self, inputs)
         equation = _equation(self, x.ndim, *args, **kwargs)
-        lora = self.lora.get_value()
-        return add_einsum_increment(y, equation, x, kernel.shape, lora, self.precision)
+        return add_einsum_increment(y, equation, x, self.kernel.shape, lora_of(self), self.precision)
 
 
 def _equation(layer: nnx.Module, ndim: int, einsum_str: Any = None, *args: Any, **kwargs: Any) -> str:
@@ -85,7 +93,7 @@ def _equation(layer: nnx.Module, ndim: int, einsum_str: Any = None, *args: Any, 
     return layer.einsum_str if einsum_str is None else einsum_str
 
 
-class Merged(nnx.Module):
+class Merged(WithLoRA):
     """Mixed into any layer: it runs with merged weights, a convolution's being small."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -16,6 +16,7 @@ from oplora_jax.nnx.layers import (
     LoRALinearGeneral,
     Merged,
     Split,
+    WithLoRA,
     init_lora_param,
     merged_kernel,
 )
@@ -96,7 +97,7 @@ def loraize(
         raise ValueError(f"no layer matches {targets!r}; the paths of the layers are: {names or 'none'}")
     params = {}
     for path, layer in chosen.items():
-        if hasattr(layer, "lora"):
+        if isinstance(layer, WithLoRA) or hasattr(layer, "lora"):
             raise ValueError(
                 f"{path!r}: this {type(layer).__name__} has LoRA already; leave it out of the targets, or "
                 "merge it first"
@@ -136,11 +137,11 @@ def merge(model: Model) -> Model:
       'Linear'
     """
     model = nnx.clone(model)
-    layers = [(path, z) for path, z in nnx.iter_modules(model) if isinstance(z, Split | Merged)]
+    layers = [(path, z) for path, z in nnx.iter_modules(model) if isinstance(z, WithLoRA)]
     if not layers:
         raise ValueError("the model has no LoRA layer to merge")
     for path, layer in layers:
-        plain = next(c for c in type(layer).__mro__ if not issubclass(c, Split | Merged))
+        plain = next(c for c in type(layer).__mro__ if not issubclass(c, WithLoRA))
         if isinstance(layer, InputShortcutLinear):
             raise ValueError(
                 f"{'/'.join(map(str, path))!r}: an input shortcut has no merged form, since its outputs "
@@ -153,10 +154,10 @@ def merge(model: Model) -> Model:
             )
         if isinstance(layer, BlockShortcutLinear):
             layer.kernel.set_value(layer.merged_kernel())
-            del layer.previous
+            del layer.previous, layer.block_lora
         else:
             layer.kernel.set_value(merged_kernel(layer))
-        del layer.lora
+            del layer.lora
         object.__setattr__(layer, "__class__", plain)
     return model
 

@@ -7,10 +7,11 @@ from flax import nnx
 from jaxtyping import Array
 
 from oplora_jax.adapters.reslora import add_increments, add_inputs, check, merge_block
-from oplora_jax.nnx.layers import LoRALinear
+from oplora_jax.matrix import LowRank
+from oplora_jax.nnx.layers import WithLoRA, init_lora_param, promoted
 
 
-class BlockShortcutLinear(LoRALinear):
+class BlockShortcutLinear(WithLoRA, nnx.Linear):
     """`LoRALinear` whose inputs go through the increments of layers before it too.
 
     y = x (kernel + sum_i s_i a_i b_i) + bias, over the previous layers' increments and its own. These are
@@ -60,25 +61,32 @@ class BlockShortcutLinear(LoRALinear):
         rngs: nnx.Rngs,
         **options: Any,
     ):
-        super().__init__(in_features, out_features, rank, alpha=alpha, rngs=rngs, **options)
-        self.previous = nnx.List([layer.lora for layer in previous])
-        self.lora.set_metadata(shortcut="block")  # for who has the state alone
+        super().__init__(in_features, out_features, rngs=rngs, **options)
+        self.block_lora = init_lora_param(self, rank, alpha, rngs)
+        self.previous = nnx.List(list(map(_increment, previous)))
         check(self.kernel.shape, self._loras())
 
-    def _loras(self) -> list[Any]:
-        return [lora.get_value() for lora in [*self.previous, self.lora]]
+    def _loras(self) -> list[LowRank]:
+        return [lora.get_value() for lora in [*self.previous, self.block_lora]]
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Array:
         """The layer's outputs."""
         y = super().__call__(inputs, *args, **kwargs)
-        return add_increments(y, _promoted(self, inputs), self._loras()[:-1], self.precision)
+        *previous, own = self._loras()
+        return add_increments(y, promoted(self, inputs), [own, *previous], self.precision)
 
     def merged_kernel(self) -> Array:
         """The kernel with all the increments added."""
         return merge_block(self.kernel[...], self._loras())
 
 
-class InputShortcutLinear(LoRALinear):
+def _increment(layer: nnx.Linear) -> nnx.LoRAParam[Any]:
+    """The parameter of a layer's increment."""
+    names = "lora", "block_lora", "input_lora"
+    return next(getattr(layer, name) for name in names if hasattr(layer, name))
+
+
+class InputShortcutLinear(WithLoRA, nnx.Linear):
     """`LoRALinear` whose increment sees the previous layer's inputs too.
 
     y = x kernel + s ((x + previous_x) a) b + bias, called as ``layer(x, previous_x)`` with two arrays
@@ -99,18 +107,21 @@ class InputShortcutLinear(LoRALinear):
       ResLoRA, https://arxiv.org/abs/2402.18039.
     """
 
-    def __init__(self, *args: Any, **options: Any):
-        super().__init__(*args, **options)
-        self.lora.set_metadata(shortcut="input")  # for who has the state alone
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        alpha: float | int | None = None,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ):
+        super().__init__(in_features, out_features, rngs=rngs, **options)
+        self.input_lora = init_lora_param(self, rank, alpha, rngs)
 
     def __call__(self, inputs: Any, previous_inputs: Any, **kwargs: Any) -> Array:
         """The layer's outputs."""
-        y = nnx.Linear.__call__(self, inputs, **kwargs)
-        both = add_inputs(_promoted(self, inputs), _promoted(self, previous_inputs))
-        return add_increments(y, both, [self.lora.get_value()], self.precision)
-
-
-def _promoted(layer: nnx.Linear, x: Any) -> Array:
-    """x in the type in which a layer multiplies."""
-    bias = None if layer.bias is None else layer.bias[...]
-    return layer.promote_dtype((x, layer.kernel[...], bias), dtype=layer.dtype)[0]
+        y = super().__call__(inputs, **kwargs)
+        both = add_inputs(promoted(self, inputs), promoted(self, previous_inputs))
+        return add_increments(y, both, [self.input_lora.get_value()], self.precision)
