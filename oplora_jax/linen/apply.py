@@ -17,7 +17,15 @@ from oplora_jax.adapters.kernel_axes import (
 from oplora_jax.adapters.old_names import refuse_old_names
 from oplora_jax.matrix import LowRank
 
-LAYERS = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Conv, nn.ConvTranspose)
+SPLIT = (nn.Dense, nn.DenseGeneral, nn.Einsum)  # their increments can be added to the outputs
+LAYERS = (*SPLIT, nn.Conv, nn.ConvTranspose)
+
+
+class WithLoRA(nn.Module, kw_only=True):
+    """Mixed into a layer that has LoRA of its own."""
+
+    rank: int
+    alpha: float | int | None = None
 
 
 def call_with_lora(
@@ -29,20 +37,16 @@ def call_with_lora(
     split: bool,
     dtype: Any = None,
 ) -> Any:
-    """What a layer returns with LoRA.
+    """What a layer, one of LAYERS or of a subclass, returns with LoRA.
 
     The parameter stands beside the layer's kernel. One that does not exist yet is created after the layer's
     own parameters, which so get the random keys that they would get without it.
 
     Args:
-      layer: one of LAYERS, or of a subclass.
-      call: the layer's own method, without LoRA.
-      arguments: its positional and keyword arguments.
-      rank: r.
-      alpha: the scale is alpha / rank; 1 when alpha is None.
+      layer, call, arguments: the layer, its own method without LoRA, the positional and keyword arguments.
+      rank, alpha, dtype: of a new parameter; None are a scale of 1 and the kernel's type.
       split: whether to add the increment to the outputs, which is right for a dense layer's own call alone;
         otherwise the layer runs with merged weights.
-      dtype: the type of a new parameter; the kernel's if None.
     """
     args, kwargs = arguments
     einsum = _einsum(layer, args, kwargs)

@@ -7,12 +7,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 
 from oplora_jax.adapters.paths import matches
-from oplora_jax.linen.apply import LAYERS, call_with_lora
-from oplora_jax.linen.layers import LoRAConv, LoRAConvTranspose, LoRADense, LoRADenseGeneral, LoRAEinsum
-
-# What these compute is known: to any other class of layer, a subclass's say, belong merged weights.
-_SPLIT = (nn.Dense.__call__, nn.DenseGeneral.__call__, nn.Einsum.__call__)
-_WITH_LORA = (LoRADense, LoRADenseGeneral, LoRAEinsum, LoRAConv, LoRAConvTranspose)
+from oplora_jax.linen.apply import LAYERS, SPLIT, WithLoRA, call_with_lora
 
 
 def loraize(
@@ -59,29 +54,24 @@ def loraize(
       >>> sorted(params["layers_0"]), sorted(params["layers_2"])
       (['bias', 'kernel', 'lora'], ['bias', 'kernel'])
     """
-    rule = Rule(rank, targets if isinstance(targets, str) else tuple(targets), alpha, dtype)
-    return LoRA(model.model, (*model.rules, rule)) if isinstance(model, LoRA) else LoRA(model, (rule,))
+    target = Target(targets if isinstance(targets, str) else tuple(targets), rank, alpha, dtype)
+    return LoRA(model.model, (*model.targets, target)) if isinstance(model, LoRA) else LoRA(model, (target,))
 
 
-class Rule(NamedTuple):
-    """The arguments of one `loraize`."""
+class Target(NamedTuple):
+    """Which layers have what LoRA: the arguments of one `loraize`."""
 
+    patterns: str | tuple[str, ...]
     rank: int
-    targets: str | tuple[str, ...]
     alpha: float | int | None
     dtype: Any
 
 
 class LoRA(nn.Module):
-    """What `loraize` returns.
-
-    Attributes:
-      model: the model.
-      rules: which of its layers have what LoRA.
-    """
+    """What `loraize` returns: a model whose layers that the targets match have LoRA."""
 
     model: nn.Module
-    rules: tuple[Rule, ...]
+    targets: tuple[Target, ...]
 
     def setup(self) -> None:
         """Puts the model's parameters where they are without LoRA."""
@@ -89,13 +79,13 @@ class LoRA(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns."""
-        seen: dict[str, list[Rule]] = {}
+        seen: dict[str, list[Target]] = {}
         y = self._intercepted("__call__", args, kwargs, seen)
-        for rule in self.rules if self.is_initializing() else ():
-            if not any(rule in rules for rules in seen.values()):
-                names = ", ".join(map(repr, seen))
+        for target in self.targets if self.is_initializing() else ():
+            if not any(target in targets for targets in seen.values()):
+                names = ", ".join(map(repr, seen)) or "none"
                 raise ValueError(
-                    f"no layer matches {rule.targets!r}; the paths of the layers are: {names or 'none'}"
+                    f"no layer matches {target.patterns!r}; the paths of the layers are: {names}"
                 )
         return y
 
@@ -109,12 +99,12 @@ class LoRA(nn.Module):
         return super().__getattr__(name)
 
     @nn.nowrap
-    def _intercepted(self, name: str, args: Any, kwargs: Any, seen: dict[str, list[Rule]]) -> Any:
+    def _intercepted(self, name: str, args: Any, kwargs: Any, seen: dict[str, list[Target]]) -> Any:
         with nn.intercept_methods(self._interceptor(seen)):
             return getattr(self.model, name)(*args, **kwargs)
 
     @nn.nowrap
-    def _interceptor(self, seen: dict[str, list[Rule]]) -> Callable[..., Any]:
+    def _interceptor(self, seen: dict[str, list[Target]]) -> Callable[..., Any]:
         """Calls the layers that match with LoRA, and records which layers there are."""
         root = self.scope.path
 
@@ -125,19 +115,20 @@ class LoRA(nn.Module):
             if not inside or owner is seen:  # a layer with methods of its own calls others of them
                 return call(*args, **kwargs)
             path = "/".join(layer.path[len(root) :])
-            rules = seen[path] = [rule for rule in self.rules if matches(path, rule.targets)]
-            if not rules:
+            targets = seen[path] = [target for target in self.targets if matches(path, target.patterns)]
+            if not targets:
                 return call(*args, **kwargs)
-            if len(rules) > 1 or owner is not None or isinstance(layer, _WITH_LORA):
+            if len(targets) > 1 or owner is not None or isinstance(layer, WithLoRA):
                 raise ValueError(
                     f"{path!r}: this {type(layer).__name__} has LoRA already; leave it out of the targets"
                 )
-            split = type(layer).__call__ in _SPLIT
+            # To a class that computes anything else than these do, a subclass's say, belong merged weights.
+            split = type(layer).__call__ in [cls.__call__ for cls in SPLIT]
             if split and context.method_name != "__call__":
                 return call(*args, **kwargs)
             object.__setattr__(layer, "_lora_of", seen)
             try:
-                [(rank, _, alpha, dtype)] = rules
+                [(_, rank, alpha, dtype)] = targets
                 return call_with_lora(layer, call, (args, kwargs), rank, alpha, split, dtype)
             except ValueError as error:
                 raise ValueError(f"{path!r}: {error}") from error

@@ -13,13 +13,13 @@ from jaxtyping import Array
 from oplora_jax.adapters.init import init_beside
 from oplora_jax.adapters.old_names import refuse_old_names
 from oplora_jax.adapters.reslora import add_increments, add_inputs, check, merge_block
-from oplora_jax.linen.apply import promoted
+from oplora_jax.linen.apply import WithLoRA, promoted
 from oplora_jax.linen.parameters import SHORTCUTS, merge_tree
 from oplora_jax.matrix import LowRank
 
 
 @no_type_check
-class BlockShortcutDense(nn.Dense, kw_only=True):
+class BlockShortcutDense(WithLoRA, nn.Dense, kw_only=True):
     """`LoRADense` whose inputs go through the increments of layers before it too.
 
     y = x (kernel + sum_i s_i a_i b_i) + bias, over the previous layers' increments and its own. Those are
@@ -58,9 +58,7 @@ class BlockShortcutDense(nn.Dense, kw_only=True):
       ResLoRA, https://arxiv.org/abs/2402.18039.
     """
 
-    rank: int
     previous: Sequence[nn.Module]
-    alpha: float | int | None = None
 
     @nn.compact
     def __call__(self, inputs: Any) -> Array:
@@ -72,23 +70,15 @@ class BlockShortcutDense(nn.Dense, kw_only=True):
 
 
 @no_type_check
-class InputShortcutDense(nn.Dense, kw_only=True):
+class InputShortcutDense(WithLoRA, nn.Dense):
     """`LoRADense` whose increment sees the previous layer's inputs too.
 
     y = x kernel + s ((x + previous_x) a) b + bias, called as ``layer(x, previous_x)`` with two arrays
-    (..., n). No plain layer computes this: `merge` and `merge_shortcuts` refuse it.
+    (..., n), of one shape or it raises ValueError. No plain layer computes this: `merge` and
+    `merge_shortcuts` refuse it.
 
-    Its parameters are `kernel` (n, m), `bias` (m,) and `input_lora`, a `LowRank` of shape (n, m).
-
-    Attributes:
-      rank: r, at most min(n, m).
-      alpha: the scale is alpha / rank; 1 when alpha is None.
-
-    The others are those of `flax.linen.Dense`.
-
-    Raises:
-      ValueError: when it is called, inputs of different shapes; when it is initialised, a rank that is not
-        between 1 and min(n, m).
+    Its parameters are `kernel` (n, m), `bias` (m,) and `input_lora`, a `LowRank` of shape (n, m). `rank` and
+    `alpha` are as for `LoRADense`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -101,9 +91,6 @@ class InputShortcutDense(nn.Dense, kw_only=True):
     References:
       ResLoRA, https://arxiv.org/abs/2402.18039.
     """
-
-    rank: int
-    alpha: float | int | None = None
 
     @nn.compact
     def __call__(self, inputs: Any, previous_inputs: Any) -> Array:
@@ -143,6 +130,7 @@ def merge_shortcuts(model: nn.Module, params: Any, *args: Any, **kwargs: Any) ->
       >>> {name: sorted(layer) for name, layer in merge_shortcuts(model, params, x).items()}
       {'layers_0': ['bias', 'kernel'], 'layers_1': ['bias', 'kernel']}
     """
+    refuse_old_names(params)
     previous: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
 
     def note(call: Any, call_args: Any, call_kwargs: Any, context: Any) -> Any:
@@ -153,7 +141,6 @@ def merge_shortcuts(model: nn.Module, params: Any, *args: Any, **kwargs: Any) ->
 
     with nn.intercept_methods(note):
         model.lazy_init(jax.random.key(0), *args, **kwargs)
-    refuse_old_names(params)
     at = lambda path: functools.reduce(operator.getitem, path, params)
 
     def merged_blocks(tree: Any, path: tuple[str, ...]) -> Any:
@@ -169,7 +156,7 @@ def merge_shortcuts(model: nn.Module, params: Any, *args: Any, **kwargs: Any) ->
     return merge_tree(merged_blocks(params, ()), "")
 
 
-def _own(layer: nn.Module, name: str) -> LowRank:
+def _own(layer: WithLoRA, name: str) -> LowRank:
     """A layer's increment, which is created after the layer's own parameters."""
     if not layer.has_variable("params", name):
         kernel = meta.unbox(layer.get_variable("params", "kernel"))

@@ -71,7 +71,9 @@ def promoted(layer: nnx.Module, x: Any) -> Array:
 
 
 class WithLoRA(nnx.Module):
-    """Mixed into a layer of Flax's."""
+    """Mixed into a layer of Flax's that has a LoRA parameter of this name."""
+
+    lora_name = "lora"
 
 
 class Split(WithLoRA):
@@ -104,7 +106,24 @@ class Merged(WithLoRA):
         return super(Merged, layer).__call__(*args, **kwargs)
 
 
-class LoRALinear(Split, nnx.Linear):
+class Dense(WithLoRA):
+    """Mixed into a dense layer: how it is made."""
+
+    def __init__(
+        self,
+        in_features: int | Sequence[int],
+        out_features: int | Sequence[int],
+        rank: int,
+        *,
+        alpha: float | int | None = None,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ):
+        super().__init__(in_features, out_features, rngs=rngs, **options)
+        setattr(self, self.lora_name, init_lora_param(self, rank, alpha, rngs))
+
+
+class LoRALinear(Split, Dense, nnx.Linear):
     """`flax.nnx.Linear` with a LoRA increment: y = x (kernel + alpha / rank * a b) + bias.
 
     `kernel` and `bias` are `nnx.Param`; `lora` is an `nnx.LoRAParam` that holds a `LowRank`, so
@@ -130,21 +149,8 @@ class LoRALinear(Split, nnx.Linear):
       ((1, 6), (4, 2))
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        *,
-        alpha: float | int | None = None,
-        rngs: nnx.Rngs,
-        **options: Any,
-    ):
-        super().__init__(in_features, out_features, rngs=rngs, **options)
-        self.lora = init_lora_param(self, rank, alpha, rngs)
 
-
-class LoRALinearGeneral(Split, nnx.LinearGeneral):
+class LoRALinearGeneral(Split, Dense, nnx.LinearGeneral):
     """`flax.nnx.LinearGeneral` with a LoRA increment.
 
     The contracted axes of the kernel together are n, those of the features m; a `batch_axis` gives each of
@@ -153,13 +159,8 @@ class LoRALinearGeneral(Split, nnx.LinearGeneral):
     Args:
       in_features: sizes of the contracted axes.
       out_features: sizes of the output axes.
-      rank: r, at most min(n, m).
-      alpha: the scale is alpha / rank; 1 when alpha is None.
-      rngs: random number streams; "params" is used.
+      rank, alpha, rngs: as for `LoRALinear`.
       **options: those of `flax.nnx.LinearGeneral`.
-
-    Raises:
-      ValueError: a rank that is not between 1 and min(n, m).
 
     Example:
       >>> import jax.numpy as jnp
@@ -169,19 +170,6 @@ class LoRALinearGeneral(Split, nnx.LinearGeneral):
       >>> layer(jnp.ones((7, 2, 3))).shape, layer.lora.get_value().shape
       ((7, 4, 5), (6, 20))
     """
-
-    def __init__(
-        self,
-        in_features: int | Sequence[int],
-        out_features: int | Sequence[int],
-        rank: int,
-        *,
-        alpha: float | int | None = None,
-        rngs: nnx.Rngs,
-        **options: Any,
-    ):
-        super().__init__(in_features, out_features, rngs=rngs, **options)
-        self.lora = init_lora_param(self, rank, alpha, rngs)
 
 
 class LoRAEinsum(Split, nnx.Einsum):
@@ -193,9 +181,7 @@ class LoRAEinsum(Split, nnx.Einsum):
     Args:
       einsum_str: the einsum of the inputs and the kernel.
       kernel_shape: the shape of the kernel.
-      rank: r, at most min(n, m).
-      alpha: the scale is alpha / rank; 1 when alpha is None.
-      rngs: random number streams; "params" is used.
+      rank, alpha, rngs: as for `LoRALinear`.
       **options: those of `flax.nnx.Einsum`, `bias_shape` among them.
 
     Raises:
@@ -225,7 +211,23 @@ class LoRAEinsum(Split, nnx.Einsum):
         self.lora = init_lora_param(self, rank, alpha, rngs)
 
 
-class LoRAConv(Merged, nnx.Conv):
+class _Convolution(Merged):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int | Sequence[int],
+        rank: int,
+        *,
+        alpha: float | int | None = None,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ):
+        super().__init__(in_features, out_features, kernel_size, rngs=rngs, **options)
+        self.lora = init_lora_param(self, rank, alpha, rngs)
+
+
+class LoRAConv(_Convolution, nnx.Conv):
     """`flax.nnx.Conv` with a LoRA increment: one convolution with the kernel and a b added up.
 
     The kernel (*kernel_size, in_features / groups, out_features) is the matrix of all its axes but the last
@@ -235,13 +237,8 @@ class LoRAConv(Merged, nnx.Conv):
       in_features: channels of the inputs.
       out_features: channels of the outputs, m.
       kernel_size: the window; n is its size times the channels that a window sees.
-      rank: r, at most min(n, m).
-      alpha: the scale is alpha / rank; 1 when alpha is None.
-      rngs: random number streams; "params" is used.
+      rank, alpha, rngs: as for `LoRALinear`.
       **options: those of `flax.nnx.Conv`, `strides` among them.
-
-    Raises:
-      ValueError: a rank that is not between 1 and min(n, m).
 
     Example:
       >>> import jax.numpy as jnp
@@ -252,35 +249,9 @@ class LoRAConv(Merged, nnx.Conv):
       ((1, 8, 8, 8), (75, 8))
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        kernel_size: int | Sequence[int],
-        rank: int,
-        *,
-        alpha: float | int | None = None,
-        rngs: nnx.Rngs,
-        **options: Any,
-    ):
-        super().__init__(in_features, out_features, kernel_size, rngs=rngs, **options)
-        self.lora = init_lora_param(self, rank, alpha, rngs)
 
-
-class LoRAConvTranspose(Merged, nnx.ConvTranspose):
+class LoRAConvTranspose(_Convolution, nnx.ConvTranspose):
     """`flax.nnx.ConvTranspose` with a LoRA increment, like `LoRAConv`.
-
-    Args:
-      in_features: channels of the inputs.
-      out_features: channels of the outputs, m.
-      kernel_size: the window; n is its size times in_features.
-      rank: r, at most min(n, m).
-      alpha: the scale is alpha / rank; 1 when alpha is None.
-      rngs: random number streams; "params" is used.
-      **options: those of `flax.nnx.ConvTranspose`, `strides` among them.
-
-    Raises:
-      ValueError: a rank that is not between 1 and min(n, m).
 
     Example:
       >>> import jax.numpy as jnp
@@ -290,17 +261,3 @@ class LoRAConvTranspose(Merged, nnx.ConvTranspose):
       >>> layer(jnp.ones((1, 6, 6, 3))).shape, layer.lora.get_value().shape
       ((1, 12, 12, 8), (12, 8))
     """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        kernel_size: int | Sequence[int],
-        rank: int,
-        *,
-        alpha: float | int | None = None,
-        rngs: nnx.Rngs,
-        **options: Any,
-    ):
-        super().__init__(in_features, out_features, kernel_size, rngs=rngs, **options)
-        self.lora = init_lora_param(self, rank, alpha, rngs)

@@ -154,10 +154,10 @@ def merge(model: Model) -> Model:
             )
         if isinstance(layer, BlockShortcutLinear):
             layer.kernel.set_value(layer.merged_kernel())
-            del layer.previous, layer.block_lora
+            del layer.previous
         else:
             layer.kernel.set_value(merged_kernel(layer))
-            del layer.lora
+        delattr(layer, layer.lora_name)
         object.__setattr__(layer, "__class__", plain)
     return model
 

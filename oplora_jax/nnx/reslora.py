@@ -8,26 +8,22 @@ from jaxtyping import Array
 
 from oplora_jax.adapters.reslora import add_increments, add_inputs, check, merge_block
 from oplora_jax.matrix import LowRank
-from oplora_jax.nnx.layers import WithLoRA, init_lora_param, promoted
+from oplora_jax.nnx.layers import Dense, promoted
 
 
-class BlockShortcutLinear(WithLoRA, nnx.Linear):
+class BlockShortcutLinear(Dense, nnx.Linear):
     """`LoRALinear` whose inputs go through the increments of layers before it too.
 
-    y = x (kernel + sum_i s_i a_i b_i) + bias, over the previous layers' increments and its own. These are
-    shared, not copied: they train with the layers they come from, and their exact gradient, which adds up
-    over the layers, is dense.
+    y = x (kernel + sum_i s_i a_i b_i) + bias, over the previous layers' increments and its own, `block_lora`.
+    The others are shared, not copied: they train with the layers they come from, and their exact gradient,
+    which adds up over the layers, is dense.
 
     `oplora_jax.nnx.merge` makes an `nnx.Linear` of it that computes the same, to rounding.
 
     Args:
-      in_features: n.
-      out_features: m.
-      rank: r of its own increment, at most min(n, m).
-      previous: the layers whose increments it shares, each with a `lora` of shape (n, m): at layer l of a
-        stack, with shortcuts over k layers, ``layers[max(0, l - k + 1) : l]``.
-      alpha: the scale is alpha / rank; 1 when alpha is None.
-      rngs: random number streams; "params" is used.
+      in_features, out_features, rank, alpha, rngs: as for `LoRALinear`.
+      previous: the layers whose increments it shares, each of shape (n, m): at layer l of a stack, with
+        shortcuts over k layers, ``layers[max(0, l - k + 1) : l]``.
       **options: those of `flax.nnx.Linear`.
 
     Raises:
@@ -50,6 +46,8 @@ class BlockShortcutLinear(WithLoRA, nnx.Linear):
       ResLoRA, https://arxiv.org/abs/2402.18039.
     """
 
+    lora_name = "block_lora"
+
     def __init__(
         self,
         in_features: int,
@@ -57,13 +55,10 @@ class BlockShortcutLinear(WithLoRA, nnx.Linear):
         rank: int,
         *,
         previous: Sequence[nnx.Linear],
-        alpha: float | int | None = None,
-        rngs: nnx.Rngs,
         **options: Any,
     ):
-        super().__init__(in_features, out_features, rngs=rngs, **options)
-        self.block_lora = init_lora_param(self, rank, alpha, rngs)
-        self.previous = nnx.List(list(map(_increment, previous)))
+        super().__init__(in_features, out_features, rank, **options)
+        self.previous = nnx.List([getattr(layer, layer.lora_name) for layer in previous])
         check(self.kernel.shape, self._loras())
 
     def _loras(self) -> list[LowRank]:
@@ -80,14 +75,8 @@ class BlockShortcutLinear(WithLoRA, nnx.Linear):
         return merge_block(self.kernel[...], self._loras())
 
 
-def _increment(layer: nnx.Linear) -> nnx.LoRAParam[Any]:
-    """The parameter of a layer's increment."""
-    names = "lora", "block_lora", "input_lora"
-    return next(getattr(layer, name) for name in names if hasattr(layer, name))
-
-
-class InputShortcutLinear(WithLoRA, nnx.Linear):
-    """`LoRALinear` whose increment sees the previous layer's inputs too.
+class InputShortcutLinear(Dense, nnx.Linear):
+    """`LoRALinear` whose increment, `input_lora`, sees the previous layer's inputs too.
 
     y = x kernel + s ((x + previous_x) a) b + bias, called as ``layer(x, previous_x)`` with two arrays
     (..., n). No plain layer computes this, and `oplora_jax.nnx.merge` refuses it.
@@ -107,18 +96,7 @@ class InputShortcutLinear(WithLoRA, nnx.Linear):
       ResLoRA, https://arxiv.org/abs/2402.18039.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        *,
-        alpha: float | int | None = None,
-        rngs: nnx.Rngs,
-        **options: Any,
-    ):
-        super().__init__(in_features, out_features, rngs=rngs, **options)
-        self.input_lora = init_lora_param(self, rank, alpha, rngs)
+    lora_name = "input_lora"
 
     def __call__(self, inputs: Any, previous_inputs: Any, **kwargs: Any) -> Array:
         """The layer's outputs."""
