@@ -41,8 +41,8 @@ def init_lora(
       batch_axes: how many of the first axes of the kernels stack layers, each with its own factors.
       output_axes: how many of the last axes of the kernels are outputs: 2 for the query kernel
         (inputs, heads, size of a head) of an attention, 1 for its output kernel.
-      dtype: the parameters' type; that of each kernel if None. Take float32 over a bfloat16 model: in
-        bfloat16 a step of less than 2^-9 of a number is rounded away, and the LoRA parameters are small.
+      dtype: the parameters' type; that of each kernel if None. Take float32 over a bfloat16 model: bfloat16
+        rounds away steps of less than 2^-9 of a number, and the LoRA parameters are small.
 
     Returns:
       A dict from the chosen kernels' paths to their `LowRank` parameters. On a mesh a is sharded as the
@@ -77,13 +77,13 @@ def init_lora(
     for path, one_key in zip(chosen, jax.random.split(key, len(chosen)), strict=True):
         kernel = chosen[path]
         inputs = kernel.ndim - batch_axes - output_axes
-        if min(batch_axes, inputs - 1, output_axes - 1) < 0:
-            raise ValueError(
-                f"{path}: the kernel is {kernel.shape}; with batch_axes={batch_axes} and "
-                f"output_axes={output_axes} it has no axis of inputs or of outputs"
-            )
-        roles = "b" * batch_axes + "i" * inputs + "o" * output_axes
         try:
+            if min(batch_axes, inputs - 1, output_axes - 1) < 0:
+                raise ValueError(
+                    f"the kernel is {kernel.shape}; with batch_axes={batch_axes} and "
+                    f"output_axes={output_axes} it has no axis of inputs or of outputs"
+                )
+            roles = "b" * batch_axes + "i" * inputs + "o" * output_axes
             lora[path] = init_beside(one_key, kernel, roles, rank, alpha, dtype)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
@@ -93,16 +93,7 @@ def init_lora(
 def init_beside(
     key: PRNGKeyArray, kernel: Any, roles: str, rank: int, alpha: float | int | None, dtype: Any
 ) -> LowRank:
-    """LoRA's usual start for a kernel: a uniform as in He's initialisation, b zero.
-
-    Args:
-      key: a random key.
-      kernel: an array.
-      roles: of its last axes; those in front stack layers.
-      rank: r.
-      alpha: the scale is alpha / rank; 1 when alpha is None.
-      dtype: the parameter's type; the kernel's if None.
-    """
+    """LoRA's usual start for a kernel whose last axes have these roles; axes in front stack layers."""
     *batch, n, m = matrix_shape(kernel.shape, stacked(roles, kernel.ndim))
     if not 1 <= rank <= min(n, m):
         raise ValueError(f"rank is {rank}; a kernel ({n}, {m}) takes 1 to {min(n, m)}")

@@ -3,6 +3,7 @@
 Each axis of a kernel has a *role*, one letter: "b", a batch axis; "i", contracted with the inputs; "o", kept
 in the outputs. A dense layer's kernel is "io", a convolution's "iiio", the kernel of the einsum
 "btd,dnh->btnh" is "ioo". Its matrix is (*batch, n, m), n the product of the "i" axes and m of the "o" axes.
+A LoRA parameter keeps the roles of its kernel where they are not in this order, as in "oio".
 """
 
 import math
@@ -20,22 +21,13 @@ from oplora_jax.sharding import entries, merged, partition, specs_of, under_auto
 
 
 def matrix_shape(shape: Sequence[int], roles: str) -> tuple[int, ...]:
-    """The shape (*batch, n, m) of a kernel's matrix.
-
-    Example:
-      >>> from oplora_jax.adapters.kernel_axes import matrix_shape
-      >>> matrix_shape((12, 64, 8, 16), "bioo")
-      (12, 64, 128)
-    """
+    """The shape (*batch, n, m) of a kernel's matrix."""
     sizes = {role: [s for s, r in zip(shape, roles, strict=True) if r == role] for role in "bio"}
     return (*sizes["b"], math.prod(sizes["i"]), math.prod(sizes["o"]))
 
 
 def axes_of(shape: Sequence[int], lora: LowRank) -> str:
-    """The roles of a kernel's axes, of which a LoRA parameter has the last ones unless they are in order.
-
-    Raises:
-      ValueError: there are none with which the kernel has the parameter's matrix.
+    """The roles of a kernel's axes, from its LoRA parameter; ValueError if that does not fit.
 
     Example:
       >>> import jax.numpy as jnp
@@ -61,11 +53,7 @@ def axes_of(shape: Sequence[int], lora: LowRank) -> str:
 
 
 def add_increment(kernel: Array, lora: LowRank) -> Array:
-    """The kernel with its LoRA increment added, in the kernel's type and with its sharding.
-
-    Raises:
-      ValueError: an increment of another shape than the kernel's matrix.
-    """
+    """The kernel with its LoRA increment added, in the kernel's type and with its sharding."""
     roles = axes_of(kernel.shape, lora)
     order = sorted(range(len(roles)), key=lambda axis: "bio".index(roles[axis]))
 
@@ -83,13 +71,7 @@ def stacked(roles: str, ndim: int) -> str:
 
 
 def kept_roles(roles: str) -> str | None:
-    """What a LoRA parameter keeps of its kernel's roles: None if they are in order.
-
-    Example:
-      >>> from oplora_jax.adapters.kernel_axes import kept_roles
-      >>> kept_roles("bioo"), kept_roles("oio")
-      (None, 'oio')
-    """
+    """What a LoRA parameter keeps of its kernel's roles: None of "bioo", which is in order, but "oio"."""
     return None if "".join(sorted(roles, key="bio".index)) == roles else roles
 
 
@@ -103,36 +85,25 @@ def check_roles(lora: LowRank, roles: str, name: str) -> None:
 
 
 def dense_equation(ndim: int, axes: Sequence[int], num_batch: int, num_features: int) -> str:
-    """The einsum of a dense layer that contracts some axes of its inputs.
-
-    Args:
-      ndim: the number of axes of the inputs.
-      axes: those that are contracted.
-      num_batch: how many of the leading ones are batch axes.
-      num_features: the number of axes of the features.
+    """The einsum of a dense layer that contracts some axes of its inputs, of which the first are batch axes.
 
     Example:
       >>> from oplora_jax.adapters.kernel_axes import dense_equation
       >>> dense_equation(4, (-2, -1), 1, 2)
       'abcd,acdef->abef'
     """
-    inputs, features = _letters(ndim), _letters(ndim + num_features)[ndim:]
+    letters = string.ascii_letters[: ndim + num_features]
+    inputs, features = letters[:ndim], letters[ndim:]
     contracted = "".join(inputs[axis] for axis in sorted(axis % ndim for axis in axes))
     kept = "".join(c for c in inputs if c not in contracted)
     return f"{inputs},{inputs[:num_batch]}{contracted}{features}->{kept}{features}"
 
 
-def _letters(count: int) -> str:
-    return string.ascii_letters[:count]
-
-
 def kernel_roles(equation: str, ndim: int) -> str:
     """The roles of the axes of a kernel with ndim axes, the second operand of an einsum.
 
-    What an ellipsis stands for in the kernel are batch axes.
-
-    Raises:
-      ValueError: an einsum that is not the product of its inputs with a matrix.
+    What an ellipsis stands for in the kernel are batch axes. An einsum that is not the product of its inputs
+    with a matrix raises ValueError.
 
     Example:
       >>> from oplora_jax.adapters.kernel_axes import kernel_roles
@@ -181,20 +152,8 @@ def add_einsum_increment(
       equation: an explicit einsum of two operands, the inputs and the kernel.
       x: the inputs. The increment is multiplied in their type.
       kernel_shape: the shape of the kernel.
-      lora: the increment of its matrix.
+      lora: the increment of its matrix; of another shape it raises ValueError.
       precision: of the products, as for `jnp.einsum`.
-
-    Raises:
-      ValueError: an einsum that is no matrix product, or of a matrix of another shape than lora.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from oplora_jax import LowRank
-      >>> from oplora_jax.adapters.kernel_axes import add_einsum_increment
-      >>> x, y = jnp.ones((5, 3)), jnp.zeros((5, 2, 2))
-      >>> lora = LowRank(jnp.ones((3, 1)), jnp.ones((1, 4)), roles="oio")
-      >>> add_einsum_increment(y, "td,ndh->tnh", x, (2, 3, 2), lora)[0].tolist()
-      [[3.0, 3.0], [3.0, 3.0]]
     """
     roles = kernel_roles(equation, len(kernel_shape))
     matrix = matrix_shape(kernel_shape, roles)

@@ -11,7 +11,9 @@ import optax
 from jaxtyping import Array
 
 from oplora_jax.adapters.paths import leaf_name
-from oplora_jax.matrix import LowRank, is_matrix
+from oplora_jax.matrix import LowRank, is_matrix, transpose
+
+Scale = float | int | Callable[[str], float | int]
 
 # How the paths of a and b end: flax.nnx.LoRA and Qwix (kernel_lora_a), and PyTorch's habit; as arrays, or
 # as dense layers of their own.
@@ -24,11 +26,11 @@ _SEPARATORS = ("/", ".", "_")
 
 
 class _Pair(NamedTuple):
-    """Two leaves that are the factors of one matrix."""
+    """Two leaves, a and b, that are the factors of one matrix."""
 
-    paths: tuple[str, str]  # of a and b
-    indices: tuple[int, int]  # among the tree's leaves
-    shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    paths: list[str]
+    indices: list[int]  # among the tree's leaves
+    shapes: list[tuple[int, ...]]
     batch: int  # the number of leading axes that count the layers of a stack
     scale: float | int
     transposed: bool
@@ -46,7 +48,7 @@ class _Tree(NamedTuple):
 def pair_factors(
     tx: optax.GradientTransformation,
     *,
-    scale: float | int | Callable[[str], float | int] = 1.0,
+    scale: Scale = 1.0,
     pattern: tuple[str, str] | None = None,
     transposed: bool = False,
     batch_axes: int | None = None,
@@ -55,15 +57,14 @@ def pair_factors(
 
     The leaves are paired by path. The optimizer sees a tree {"paired": {name: `LowRank`}, "rest": {path:
     leaf}}, of parameters and of gradients; its updates go back to the leaves they belong to. `LowRank`
-    parameters and all other leaves are handed on as they are, in "rest". The state is the optimizer's own.
+    parameters and all other leaves are in "rest" as they are. The state is the optimizer's own.
 
     At such parameters `jax.grad` gives the gradients of the factors, so that OPLoRA takes its Riemannian
     step; the exact full gradient needs `LowRank` parameters and `oplora_jax.value_and_grad`.
 
     Recognised without a pattern are the names of `flax.nnx.LoRA` (lora_a, lora_b), Qwix (kernel_lora_a,
     kernel_lora_b) and PyTorch (lora_A, lora_B), also with "/kernel" or "/weight" behind them. A factor may
-    have several input or output axes, such as heads: a is (\*batch, \*inputs, r), b (\*batch, r, \*outputs),
-    and the matrix that of all inputs by all outputs.
+    have several input or output axes, such as heads: a is (\*batch, \*inputs, r), b (\*batch, r, \*outputs).
 
     Args:
       tx: any transformation that takes `LowRank` parameters, such as `oplora`.
@@ -127,15 +128,14 @@ def pair_factors(
 def to_low_rank(
     tree: Any,
     *,
-    scale: float | int | Callable[[str], float | int] = 1.0,
+    scale: Scale = 1.0,
     pattern: tuple[str, str] | None = None,
     transposed: bool = False,
     batch_axes: int | None = None,
 ) -> dict[str, LowRank]:
     """The LoRA parameters of a tree in which the two factors are separate leaves.
 
-    What `pair_factors` shows its optimizer, by path as `init_lora` returns them. For the dense increments
-    of a Qwix model, say, or to write it as a PEFT adapter.
+    What `pair_factors` shows its optimizer, by path as `init_lora` returns them.
 
     Args:
       tree: as the parameters of `pair_factors`, with arrays in the places of the factors.
@@ -162,20 +162,19 @@ def from_low_rank(
     lora: dict[str, LowRank],
     tree: Any,
     *,
-    scale: float | int | Callable[[str], float | int] = 1.0,
+    scale: Scale = 1.0,
     pattern: tuple[str, str] | None = None,
     transposed: bool = False,
     batch_axes: int | None = None,
 ) -> Any:
     """The tree with other LoRA parameters in it: the inverse of `to_low_rank`.
 
-    Puts a loaded adapter into a Qwix model, say. Where a parameter's scale is not the tree's, its factors
-    are multiplied by the square root of the quotient, so that the matrix stays the same.
+    Where a parameter's scale is not the tree's, its factors are multiplied by the square root of the
+    quotient, so that the matrix stays the same.
 
     Args:
       lora: LoRA parameters by the pairs' names; pairs that it lacks stay as they are.
-      tree: as for `to_low_rank`.
-      scale, pattern, transposed, batch_axes: as for `pair_factors`.
+      tree, scale, pattern, transposed, batch_axes: as for `to_low_rank`.
 
     Returns:
       A tree like the given one, in its types.
@@ -229,17 +228,15 @@ def _take_apart(tree: Any, scale: Any, pattern: Any, transposed: bool, batch_axe
                 f"{names[index]}: a LoRA factor without the other one, {stem}{ending[1 - which]}; both must "
                 "be in the tree (and both masked or none)"
             )
-        name = stem[:-1]
+        name, indices = stem[:-1], [halves[0], halves[1]]
+        paths, shapes = [names[i] for i in indices], [jnp.shape(leaves[i]) for i in indices]
         if name in pairs:
-            raise ValueError(f"{names[halves[0]]}: another pair of factors is named {name!r} as well")
-        pairs[name] = _fit(
-            (names[halves[0]], names[halves[1]]),
-            (halves[0], halves[1]),
-            (jnp.shape(leaves[halves[0]]), jnp.shape(leaves[halves[1]])),
-            scale(name) if callable(scale) else scale,
-            transposed,
-            batch_axes,
-        )
+            raise ValueError(f"{paths[0]}: another pair of factors is named {name!r} as well")
+        value = scale(name) if callable(scale) else scale
+        if not isinstance(value, float | int) or not value > 0:
+            raise ValueError(f"{paths[0]}: scale is {value}; expected a positive number, alpha / rank")
+        batch = _batch(paths, shapes, transposed, batch_axes)
+        pairs[name] = _Pair(paths, indices, shapes, batch, value, transposed)
     if leaves and not pairs:
         expected = "lora_a and lora_b, or lora_A and lora_B" if pattern is None else " and ".join(pattern)
         raise ValueError(
@@ -261,22 +258,13 @@ def _factor(name: str, endings: tuple[tuple[str, str], ...]) -> tuple[str, tuple
     return None
 
 
-def _fit(
-    paths: tuple[str, str],
-    indices: tuple[int, int],
-    shapes: tuple[tuple[int, ...], tuple[int, ...]],
-    scale: Any,
-    transposed: bool,
-    batch_axes: int | None,
-) -> _Pair:
-    """The pair, with the number of its batch axes, which is what the shapes allow."""
-    if not isinstance(scale, float | int) or not scale > 0:
-        raise ValueError(f"{paths[0]}: scale is {scale}; expected a positive number, alpha / rank")
+def _batch(paths: list[str], shapes: list[tuple[int, ...]], transposed: bool, batch_axes: int | None) -> int:
+    """The number of batch axes of a pair, which is what the shapes allow."""
     fitting = _batches(*shapes, transposed)
     if batch_axes in fitting:
         fitting = [batch_axes]
     if len(fitting) == 1:
-        return _Pair(paths, indices, shapes, fitting[0], scale, transposed)
+        return fitting[0]
     named = f"{paths[0]} {shapes[0]} and {paths[1]} {shapes[1]}"
     if fitting:
         counts = " or ".join(map(str, fitting))
@@ -305,9 +293,7 @@ def _gather(tree: _Tree, leaves: list[Any]) -> Any:
     if not tree.leaves:
         return tree.treedef.unflatten([])
     taken = {index for pair in tree.pairs.values() for index in pair.indices}
-    rest = {
-        name: leaf for i, (name, leaf) in enumerate(zip(tree.names, leaves, strict=True)) if i not in taken
-    }
+    rest = {name: leaves[i] for i, name in enumerate(tree.names) if i not in taken}
     paired = {name: _join(pair, *(leaves[i] for i in pair.indices)) for name, pair in tree.pairs.items()}
     return {"paired": paired, "rest": rest}
 
@@ -319,7 +305,7 @@ def _join(pair: _Pair, a: Any, b: Any) -> LowRank:
         if got != shape:
             raise ValueError(f"{path}: the gradient is {got}; the parameter needs an array {shape}")
     if pair.transposed:
-        return LowRank(jnp.swapaxes(a, -1, -2), jnp.swapaxes(b, -1, -2), pair.scale)
+        return LowRank(transpose(a), transpose(b), pair.scale)
     batch, rank = pair.shapes[0][: pair.batch], pair.shapes[0][-1]
     inputs, outputs = pair.shapes[0][pair.batch : -1], pair.shapes[1][pair.batch + 1 :]
     a = jnp.reshape(a, (*batch, math.prod(inputs), rank))
@@ -330,5 +316,5 @@ def _join(pair: _Pair, a: Any, b: Any) -> LowRank:
 def _split(pair: _Pair, node: LowRank) -> tuple[Array, Array]:
     """The two leaves of a matrix, the inverse of `_join`."""
     if pair.transposed:
-        return jnp.swapaxes(node.a, -1, -2), jnp.swapaxes(node.b, -1, -2)
+        return transpose(node.a), transpose(node.b)
     return jnp.reshape(node.a, pair.shapes[0]), jnp.reshape(node.b, pair.shapes[1])

@@ -11,6 +11,13 @@ from oplora_jax.gradients.matmul_order import dot
 from oplora_jax.matrix import LowRank, check_factors, to_dense
 from oplora_jax.sharding import shard_like
 
+# What layers call increments that are more than an addition to the kernel beside them, with why.
+SHORTCUTS = {
+    "block_lora": "other layers' increments belong to this kernel too; use oplora_jax.linen.merge_shortcuts",
+    "input_lora": "an input shortcut has no merged form, since its outputs depend on the previous layer's "
+    "inputs too; keep the layer as it is",
+}
+
 
 def block_shortcut(
     x: Float[Array, "*tokens n"], kernel: Float[Array, "*batch n m"], loras: Sequence[LowRank]
@@ -20,10 +27,8 @@ def block_shortcut(
     .. math::
       y = x W + \sum_i s_i (x a_i) b_i.
 
-    The sum is one low-rank matrix, that of the factors side by side; `merge_block` adds it to the kernel.
-
-    An increment is used by several layers, so that the exact gradient that `value_and_grad` takes at it adds
-    up over them: it is dense (gradient="outer" is refused where an increment is used twice).
+    `merge_block` adds the sum to the kernel. An increment is used by several layers, so that the exact
+    gradient that `value_and_grad` takes at it adds up over them: it is dense, and "outer" is refused.
 
     Args:
       x: the layer's inputs, as for `lora_dot`.
@@ -58,12 +63,7 @@ def block_shortcut(
 def merge_block(kernel: Float[Array, "*batch n m"], loras: Sequence[LowRank]) -> Float[Array, "*batch n m"]:
     """The kernel of the plain layer that computes what `block_shortcut` does, to rounding.
 
-    Args:
-      kernel: the frozen weight.
-      loras: the increments that the layer uses.
-
-    Raises:
-      ValueError: no increments, or shapes that do not fit.
+    Args and Raises are those of `block_shortcut`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -89,10 +89,8 @@ def input_shortcut(
     .. math::
       y = x W + s\,((x + x') a)\,b.
 
-    It has no merged form: y is no function of x alone. (Where x' = c x with a known number c, the kernel
-    W + (1 + c) s a b computes the same; for other inputs that is an approximation.)
-
-    The full gradient at the increment is :math:`(x + x')^\top dy`, which `value_and_grad` takes in any kind.
+    It has no merged form: y is no function of x alone. The full gradient at the increment is
+    :math:`(x + x')^\top dy`, which `value_and_grad` takes in any kind.
 
     Args:
       x: the layer's inputs, as for `lora_dot`.
@@ -129,8 +127,7 @@ def add_increments(
 ) -> Float[Array, "*tokens m"]:
     """y and x times each of the increments, in the type of y and with its sharding."""
     x = x.astype(y.dtype)
-    increments = (shard_like(lora_increment(x, lora, precision=precision), y) for lora in loras)
-    return sum(increments, y)
+    return sum((shard_like(lora_increment(x, lora, precision=precision), y) for lora in loras), y)
 
 
 def add_inputs(x: Float[Array, "*tokens n"], previous_x: Float[Array, "*tokens n"]) -> Array:

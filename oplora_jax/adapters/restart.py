@@ -19,15 +19,15 @@ def merge_and_restart(
     r"""Merges LoRA parameters into the kernels they belong to, and starts fresh ones of the same rank.
 
     :math:`W \leftarrow W + s\,a\,b`, then a new a and b = 0: the model computes what it did, to the rounding
-    of the kernels' type, and the next increment may lie in other directions. After k rounds the weights have
-    moved by a matrix of rank up to k r. (A bfloat16 kernel takes on nothing of an increment below 1/512 of
-    its entries: keep the base in float32 where increments are small.)
+    of the kernels' type (of which a bfloat16 kernel takes on nothing below 1/512 of its entries), and the
+    next increment may lie in other directions. After k rounds the weights have moved by a matrix of rank up
+    to k r.
 
-    The result has the structure and the types of the arguments, and the function can be compiled: call it
-    every so many steps under `jax.lax.cond`. The optimizer's state is the caller's: ``tx.init(lora)`` begins
-    anew, its schedule and its counters with it, as Chain of LoRA does; or it is kept as it is, which suits a
-    momentum of the full weight, such as that of `oplora`. To unload a share f alone, as PeriodicLoRA offers,
-    ``merge(params, ...)`` the increments with f b and keep (1 - f) b.
+    The result has the structure and the types of the arguments: call it every so many steps under
+    `jax.lax.cond`. The optimizer's state is the caller's: ``tx.init(lora)`` begins anew, its schedule and its
+    counters with it, as Chain of LoRA does; or it is kept, which suits a momentum of the full weight, such as
+    that of `oplora`. To unload a share f alone, as PeriodicLoRA offers, ``merge(params, ...)`` the increments
+    with f b and keep (1 - f) b.
 
     Args:
       key: a random key, another one for each restart, such as `jax.random.fold_in(key, step)`.
@@ -71,7 +71,6 @@ def merge_and_restart_layers(key: PRNGKeyArray, params: Any) -> Any:
 
     Such are the parameters of a model with the layers of `oplora_jax.linen`, and the `flax.nnx.state` of one
     with those of `oplora_jax.nnx`: ``nnx.update(model, merge_and_restart_layers(key, nnx.state(model)))``.
-    Kernels of any number of axes are taken for the matrices that their layers take them for.
 
     Args:
       key: a random key, another one for each restart.

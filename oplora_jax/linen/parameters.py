@@ -11,14 +11,8 @@ from oplora_jax.adapters.init import beside
 from oplora_jax.adapters.kernel_axes import add_increment
 from oplora_jax.adapters.old_names import refuse_old_names
 from oplora_jax.adapters.paths import path_name
+from oplora_jax.adapters.reslora import SHORTCUTS
 from oplora_jax.matrix import LowRank, is_low_rank
-
-# The names of the increments that are more than an addition to the kernel beside them, with why.
-SHORTCUTS = {
-    "block_lora": "other layers' increments belong to this kernel too; use oplora_jax.linen.merge_shortcuts",
-    "input_lora": "an input shortcut has no merged form, since its outputs depend on the previous layer's "
-    "inputs too; keep the layer as it is",
-}
 
 
 def add_lora(model: nn.Module, rngs: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
@@ -29,10 +23,8 @@ def add_lora(model: nn.Module, rngs: Any, params: Any, *args: Any, **kwargs: Any
 
     Args:
       model: a model with LoRA layers, as from `loraize`.
-      rngs: as for `model.init`.
       params: the pretrained parameters: the tree of the model's, without LoRA.
-      *args: as for `model.init`: example inputs, as arrays or `jax.ShapeDtypeStruct`.
-      **kwargs: as for `model.init`.
+      rngs, *args, **kwargs: as for `model.init`; example inputs may be of `jax.ShapeDtypeStruct`.
 
     Returns:
       A tree of dicts, with the arrays of params as they are and new LoRA parameters. On a mesh these are

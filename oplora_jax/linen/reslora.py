@@ -12,9 +12,9 @@ from jaxtyping import Array
 
 from oplora_jax.adapters.init import init_beside
 from oplora_jax.adapters.old_names import refuse_old_names
-from oplora_jax.adapters.reslora import add_increments, add_inputs, check, merge_block
+from oplora_jax.adapters.reslora import SHORTCUTS, add_increments, add_inputs, check, merge_block
 from oplora_jax.linen.apply import WithLoRA, promoted
-from oplora_jax.linen.parameters import SHORTCUTS, merge_tree
+from oplora_jax.linen.parameters import merge_tree
 from oplora_jax.matrix import LowRank
 
 
@@ -107,10 +107,8 @@ def merge_shortcuts(model: nn.Module, params: Any, *args: Any, **kwargs: Any) ->
     its shapes alone.
 
     Args:
-      model: the model.
-      params: its parameters.
-      *args: as for `model.init`: example inputs, as arrays or `jax.ShapeDtypeStruct`.
-      **kwargs: as for `model.init`.
+      model, params: the model and its parameters.
+      *args, **kwargs: as for `model.init`; example inputs may be of `jax.ShapeDtypeStruct`.
 
     Returns:
       A tree of dicts without LoRA parameters: those of the model with `nn.Dense` in the place of its LoRA

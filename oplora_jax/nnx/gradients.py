@@ -26,10 +26,8 @@ def value_and_grad(
 
     Args:
       loss_fn: a function of (model, *args, **kwargs) that returns a scalar loss, or with `has_aux` a pair.
-      gradient: as for `oplora_jax.value_and_grad`.
-      has_aux: whether the loss returns auxiliary data.
+      gradient, has_aux, moments: as for `oplora_jax.value_and_grad`.
       wrt: an NNX filter, the variables to differentiate by; the same as the optimizer's.
-      moments: as for `oplora_jax.value_and_grad`.
       microbatches: as for `oplora_jax.value_and_grad`. The other state goes from each to the next.
 
     Returns:

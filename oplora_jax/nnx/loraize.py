@@ -8,28 +8,16 @@ import jax
 from flax import nnx
 
 from oplora_jax.adapters.paths import matches, path_name
-from oplora_jax.nnx.layers import (
-    LoRAConv,
-    LoRAConvTranspose,
-    LoRAEinsum,
-    LoRALinear,
-    LoRALinearGeneral,
-    Merged,
-    Split,
-    WithLoRA,
-    init_lora_param,
-    merged_kernel,
-)
+from oplora_jax.adapters.reslora import SHORTCUTS
+from oplora_jax.nnx import layers as lora_layers
+from oplora_jax.nnx.layers import Merged, Split, WithLoRA, init_lora_param, merged_kernel
 from oplora_jax.nnx.reslora import BlockShortcutLinear, InputShortcutLinear
 
 Model = TypeVar("Model", bound=nnx.Module)
 
 _CLASSES = {
-    nnx.Linear: LoRALinear,
-    nnx.LinearGeneral: LoRALinearGeneral,
-    nnx.Einsum: LoRAEinsum,
-    nnx.Conv: LoRAConv,
-    nnx.ConvTranspose: LoRAConvTranspose,
+    getattr(nnx, name): getattr(lora_layers, f"LoRA{name}")
+    for name in ("Linear", "LinearGeneral", "Einsum", "Conv", "ConvTranspose")
 }
 
 
@@ -46,11 +34,10 @@ def loraize(
 
     A path is written like "encoder/layers/0/attention/query"; that of the model itself is "". Each chosen
     `nnx.Linear`, `nnx.LinearGeneral`, `nnx.Einsum`, `nnx.Conv` or `nnx.ConvTranspose` becomes the LoRA layer
-    of that name: the same object, with its kernel, its bias and all its options, and a `lora` besides. So a
-    layer that the model shares stays shared, and whoever holds it sees the change. The model computes what
-    it did before, since the increments start at zero. Layers that `nnx.vmap` has stacked get stacked factors.
-    On a mesh the factors are sharded as the rows and the columns of their kernel; under `jax.jit` that needs
-    explicit axes.
+    of that name: the same object, with its kernel, its bias and all its options, and a `lora` besides, so
+    that a shared layer stays shared. The model computes what it did, since the increments start at zero.
+    Layers that `nnx.vmap` has stacked get stacked factors. On a mesh the factors are sharded as the rows and
+    the columns of their kernel; under `jax.jit` that needs explicit axes.
 
     A layer of a subclass stays one of that class. If the class has a `__call__` of its own, that runs with
     merged weights.
@@ -82,25 +69,22 @@ def loraize(
       >>> model(jnp.ones((1, 4))).shape, model.layers[0].lora.get_value().shape
       ((1, 3), (4, 8))
     """
-    layers, paths = {}, {}
+    found: dict[int, tuple[nnx.Module, list[str]]] = {}
     for path, module in _modules(model, ()):
         if isinstance(module, tuple(_CLASSES)):
-            layers[id(module)] = module
-            paths.setdefault(id(module), []).append(path)
+            found.setdefault(id(module), (module, []))[1].append(path)
     chosen = {}
-    for key, layer in layers.items():
-        path = next((path for path in paths[key] if matches(path, targets)), None)
-        if path is not None:
-            chosen[path] = layer
+    for layer, paths in found.values():
+        chosen |= {path: layer for path in [p for p in paths if matches(p, targets)][:1]}
     if not chosen:
-        names = ", ".join(repr(path) for each in paths.values() for path in each)
+        names = ", ".join(repr(path) for _, paths in found.values() for path in paths)
         raise ValueError(f"no layer matches {targets!r}; the paths of the layers are: {names or 'none'}")
     params = {}
     for path, layer in chosen.items():
+        name = type(layer).__name__
         if isinstance(layer, WithLoRA) or hasattr(layer, "lora"):
             raise ValueError(
-                f"{path!r}: this {type(layer).__name__} has LoRA already; leave it out of the targets, or "
-                "merge it first"
+                f"{path!r}: this {name} has LoRA already; leave it out of the targets, or merge it first"
             )
         try:
             params[path] = init_lora_param(layer, rank, alpha, rngs, dtype)
@@ -141,16 +125,14 @@ def merge(model: Model) -> Model:
     if not layers:
         raise ValueError("the model has no LoRA layer to merge")
     for path, layer in layers:
+        name = repr("/".join(map(str, path)))
         plain = next(c for c in type(layer).__mro__ if not issubclass(c, WithLoRA))
         if isinstance(layer, InputShortcutLinear):
-            raise ValueError(
-                f"{'/'.join(map(str, path))!r}: an input shortcut has no merged form, since its outputs "
-                "depend on the previous layer's inputs too; keep the layer as it is"
-            )
+            raise ValueError(f"{name}: {SHORTCUTS['input_lora']}")
         if type(layer).__call__ not in (Split.__call__, Merged.__call__, BlockShortcutLinear.__call__):
             raise ValueError(
-                f"{'/'.join(map(str, path))!r}: {type(layer).__name__} has a __call__ of its own, which a "
-                f"plain {plain.__name__} would lose. Merge its lora into its kernel yourself"
+                f"{name}: {type(layer).__name__} has a __call__ of its own, which a plain {plain.__name__} "
+                "would lose. Merge its lora into its kernel yourself"
             )
         if isinstance(layer, BlockShortcutLinear):
             layer.kernel.set_value(layer.merged_kernel())

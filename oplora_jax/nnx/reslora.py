@@ -1,6 +1,5 @@
 """ResLoRA for Flax NNX: layers with residual paths between their LoRA parameters."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from flax import nnx
@@ -22,8 +21,8 @@ class BlockShortcutLinear(Dense, nnx.Linear):
 
     Args:
       in_features, out_features, rank, alpha, rngs: as for `LoRALinear`.
-      previous: the layers whose increments it shares, each of shape (n, m): at layer l of a stack, with
-        shortcuts over k layers, ``layers[max(0, l - k + 1) : l]``.
+      previous: a sequence of the layers whose increments it shares, each of shape (n, m): at layer l of a
+        stack, with shortcuts over k layers, ``layers[max(0, l - k + 1) : l]``.
       **options: those of `flax.nnx.Linear`.
 
     Raises:
@@ -48,15 +47,7 @@ class BlockShortcutLinear(Dense, nnx.Linear):
 
     lora_name = "block_lora"
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        *,
-        previous: Sequence[nnx.Linear],
-        **options: Any,
-    ):
+    def __init__(self, in_features: int, out_features: int, rank: int, *, previous: Any, **options: Any):
         super().__init__(in_features, out_features, rank, **options)
         self.previous = nnx.List([getattr(layer, layer.lora_name) for layer in previous])
         check(self.kernel.shape, self._loras())
