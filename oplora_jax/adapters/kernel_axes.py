@@ -75,15 +75,6 @@ def kept_roles(roles: str) -> str | None:
     return None if "".join(sorted(roles, key="bio".index)) == roles else roles
 
 
-def check_roles(lora: LowRank, roles: str, name: str) -> None:
-    """Raises ValueError unless a LoRA parameter has the roles that a layer knows of its kernel's axes."""
-    if lora.roles != kept_roles(roles):
-        raise ValueError(
-            f"{name}: the LoRA parameter has roles={lora.roles!r}, its layer needs {kept_roles(roles)!r}; "
-            "dataclasses.replace(lora, roles=...) sets them"
-        )
-
-
 def dense_equation(ndim: int, axes: Sequence[int], num_batch: int, num_features: int) -> str:
     """The einsum of a dense layer that contracts some axes of its inputs, of which the first are batch axes.
 

@@ -68,9 +68,8 @@ def pair_factors(
 
     Args:
       tx: any transformation that takes `LowRank` parameters, such as `oplora`.
-      scale: the scale s of the increment s a b in the forward pass of the library that owns the tree, alpha
-        / rank for Qwix; or a function from a pair's name, such as "encoder/query/kernel", to it. `nnx.LoRA`
-        has none: 1. The path of OPLoRA depends on it.
+      scale: the scale s of the increment s a b in the other library's forward pass, alpha / rank for Qwix, 1
+        for `nnx.LoRA`; or a function from a pair's name, such as "encoder/query/kernel", to it.
       pattern: how the paths of a and b end, such as ("down/kernel", "up/kernel"), instead of the names
         above. An ending begins at the path's start or after "/", "." or "_".
       transposed: whether the factors are laid out as PyTorch's, a (\*batch, r, n) and b (\*batch, m, r).
@@ -82,7 +81,7 @@ def pair_factors(
 
     Raises:
       ValueError: at init and update, for no pair at all, for a factor without the other one, for shapes that
-        do not fit or leave the batch axes open, and for gradients of another shape. The message names paths.
+        do not fit or leave the batch axes open, and for gradients of another shape.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -138,8 +137,7 @@ def to_low_rank(
     What `pair_factors` shows its optimizer, by path as `init_lora` returns them.
 
     Args:
-      tree: as the parameters of `pair_factors`, with arrays in the places of the factors.
-      scale, pattern, transposed, batch_axes: as for `pair_factors`.
+      tree, scale, pattern, transposed, batch_axes: the parameters and the arguments of `pair_factors`.
 
     Returns:
       A dict from the pairs' names to `LowRank` parameters, a (*batch, n, r) and b (*batch, r, m).

@@ -49,6 +49,7 @@ def save_adapter(
     """Writes LoRA parameters as a PEFT adapter, which `peft.PeftModel.from_pretrained` loads.
 
     The factors are written in their types, bit for bit. Ranks and scales may differ between parameters.
+    An adapter has matrices (n, m), and no `roles` of a kernel's axes.
 
     Args:
       folder: made if need be; its adapter_model.safetensors and adapter_config.json are replaced, each as a
@@ -58,8 +59,7 @@ def save_adapter(
       names: the PyTorch module of each path, a dict or a function of the path: "layer_0/query/kernel" may be
         "bert.encoder.layer.0.attention.self.query". For a parameter of stacked layers, (layers, n, m), one
         name per layer. By default "a/b/kernel" is the module "a.b".
-      base_model: the base model's name or path, for the config.
-      task_type: PEFT's, such as "CAUSAL_LM" or "SEQ_CLS", for the config.
+      base_model, task_type: for the config; PEFT's task types are "CAUSAL_LM", "SEQ_CLS" and so on.
       fan_in_fan_out: True where the modules are `Conv1D`, as GPT-2's; PEFT only warns without it.
 
     Raises:
@@ -95,11 +95,11 @@ def save_adapter(
             modules[module] = layer
     if not modules:
         raise ValueError("no LoRA parameters: save_adapter takes a dict or a tree with LowRank nodes")
-    tensors = {}
-    for module, node in modules.items():
-        # PyTorch's layout; safetensors writes an array's memory as it lies there.
-        tensors[f"{_PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(np.asarray(node.a).T)
-        tensors[f"{_PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(np.asarray(node.b).T)
+    tensors = {  # in PyTorch's layout; safetensors writes an array's memory as it lies there
+        f"{_PREFIX}{module}.lora_{name}.weight": np.ascontiguousarray(np.asarray(factor).T)
+        for module, node in modules.items()
+        for name, factor in (("A", node.a), ("B", node.b))
+    }
     config = {
         "peft_type": "LORA",
         "task_type": task_type,
@@ -131,13 +131,13 @@ def load_adapter(folder: str | os.PathLike[str], *, names: Names | None = None) 
 
     Returns:
       A dict from paths to `LowRank` parameters in the file's types, whose scale is lora_alpha / r, or
-      lora_alpha / sqrt(r) with use_rslora, after the config's rank_pattern and alpha_pattern.
+      lora_alpha / sqrt(r) with use_rslora. `dataclasses.replace` gives one its `roles`, where need be.
 
     Raises:
       FileNotFoundError: a file that is missing.
-      ValueError: anything besides plain LoRA of dense layers (DoRA, biases, modules_to_save, embeddings,
-        convolutions, an initialisation that changes the base model), factors that do not fit, a module
-        without a name, or layers of a stack that do not match. Nothing is left out silently.
+      ValueError: anything besides plain LoRA of dense layers (DoRA, biases, convolutions, an initialisation
+        that changes the base model and so on), factors that do not fit, a module without a name, or layers
+        of a stack that do not match. Nothing is left out silently.
 
     Example:
       >>> import tempfile
@@ -194,11 +194,8 @@ def _layers(path: str, node: LowRank, names: Any) -> list[tuple[str, LowRank]]:
         return [(names, node)]
     stacked = node.a.ndim == 3 and isinstance(names, Sequence) and not isinstance(names, str)
     if not stacked or len(names) != node.a.shape[0]:
-        expected = (
-            "one module name"
-            if node.a.ndim == 2
-            else f"a module name for each of the {node.shape[:-2]} layers"
-        )
+        of_each = f"a module name for each of the {node.shape[:-2]} layers"
+        expected = "one module name" if node.a.ndim == 2 else of_each
         raise ValueError(f"{path}: a parameter {node.shape} needs {expected}; names gives {names!r}")
     return [(name, node.with_factors(node.a[i], node.b[i])) for i, name in enumerate(names)]
 
@@ -245,9 +242,7 @@ def _check_config(config: dict[str, Any], path: pathlib.Path) -> None:
         wrong["bias"] = config["bias"]
     if wrong:
         what = ", ".join(f"{key} is {value!r}" for key, value in wrong.items())
-        raise ValueError(
-            f"{path}: {what}; only plain LoRA is supported, and the adapter would not be the same"
-        )
+        raise ValueError(f"{path}: {what}; only plain LoRA is supported: it would not be the same adapter")
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.startswith(_CHANGED_BASE):
         raise ValueError(
@@ -286,11 +281,8 @@ def _from_tensors(module: str, factors: dict[str, np.ndarray], config: dict[str,
     for tensor in factors.values():
         if jax.dtypes.canonicalize_dtype(tensor.dtype) != tensor.dtype:
             raise ValueError(f"{module}: the factors are {tensor.dtype}; set jax_enable_x64 to load them")
-    node = LowRank(
-        jnp.asarray(factors["A"].T),
-        jnp.asarray(factors["B"].T),
-        alpha / (math.sqrt(rank) if config.get("use_rslora") else rank),
-    )
+    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    node = LowRank(jnp.asarray(factors["A"].T), jnp.asarray(factors["B"].T), scale)
     check_factors(node, module)
     return node
 
@@ -317,18 +309,15 @@ def _by_dict(modules: dict[str, LowRank], names: Mapping[str, Any]) -> dict[str,
     lora = {}
     for path, several in wanted.items():
         nodes = [modules[module] for module in several if module in modules]
-        if not nodes:
-            continue
-        if len(nodes) < len(several):
+        if nodes and len(nodes) < len(several):
             absent = ", ".join(module for module in several if module not in modules)
             raise ValueError(f"{path}: the adapter lacks some of its layers, {absent}")
-        if isinstance(names[path], str):
-            [lora[path]] = nodes
-            continue
         kinds = {(z.a.shape, z.b.shape, z.a.dtype, z.b.dtype, z.scale) for z in nodes}
         if len(kinds) > 1:
             raise ValueError(
                 f"{path}: layers of one stack differ in shape, type or scale: {sorted(map(str, kinds))}"
             )
-        lora[path] = jax.tree.map(lambda *factors: jnp.stack(factors), *nodes)
+        if nodes:
+            stack = lambda *factors: jnp.stack(factors)
+            lora[path] = nodes[0] if isinstance(names[path], str) else jax.tree.map(stack, *nodes)
     return lora

@@ -1,4 +1,7 @@
-"""ResLoRA: residual paths between the LoRA parameters of consecutive layers, while they train."""
+"""ResLoRA: residual paths between the LoRA parameters of consecutive layers, while they train.
+
+From https://arxiv.org/abs/2402.18039.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -52,9 +55,6 @@ def block_shortcut(
       ...   x = block_shortcut(x, kernel, loras[: l + 1])
       >>> x.shape
       (5, 3)
-
-    References:
-      ResLoRA, https://arxiv.org/abs/2402.18039.
     """
     check(jnp.shape(kernel), loras)
     return add_increments(lora_dot(x, kernel, loras[-1]), x, loras[:-1])
@@ -93,16 +93,10 @@ def input_shortcut(
     :math:`(x + x')^\top dy`, which `value_and_grad` takes in any kind.
 
     Args:
-      x: the layer's inputs, as for `lora_dot`.
-      previous_x: the inputs of the layer before it, of the same shape.
-      kernel: the frozen weight W.
-      lora: the layer's increment.
+      x, previous_x: the inputs of the layer, and of the layer before it, of one shape.
+      kernel, lora: the frozen weight W, and the layer's increment.
 
-    Returns:
-      The outputs, in the promoted type of x and the kernel.
-
-    Raises:
-      ValueError: shapes that do not fit.
+    Returns and Raises are those of `block_shortcut`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -111,9 +105,6 @@ def input_shortcut(
       >>> lora = LowRank(jnp.ones((3, 1)), jnp.ones((1, 2)))
       >>> input_shortcut(jnp.ones((1, 3)), jnp.ones((1, 3)), jnp.zeros((3, 2)), lora).tolist()
       [[6.0, 6.0]]
-
-    References:
-      ResLoRA, https://arxiv.org/abs/2402.18039.
     """
     inputs = add_inputs(x, previous_x)
     return add_increments(dot(*fit(x, kernel, lora)), inputs, [lora])

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
+from oplora_jax.adapters.checks import refuse_old_names
 from oplora_jax.adapters.init import he_uniform
 from oplora_jax.adapters.merge import merge
-from oplora_jax.adapters.old_names import refuse_old_names
 from oplora_jax.adapters.paths import leaf_name, path_name
 from oplora_jax.matrix import LowRank, is_low_rank
 
@@ -74,10 +74,7 @@ def merge_and_restart_layers(key: PRNGKeyArray, params: Any) -> Any:
 
     Args:
       key: a random key, another one for each restart.
-      params: a tree with kernels and LoRA parameters, and whatever else.
-
-    Returns:
-      A tree like params.
+      params: a tree with kernels and LoRA parameters, and whatever else; the result is like it.
 
     Raises:
       ValueError: no LoRA parameter, one without a kernel of its size beside it, or one of a ResLoRA layer.

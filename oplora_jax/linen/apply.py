@@ -6,15 +6,9 @@ from typing import Any
 import flax.linen as nn
 from flax.core import meta
 
+from oplora_jax.adapters.checks import check_roles, refuse_old_names
 from oplora_jax.adapters.init import init_beside
-from oplora_jax.adapters.kernel_axes import (
-    add_einsum_increment,
-    add_increment,
-    check_roles,
-    dense_equation,
-    kernel_roles,
-)
-from oplora_jax.adapters.old_names import refuse_old_names
+from oplora_jax.adapters.kernel_axes import add_einsum_increment, add_increment, dense_equation, kernel_roles
 from oplora_jax.matrix import LowRank
 
 SPLIT = (nn.Dense, nn.DenseGeneral, nn.Einsum)  # their increments can be added to the outputs

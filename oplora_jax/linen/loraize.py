@@ -35,11 +35,7 @@ def loraize(
 
     Args:
       model: any linen module.
-      rank: r, at most either side of every kernel chosen.
-      targets: one pattern or several: a glob for the whole path, or a regular expression found in it.
-      alpha: the scale is alpha / rank; 1 when alpha is None.
-      dtype: the type of the factors; that of each kernel if None. Take float32 over a bfloat16 model, as for
-        `oplora_jax.init_lora`.
+      rank, targets, alpha, dtype: as for `oplora_jax.init_lora`.
 
     Returns:
       A module. Its `init` raises ValueError if no layer matched (the message lists the paths of those that
@@ -84,9 +80,7 @@ class LoRA(nn.Module):
         for target in self.targets if self.is_initializing() else ():
             if not any(target in targets for targets in seen.values()):
                 names = ", ".join(map(repr, seen)) or "none"
-                raise ValueError(
-                    f"no layer matches {target.patterns!r}; the paths of the layers are: {names}"
-                )
+                raise ValueError(f"no layer matches {target.patterns!r}; the layers' paths are: {names}")
         return y
 
     def call_method(self, name: str, *args: Any, **kwargs: Any) -> Any:

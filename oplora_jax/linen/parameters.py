@@ -7,9 +7,9 @@ import flax.linen as nn
 import jax
 from flax.core import meta
 
+from oplora_jax.adapters.checks import refuse_old_names
 from oplora_jax.adapters.init import beside
 from oplora_jax.adapters.kernel_axes import add_increment
-from oplora_jax.adapters.old_names import refuse_old_names
 from oplora_jax.adapters.paths import path_name
 from oplora_jax.adapters.reslora import SHORTCUTS
 from oplora_jax.matrix import LowRank, is_low_rank

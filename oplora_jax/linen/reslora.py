@@ -1,4 +1,4 @@
-"""ResLoRA for Flax linen: layers with residual paths between their LoRA parameters."""
+"""ResLoRA (https://arxiv.org/abs/2402.18039) for linen: residual paths between layers' LoRA parameters."""
 
 import functools
 import operator
@@ -10,8 +10,8 @@ import jax
 from flax.core import meta
 from jaxtyping import Array
 
+from oplora_jax.adapters.checks import refuse_old_names
 from oplora_jax.adapters.init import init_beside
-from oplora_jax.adapters.old_names import refuse_old_names
 from oplora_jax.adapters.reslora import SHORTCUTS, add_increments, add_inputs, check, merge_block
 from oplora_jax.linen.apply import WithLoRA, promoted
 from oplora_jax.linen.parameters import merge_tree
@@ -30,16 +30,13 @@ class BlockShortcutDense(WithLoRA, nn.Dense, kw_only=True):
     `merge_shortcuts` makes those of a plain `nn.Dense` that computes the same, to rounding.
 
     Attributes:
-      rank: r of its own increment, at most min(n, m).
+      rank, alpha: of its own increment, as for `LoRADense`.
       previous: the layers whose increments it shares, of shape (n, m), called before it in the same model: at
         layer l of a stack, with shortcuts over k layers, ``layers[max(0, l - k + 1) : l]``.
-      alpha: the scale is alpha / rank; 1 when alpha is None.
-
-    The others are those of `flax.linen.Dense`.
 
     Raises:
-      ValueError: when it is called, a previous layer without an increment, or with one of another shape;
-        when it is initialised, a rank that is not between 1 and min(n, m).
+      ValueError: a previous layer without an increment, or with one of another shape; a rank that is not
+        between 1 and min(n, m).
 
     Example:
       >>> import flax.linen as nn
@@ -53,9 +50,6 @@ class BlockShortcutDense(WithLoRA, nn.Dense, kw_only=True):
       >>> params = Model().init(jax.random.key(0), jnp.ones((5, 4)))["params"]
       >>> {name: sorted(layer) for name, layer in params.items()}
       {'LoRADense_0': ['bias', 'kernel', 'lora'], 'BlockShortcutDense_0': ['bias', 'block_lora', 'kernel']}
-
-    References:
-      ResLoRA, https://arxiv.org/abs/2402.18039.
     """
 
     previous: Sequence[nn.Module]
@@ -87,9 +81,6 @@ class InputShortcutDense(WithLoRA, nn.Dense):
       >>> y, variables = layer.init_with_output(jax.random.key(0), x, previous_inputs=x)
       >>> y.shape, sorted(variables["params"])
       ((5, 3), ['bias', 'input_lora', 'kernel'])
-
-    References:
-      ResLoRA, https://arxiv.org/abs/2402.18039.
     """
 
     @nn.compact
@@ -103,16 +94,14 @@ class InputShortcutDense(WithLoRA, nn.Dense):
 def merge_shortcuts(model: nn.Module, params: Any, *args: Any, **kwargs: Any) -> Any:
     """`merge` for a model with `BlockShortcutDense` layers.
 
-    The parameters alone do not say whose increments a layer shares: the forward pass is traced, for that and
-    its shapes alone.
+    The parameters alone do not say whose increments a layer shares: the forward pass is traced for that.
 
     Args:
       model, params: the model and its parameters.
       *args, **kwargs: as for `model.init`; example inputs may be of `jax.ShapeDtypeStruct`.
 
     Returns:
-      A tree of dicts without LoRA parameters: those of the model with `nn.Dense` in the place of its LoRA
-        layers.
+      A tree of dicts: the parameters of the model with `nn.Dense` in the place of its LoRA layers.
 
     Raises:
       ValueError: as for `merge`; an `InputShortcutDense`, which has no merged form.

@@ -4,7 +4,7 @@ from typing import Any
 
 from flax import serialization
 
-from oplora_jax.adapters.old_names import refuse_old_state
+from oplora_jax.adapters.checks import refuse_old_names
 from oplora_jax.matrix import LowRank
 
 serialization.register_serialization_state(
@@ -23,7 +23,7 @@ _to_dict, _from_dict = serialization._STATE_DICT_REGISTRY[dict]
 
 def _checked_from_dict(target: dict[Any, Any], state: dict[str, Any]) -> dict[Any, Any]:
     if "lora" in target and "lora" not in state:
-        refuse_old_state(state, serialization.current_path())
+        refuse_old_names(state, serialization.current_path().split("/")[1:], "state")
     return _from_dict(target, state)
 
 

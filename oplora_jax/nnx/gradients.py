@@ -21,8 +21,7 @@ def value_and_grad(
 ) -> Callable[..., Any]:
     """`oplora_jax.value_and_grad` for a loss of an NNX module.
 
-    Other state that the loss changes (batch statistics, random streams) is updated in the module, as
-    `nnx.value_and_grad` does.
+    Other state that the loss changes, such as batch statistics, is updated in the module.
 
     Args:
       loss_fn: a function of (model, *args, **kwargs) that returns a scalar loss, or with `has_aux` a pair.

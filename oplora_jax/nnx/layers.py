@@ -9,21 +9,21 @@ from collections.abc import Sequence
 from typing import Any
 
 from flax import nnx
+from flax.nnx import Rngs
 from jaxtyping import Array
 
+from oplora_jax.adapters.checks import check_roles
 from oplora_jax.adapters.init import init_beside
-from oplora_jax.adapters.kernel_axes import (
-    add_einsum_increment,
-    add_increment,
-    check_roles,
-    dense_equation,
-    kernel_roles,
-)
+from oplora_jax.adapters.kernel_axes import add_einsum_increment, add_increment, dense_equation, kernel_roles
 from oplora_jax.matrix import LowRank
+
+Shape = Sequence[int]
+Size = int | Shape
+Alpha = float | int | None
 
 
 def init_lora_param(
-    layer: nnx.Module, rank: int, alpha: float | int | None, rngs: nnx.Rngs, dtype: Any = None
+    layer: nnx.Module, rank: int, alpha: Alpha, rngs: Rngs, dtype: Any = None
 ) -> nnx.LoRAParam[Any]:
     """The LoRA parameter of a layer that has its kernel: a `LowRank` of a type, the kernel's if None."""
     kernel = layer.kernel.get_value()
@@ -110,14 +110,7 @@ class Dense(WithLoRA):
     """Mixed into a dense layer: how it is made."""
 
     def __init__(
-        self,
-        in_features: int | Sequence[int],
-        out_features: int | Sequence[int],
-        rank: int,
-        *,
-        alpha: float | int | None = None,
-        rngs: nnx.Rngs,
-        **options: Any,
+        self, in_features: Size, out_features: Size, rank: int, *, alpha: Alpha = None, rngs: Rngs, **options
     ):
         super().__init__(in_features, out_features, rngs=rngs, **options)
         setattr(self, self.lora_name, init_lora_param(self, rank, alpha, rngs))
@@ -135,7 +128,7 @@ class LoRALinear(Split, Dense, nnx.Linear):
       rank: r, at most min(n, m).
       alpha: the scale is alpha / rank; 1 when alpha is None.
       rngs: random number streams; "params" is used.
-      **options: those of `flax.nnx.Linear`.
+      **options: those of Flax's layer.
 
     Raises:
       ValueError: a rank that is not between 1 and min(n, m).
@@ -157,10 +150,8 @@ class LoRALinearGeneral(Split, Dense, nnx.LinearGeneral):
     its entries factors of its own.
 
     Args:
-      in_features: sizes of the contracted axes.
-      out_features: sizes of the output axes.
-      rank, alpha, rngs: as for `LoRALinear`.
-      **options: those of `flax.nnx.LinearGeneral`.
+      in_features, out_features: sizes of the contracted axes, and of those of the outputs.
+      rank, alpha, rngs, **options: as for `LoRALinear`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -179,10 +170,8 @@ class LoRAEinsum(Split, nnx.Einsum):
     Those that the outputs have and the inputs lack are m; those that both have are batch axes.
 
     Args:
-      einsum_str: the einsum of the inputs and the kernel.
-      kernel_shape: the shape of the kernel.
-      rank, alpha, rngs: as for `LoRALinear`.
-      **options: those of `flax.nnx.Einsum`, `bias_shape` among them.
+      einsum_str, kernel_shape: the einsum of the inputs and the kernel, and the kernel's shape.
+      rank, alpha, rngs, **options: as for `LoRALinear`; `bias_shape` is an option.
 
     Raises:
       ValueError: an einsum that is no matrix product of the inputs and the kernel, or a rank that is not
@@ -198,14 +187,7 @@ class LoRAEinsum(Split, nnx.Einsum):
     """
 
     def __init__(
-        self,
-        einsum_str: str,
-        kernel_shape: Sequence[int],
-        rank: int,
-        *,
-        alpha: float | int | None = None,
-        rngs: nnx.Rngs,
-        **options: Any,
+        self, einsum_str: str, kernel_shape: Shape, rank: int, *, alpha: Alpha = None, rngs: Rngs, **options
     ):
         super().__init__(einsum_str, tuple(kernel_shape), rngs=rngs, **options)
         self.lora = init_lora_param(self, rank, alpha, rngs)
@@ -216,12 +198,12 @@ class _Convolution(Merged):
         self,
         in_features: int,
         out_features: int,
-        kernel_size: int | Sequence[int],
+        kernel_size: Size,
         rank: int,
         *,
-        alpha: float | int | None = None,
-        rngs: nnx.Rngs,
-        **options: Any,
+        alpha: Alpha = None,
+        rngs: Rngs,
+        **options,
     ):
         super().__init__(in_features, out_features, kernel_size, rngs=rngs, **options)
         self.lora = init_lora_param(self, rank, alpha, rngs)
@@ -234,11 +216,9 @@ class LoRAConv(_Convolution, nnx.Conv):
     by the last. The gradient of that matrix is captured dense.
 
     Args:
-      in_features: channels of the inputs.
-      out_features: channels of the outputs, m.
+      in_features, out_features: channels of the inputs, and of the outputs, m.
       kernel_size: the window; n is its size times the channels that a window sees.
-      rank, alpha, rngs: as for `LoRALinear`.
-      **options: those of `flax.nnx.Conv`, `strides` among them.
+      rank, alpha, rngs, **options: as for `LoRALinear`; `strides` is an option.
 
     Example:
       >>> import jax.numpy as jnp

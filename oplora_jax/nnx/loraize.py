@@ -44,11 +44,7 @@ def loraize(
 
     Args:
       model: any module.
-      rank: r, at most either side of every kernel chosen.
-      targets: one pattern or several: a glob for the whole path, or a regular expression found in it.
-      alpha: the scale is alpha / rank; 1 when alpha is None.
-      dtype: the type of the factors; that of each kernel if None. Take float32 over a bfloat16 model, as for
-        `oplora_jax.init_lora`.
+      rank, targets, alpha, dtype: as for `oplora_jax.init_lora`.
       rngs: random number streams; "params" is used.
 
     Returns:
@@ -99,11 +95,10 @@ def loraize(
 def merge(model: Model) -> Model:
     """A model of plain layers, with the LoRA increments added to their kernels.
 
-    It computes what the model with LoRA does, to rounding, and is of the classes that `loraize` found. The
-    model itself stays as it is.
+    It computes what the model with LoRA does, to rounding, and is of the classes that `loraize` found.
 
     Args:
-      model: any module with LoRA layers.
+      model: any module with LoRA layers, which stays as it is.
 
     Returns:
       A copy of it without LoRA.

@@ -1,4 +1,4 @@
-"""ResLoRA for Flax NNX: layers with residual paths between their LoRA parameters."""
+"""ResLoRA (https://arxiv.org/abs/2402.18039) for NNX: residual paths between layers' LoRA parameters."""
 
 from typing import Any
 
@@ -20,10 +20,9 @@ class BlockShortcutLinear(Dense, nnx.Linear):
     `oplora_jax.nnx.merge` makes an `nnx.Linear` of it that computes the same, to rounding.
 
     Args:
-      in_features, out_features, rank, alpha, rngs: as for `LoRALinear`.
+      in_features, out_features, rank, alpha, rngs, **options: as for `LoRALinear`.
       previous: a sequence of the layers whose increments it shares, each of shape (n, m): at layer l of a
         stack, with shortcuts over k layers, ``layers[max(0, l - k + 1) : l]``.
-      **options: those of `flax.nnx.Linear`.
 
     Raises:
       ValueError: a rank that is not between 1 and min(n, m), or an increment of another shape.
@@ -40,9 +39,6 @@ class BlockShortcutLinear(Dense, nnx.Linear):
       ((5, 4), 2)
       >>> type(merge(model).layers[2]).__name__
       'Linear'
-
-    References:
-      ResLoRA, https://arxiv.org/abs/2402.18039.
     """
 
     lora_name = "block_lora"
@@ -82,9 +78,6 @@ class InputShortcutLinear(Dense, nnx.Linear):
       >>> first, second = LoRALinear(4, 4, rank=2, rngs=rngs), InputShortcutLinear(4, 3, rank=2, rngs=rngs)
       >>> second(nnx.tanh(first(x)), x).shape
       (5, 3)
-
-    References:
-      ResLoRA, https://arxiv.org/abs/2402.18039.
     """
 
     lora_name = "input_lora"
