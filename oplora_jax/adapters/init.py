@@ -28,13 +28,13 @@ def init_lora(
     """LoRA parameters for the kernels of a model whose path matches a pattern.
 
     A path is written like "encoder/layer_0/query/kernel". The left factor is uniform as in He's
-    initialisation, the right one zero, so that training starts at the model as it is.
+    initialisation, the right one zero: training starts at the model as it is.
 
     Args:
       key: a random key.
-      params: any tree of arrays. Only floating-point arrays of two or more axes are considered. A kernel of
-        more than two, such as a convolution's (height, width, inputs, outputs), is taken for the matrix of
-        all its leading axes by its last, unless the next arguments say otherwise.
+      params: any tree; considered are floating-point arrays of two or more axes. A kernel of more than two,
+        such as a convolution's (height, width, inputs, outputs), is the matrix of all its leading axes by
+        its last, unless the next arguments say otherwise.
       rank: r, at most either side of every kernel chosen.
       targets: one pattern or several: a glob for the whole path, or a regular expression found in it.
       alpha: the scale is alpha / rank; 1 when alpha is None.
@@ -46,11 +46,10 @@ def init_lora(
 
     Returns:
       A dict from the chosen kernels' paths to their `LowRank` parameters. On a mesh a is sharded as the
-        inputs of its kernel and b as the outputs. Under `jax.jit` that needs explicit axes.
+        inputs of its kernel and b as the outputs; under `jax.jit` that needs explicit axes.
 
     Raises:
-      ValueError: no kernel matched, or one has too few axes or is too small for the rank; the message
-        lists paths.
+      ValueError: no kernel matched, or one has too few axes or is too small for the rank.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -70,9 +69,7 @@ def init_lora(
     }
     chosen = {path: kernel for path, kernel in kernels.items() if matches(path, targets)}
     if not chosen:
-        raise ValueError(
-            f"no kernel matches {targets!r}; the paths of the kernels are: {', '.join(kernels) or 'none'}"
-        )
+        raise ValueError(f"no kernel matches {targets!r}; the paths are: {', '.join(kernels) or 'none'}")
     lora = {}
     for path, one_key in zip(chosen, jax.random.split(key, len(chosen)), strict=True):
         kernel = chosen[path]

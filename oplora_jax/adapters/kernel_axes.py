@@ -39,16 +39,14 @@ def axes_of(shape: Sequence[int], lora: LowRank) -> str:
       'boi'
     """
     batch, ndim = len(lora.shape) - 2, len(shape)
-    if lora.roles is None:
-        splits = range(batch + 1, ndim)
-        candidates = ["b" * batch + "i" * (end - batch) + "o" * (ndim - end) for end in splits]
-        expected = "(*batch, n, m), n the product of the axes next to the batch axes and m that of the rest"
-    else:
-        candidates = [stacked(lora.roles, ndim)] if len(lora.roles) <= ndim else []
-        expected = f"the matrix of a kernel whose last axes have the roles {lora.roles!r}"
-    for roles in candidates:
-        if set(roles) <= set("bio") and matrix_shape(shape, roles) == lora.shape:
+    counts = [(batch, inputs, ndim - batch - inputs) for inputs in range(1, ndim - batch)]
+    in_order = ["b" * b + "i" * i + "o" * o for b, i, o in counts]
+    for roles in in_order if lora.roles is None else [stacked(lora.roles, ndim)]:
+        if len(roles) == ndim and set(roles) <= set("bio") and matrix_shape(shape, roles) == lora.shape:
             return roles
+    expected = "(*batch, n, m), n the product of the axes next to the batch axes and m that of the rest"
+    if lora.roles is not None:
+        expected = f"the matrix of a kernel whose last axes have the roles {lora.roles!r}"
     raise ValueError(f"the kernel is {tuple(shape)}, its LoRA parameter {lora.shape}; expected {expected}")
 
 
@@ -78,10 +76,8 @@ def kept_roles(roles: str) -> str | None:
 def dense_equation(ndim: int, axes: Sequence[int], num_batch: int, num_features: int) -> str:
     """The einsum of a dense layer that contracts some axes of its inputs, of which the first are batch axes.
 
-    Example:
-      >>> from oplora_jax.adapters.kernel_axes import dense_equation
-      >>> dense_equation(4, (-2, -1), 1, 2)
-      'abcd,acdef->abef'
+    For inputs of 4 axes of which the last two are contracted, a batch axis and two axes of features it is
+    "abcd,acdef->abef".
     """
     letters = string.ascii_letters[: ndim + num_features]
     inputs, features = letters[:ndim], letters[ndim:]
@@ -149,10 +145,8 @@ def add_einsum_increment(
     roles = kernel_roles(equation, len(kernel_shape))
     matrix = matrix_shape(kernel_shape, roles)
     if lora.shape != matrix:
-        raise ValueError(
-            f"the einsum {equation!r} takes the kernel {tuple(kernel_shape)} for a matrix {matrix}, but its "
-            f"LoRA parameter is {lora.shape}"
-        )
+        taken = f"the einsum {equation!r} takes the kernel {tuple(kernel_shape)} for a matrix {matrix}"
+        raise ValueError(f"{taken}, but its LoRA parameter is {lora.shape}")
     inputs, kernel, outputs = _operands(equation, jnp.ndim(x), len(kernel_shape))
     batch, contracted, features = (
         "".join(c for c, r in zip(kernel, roles, strict=True) if r == role) for role in "bio"

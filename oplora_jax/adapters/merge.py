@@ -16,12 +16,9 @@ def merge(params: Any, lora: dict[str, LowRank]) -> Any:
     Inside a loss it is a use of the LoRA parameters that `value_and_grad` captures, as a dense gradient.
 
     Args:
-      params: the tree that `init_lora` was given, or one with the same paths.
+      params: the tree that `init_lora` was given, or one with the same paths; the result is like it.
       lora: LoRA parameters by path, of shape (*batch, n, m): n is the product of the axes of the kernel next
         to its batch axes, m that of the rest, or as their `roles` say.
-
-    Returns:
-      A tree like params.
 
     Raises:
       ValueError: a path that params lacks, or a kernel of another size.

@@ -17,11 +17,8 @@ Scale = float | int | Callable[[str], float | int]
 
 # How the paths of a and b end: flax.nnx.LoRA and Qwix (kernel_lora_a), and PyTorch's habit; as arrays, or
 # as dense layers of their own.
-_ENDINGS = tuple(
-    (f"lora_{a}{tail}", f"lora_{b}{tail}")
-    for a, b in ("ab", "AB")
-    for tail in ("", "/kernel", "/weight", ".weight")
-)
+_TAILS = ("", "/kernel", "/weight", ".weight")
+_ENDINGS = tuple((f"lora_{a}{tail}", f"lora_{b}{tail}") for a, b in ("ab", "AB") for tail in _TAILS)
 _SEPARATORS = ("/", ".", "_")
 
 
@@ -59,8 +56,8 @@ def pair_factors(
     leaf}}, of parameters and of gradients; its updates go back to the leaves they belong to. `LowRank`
     parameters and all other leaves are in "rest" as they are. The state is the optimizer's own.
 
-    At such parameters `jax.grad` gives the gradients of the factors, so that OPLoRA takes its Riemannian
-    step; the exact full gradient needs `LowRank` parameters and `oplora_jax.value_and_grad`.
+    At such parameters `jax.grad` gives the gradients of the factors, and OPLoRA takes its Riemannian step;
+    the exact full gradient needs `LowRank` parameters and `oplora_jax.value_and_grad`.
 
     Recognised without a pattern are the names of `flax.nnx.LoRA` (lora_a, lora_b), Qwix (kernel_lora_a,
     kernel_lora_b) and PyTorch (lora_A, lora_B), also with "/kernel" or "/weight" behind them. A factor may
@@ -75,9 +72,6 @@ def pair_factors(
       transposed: whether the factors are laid out as PyTorch's, a (\*batch, r, n) and b (\*batch, m, r).
       batch_axes: how many leading axes count the layers of a stack, where the shapes leave it open: a
         (4, 16, 4) with b (4, 4, 8) may be a stack of four, or one layer with two axes on each side.
-
-    Returns:
-      An Optax transformation.
 
     Raises:
       ValueError: at init and update, for no pair at all, for a factor without the other one, for shapes that
@@ -97,7 +91,8 @@ def pair_factors(
       True
     """
     tx = optax.with_extra_args_support(tx)
-    take_apart = lambda tree: _take_apart(tree, scale, pattern, transposed, batch_axes)
+    layout = dict(scale=scale, pattern=pattern, transposed=transposed, batch_axes=batch_axes)
+    take_apart = lambda tree: _take_apart(tree, **layout)
 
     def init_fn(params):
         tree = take_apart(params)
@@ -124,20 +119,14 @@ def pair_factors(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def to_low_rank(
-    tree: Any,
-    *,
-    scale: Scale = 1.0,
-    pattern: tuple[str, str] | None = None,
-    transposed: bool = False,
-    batch_axes: int | None = None,
-) -> dict[str, LowRank]:
+def to_low_rank(tree: Any, **layout: Any) -> dict[str, LowRank]:
     """The LoRA parameters of a tree in which the two factors are separate leaves.
 
     What `pair_factors` shows its optimizer, by path as `init_lora` returns them.
 
     Args:
-      tree, scale, pattern, transposed, batch_axes: the parameters and the arguments of `pair_factors`.
+      tree: parameters as for `pair_factors`.
+      **layout: `scale`, `pattern`, `transposed` and `batch_axes`, as for `pair_factors`.
 
     Returns:
       A dict from the pairs' names to `LowRank` parameters, a (*batch, n, r) and b (*batch, r, m).
@@ -152,19 +141,11 @@ def to_low_rank(
       >>> {name: p.shape for name, p in oplora_jax.to_low_rank(params, scale=2.0).items()}
       {'query/kernel': (4, 15)}
     """
-    apart = _take_apart(tree, scale, pattern, transposed, batch_axes)
+    apart = _take_apart(tree, **layout)
     return _gather(apart, apart.leaves)["paired"] if apart.leaves else {}
 
 
-def from_low_rank(
-    lora: dict[str, LowRank],
-    tree: Any,
-    *,
-    scale: Scale = 1.0,
-    pattern: tuple[str, str] | None = None,
-    transposed: bool = False,
-    batch_axes: int | None = None,
-) -> Any:
+def from_low_rank(lora: dict[str, LowRank], tree: Any, **layout: Any) -> Any:
     """The tree with other LoRA parameters in it: the inverse of `to_low_rank`.
 
     Where a parameter's scale is not the tree's, its factors are multiplied by the square root of the
@@ -172,7 +153,7 @@ def from_low_rank(
 
     Args:
       lora: LoRA parameters by the pairs' names; pairs that it lacks stay as they are.
-      tree, scale, pattern, transposed, batch_axes: as for `to_low_rank`.
+      tree, **layout: as for `to_low_rank`.
 
     Returns:
       A tree like the given one, in its types.
@@ -188,7 +169,7 @@ def from_low_rank(
       >>> oplora_jax.from_low_rank(lora, params)["query"]["lora_b"].tolist()
       [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
     """
-    apart = _take_apart(tree, scale, pattern, transposed, batch_axes)
+    apart = _take_apart(tree, **layout)
     unknown = sorted(set(lora) - set(apart.pairs))
     if unknown:
         raise ValueError(f"{', '.join(unknown)}: no such pair; the tree has {', '.join(apart.pairs)}")
@@ -206,7 +187,9 @@ def from_low_rank(
     return apart.treedef.unflatten(leaves)
 
 
-def _take_apart(tree: Any, scale: Any, pattern: Any, transposed: bool, batch_axes: int | None) -> _Tree:
+def _take_apart(
+    tree: Any, *, scale: Any = 1.0, pattern: Any = None, transposed: bool = False, batch_axes: Any = None
+) -> _Tree:
     """Finds the pairs among the leaves of a tree."""
     paths_and_leaves, treedef = jax.tree.flatten_with_path(tree, is_leaf=is_matrix)
     names = [leaf_name(path) for path, _ in paths_and_leaves]
@@ -237,9 +220,8 @@ def _take_apart(tree: Any, scale: Any, pattern: Any, transposed: bool, batch_axe
         pairs[name] = _Pair(paths, indices, shapes, batch, value, transposed)
     if leaves and not pairs:
         expected = "lora_a and lora_b, or lora_A and lora_B" if pattern is None else " and ".join(pattern)
-        raise ValueError(
-            f"no pair of LoRA factors: no paths end in {expected}; the paths are: {', '.join(names)}"
-        )
+        found = f"no paths end in {expected}; the paths are: {', '.join(names)}"
+        raise ValueError(f"no pair of LoRA factors: {found}")
     repeated = [name for name, count in collections.Counter(names).items() if count > 1]
     if repeated:
         raise ValueError(f"{', '.join(repeated)}: several leaves have this path")

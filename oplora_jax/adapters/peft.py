@@ -89,7 +89,7 @@ def save_adapter(
             continue
         name = leaf_name(path)
         check_factors(node, name)
-        for module, layer in _layers(name, node, _names_of(name, names)):
+        for module, layer in _layers(name, node, names):
             if module in modules:
                 raise ValueError(f"{name}: another parameter has the module name {module!r} as well")
             modules[module] = layer
@@ -114,10 +114,9 @@ def save_adapter(
         "init_lora_weights": True,
         "modules_to_save": None,
     }
-    folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / _WEIGHTS, safetensors.numpy.save(tensors, metadata={"format": "pt"}))
-    _replace(folder / _CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+    _replace(folder, _WEIGHTS, safetensors.numpy.save(tensors, metadata={"format": "pt"}))
+    _replace(folder, _CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
 
 def load_adapter(folder: str | os.PathLike[str], *, names: Names | None = None) -> dict[str, LowRank]:
@@ -142,14 +141,12 @@ def load_adapter(folder: str | os.PathLike[str], *, names: Names | None = None) 
     Example:
       >>> import tempfile
       >>> import jax.numpy as jnp
-      >>> from oplora_jax import LowRank, merge
+      >>> from oplora_jax import LowRank
       >>> from oplora_jax.peft import load_adapter, save_adapter
       >>> with tempfile.TemporaryDirectory() as folder:
       ...   save_adapter(folder, {"encoder.query": LowRank(jnp.ones((3, 1)), jnp.ones((1, 2)))})
-      ...   lora = load_adapter(folder)
-      >>> params = {"encoder": {"query": {"kernel": jnp.zeros((3, 2))}}}
-      >>> merge(params, lora)["encoder"]["query"]["kernel"].tolist()
-      [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
+      ...   {path: p.shape for path, p in load_adapter(folder).items()}
+      {'encoder/query/kernel': (3, 2)}
 
     References:
       PEFT, https://huggingface.co/docs/peft/developer_guides/checkpoint.
@@ -163,9 +160,7 @@ def load_adapter(folder: str | os.PathLike[str], *, names: Names | None = None) 
     _check_config(config, folder / _CONFIG)
     with safetensors.safe_open(folder / _WEIGHTS, framework="numpy") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-    modules = {
-        module: _from_tensors(module, factors, config) for module, factors in _pair_tensors(tensors).items()
-    }
+    modules = {name: _from_tensors(name, both, config) for name, both in _pair_tensors(tensors).items()}
     if isinstance(names, Mapping):
         return _by_dict(modules, names)
     lora: dict[str, LowRank] = {}
@@ -177,27 +172,22 @@ def load_adapter(folder: str | os.PathLike[str], *, names: Names | None = None) 
     return lora
 
 
-def _names_of(path: str, names: Names | None) -> Any:
-    """What `names` says of a path."""
-    if names is None:
-        return path.removesuffix("/kernel").replace("/", ".")
-    if not isinstance(names, Mapping):
-        return names(path)
-    if path not in names:
-        raise ValueError(f"{path}: no module name; names has {', '.join(sorted(names)) or 'none'}")
-    return names[path]
-
-
-def _layers(path: str, node: LowRank, names: Any) -> list[tuple[str, LowRank]]:
+def _layers(path: str, node: LowRank, names: Names | None) -> list[tuple[str, LowRank]]:
     """(module name, matrix) of each layer of a parameter."""
-    if node.a.ndim == 2 and isinstance(names, str):
-        return [(names, node)]
-    stacked = node.a.ndim == 3 and isinstance(names, Sequence) and not isinstance(names, str)
-    if not stacked or len(names) != node.a.shape[0]:
+    if isinstance(names, Mapping) and path not in names:
+        raise ValueError(f"{path}: no module name; names has {', '.join(sorted(names)) or 'none'}")
+    if names is None:
+        given = path.removesuffix("/kernel").replace("/", ".")
+    else:
+        given = names[path] if isinstance(names, Mapping) else names(path)
+    if node.a.ndim == 2 and isinstance(given, str):
+        return [(given, node)]
+    several = isinstance(given, Sequence) and not isinstance(given, str)
+    if not several or node.a.ndim != 3 or len(given) != len(node.a):
         of_each = f"a module name for each of the {node.shape[:-2]} layers"
         expected = "one module name" if node.a.ndim == 2 else of_each
-        raise ValueError(f"{path}: a parameter {node.shape} needs {expected}; names gives {names!r}")
-    return [(name, node.with_factors(node.a[i], node.b[i])) for i, name in enumerate(names)]
+        raise ValueError(f"{path}: a parameter {node.shape} needs {expected}; names gives {given!r}")
+    return [(name, node.with_factors(*factors)) for name, *factors in zip(given, node.a, node.b, strict=True)]
 
 
 def _ranks_and_alphas(modules: dict[str, LowRank]) -> dict[str, Any]:
@@ -223,12 +213,12 @@ def _alpha(scale: float | int, rank: int) -> float | int:
     return min(near, key=lambda alpha: abs(alpha / rank - scale))
 
 
-def _replace(path: pathlib.Path, content: bytes) -> None:
+def _replace(folder: str | os.PathLike[str], name: str, content: bytes) -> None:
     """Writes a file, so that whoever reads it sees the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = pathlib.Path(folder, f".{name}.{os.getpid()}")
     try:
         temporary.write_bytes(content)
-        os.replace(temporary, path)
+        os.replace(temporary, temporary.with_name(name))
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -274,10 +264,8 @@ def _from_tensors(module: str, factors: dict[str, np.ndarray], config: dict[str,
     alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
     shapes = factors["A"].shape, factors["B"].shape
     if not shapes[0][0] == shapes[1][1] == rank:
-        raise ValueError(
-            f"{module}: lora_A {shapes[0]} and lora_B {shapes[1]} do not fit; the config's rank is {rank}, "
-            "so that (r, n) and (m, r) were expected"
-        )
+        factors = f"lora_A {shapes[0]} and lora_B {shapes[1]} do not fit"
+        raise ValueError(f"{module}: {factors}; the config's rank is {rank}: expected (r, n) and (m, r)")
     for tensor in factors.values():
         if jax.dtypes.canonicalize_dtype(tensor.dtype) != tensor.dtype:
             raise ValueError(f"{module}: the factors are {tensor.dtype}; set jax_enable_x64 to load them")
@@ -312,11 +300,9 @@ def _by_dict(modules: dict[str, LowRank], names: Mapping[str, Any]) -> dict[str,
         if nodes and len(nodes) < len(several):
             absent = ", ".join(module for module in several if module not in modules)
             raise ValueError(f"{path}: the adapter lacks some of its layers, {absent}")
-        kinds = {(z.a.shape, z.b.shape, z.a.dtype, z.b.dtype, z.scale) for z in nodes}
+        kinds = sorted({str((z.a.shape, z.b.shape, z.a.dtype, z.b.dtype, z.scale)) for z in nodes})
         if len(kinds) > 1:
-            raise ValueError(
-                f"{path}: layers of one stack differ in shape, type or scale: {sorted(map(str, kinds))}"
-            )
+            raise ValueError(f"{path}: layers of one stack differ in shape, type or scale: {kinds}")
         if nodes:
             stack = lambda *factors: jnp.stack(factors)
             lora[path] = nodes[0] if isinstance(names[path], str) else jax.tree.map(stack, *nodes)

@@ -49,12 +49,9 @@ def block_shortcut(
       >>> import jax.numpy as jnp
       >>> from oplora_jax import LowRank
       >>> from oplora_jax.reslora import block_shortcut
-      >>> x, kernels = jnp.ones((5, 3)), [jnp.eye(3), jnp.eye(3)]
-      >>> loras = [LowRank(jnp.ones((3, 1)), jnp.ones((1, 3))) for _ in kernels]
-      >>> for l, kernel in enumerate(kernels):
-      ...   x = block_shortcut(x, kernel, loras[: l + 1])
-      >>> x.shape
-      (5, 3)
+      >>> lora = LowRank(jnp.ones((3, 1)), jnp.ones((1, 3)))
+      >>> block_shortcut(jnp.ones((1, 3)), jnp.eye(3), [lora, lora]).tolist()
+      [[7.0, 7.0, 7.0]]
     """
     check(jnp.shape(kernel), loras)
     return add_increments(lora_dot(x, kernel, loras[-1]), x, loras[:-1])
@@ -106,22 +103,16 @@ def input_shortcut(
       >>> input_shortcut(jnp.ones((1, 3)), jnp.ones((1, 3)), jnp.zeros((3, 2)), lora).tolist()
       [[6.0, 6.0]]
     """
-    inputs = add_inputs(x, previous_x)
-    return add_increments(dot(*fit(x, kernel, lora)), inputs, [lora])
+    return add_increments(dot(*fit(x, kernel, lora)), add_inputs(x, previous_x), [lora])
 
 
-def add_increments(
-    y: Float[Array, "*tokens m"],
-    x: Float[Array, "*tokens n"],
-    loras: Sequence[LowRank],
-    precision: Any = None,
-) -> Float[Array, "*tokens m"]:
+def add_increments(y: Array, x: Array, loras: Sequence[LowRank], precision: Any = None) -> Array:
     """y and x times each of the increments, in the type of y and with its sharding."""
     x = x.astype(y.dtype)
     return sum((shard_like(lora_increment(x, lora, precision=precision), y) for lora in loras), y)
 
 
-def add_inputs(x: Float[Array, "*tokens n"], previous_x: Float[Array, "*tokens n"]) -> Array:
+def add_inputs(x: Array, previous_x: Array) -> Array:
     """x + x', what the increment of an input shortcut sees; raises ValueError where their shapes differ."""
     if jnp.shape(x) != jnp.shape(previous_x):
         raise ValueError(f"x has shape {jnp.shape(x)}, previous_x {jnp.shape(previous_x)}; they must agree")
@@ -135,7 +126,4 @@ def check(kernel: Sequence[int], loras: Sequence[LowRank]) -> None:
     for index, lora in enumerate(loras):
         check_factors(lora, f"loras[{index}]")
         if lora.shape != tuple(kernel):
-            raise ValueError(
-                f"loras[{index}] has shape {lora.shape}, the kernel {tuple(kernel)}; increments are "
-                "shared by layers of one shape"
-            )
+            raise ValueError(f"loras[{index}] has shape {lora.shape}, the kernel {tuple(kernel)}")

@@ -31,14 +31,13 @@ def merge_and_restart(
 
     Args:
       key: a random key, another one for each restart, such as `jax.random.fold_in(key, step)`.
-      params: the model's parameters, as for `merge`.
-      lora: LoRA parameters by the path of their kernel, as from `init_lora`.
+      params, lora: the model's parameters and the LoRA parameters by path, as for `merge`.
 
     Returns:
       The merged params, and the fresh LoRA parameters.
 
     Raises:
-      ValueError: a path that params lacks, or a kernel of another size.
+      ValueError: as for `merge`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -95,10 +94,7 @@ def merge_and_restart_layers(key: PRNGKeyArray, params: Any) -> Any:
         if is_low_rank(node):
             before, _, name = leaf_name(path).rpartition("/")
             if name != "lora":
-                raise ValueError(
-                    f"{leaf_name(path)}: expected the name 'lora', beside a 'kernel'; under another name an "
-                    "increment may be more than its kernel's, as one with a shortcut is"
-                )
+                raise ValueError(f"{leaf_name(path)}: expected the name 'lora', beside a 'kernel'")
             kernel = f"{before}/kernel".strip("/")
             kernel = kernels[path] = boxed.get(kernel, kernel)
             lora[kernel] = node

@@ -56,10 +56,8 @@ def call_with_lora(
         layer.scope.param("lora", init_beside, kernel, roles, rank, alpha, dtype)
         return y  # the increment is zero
     x = promoted(layer, args[0] if args else kwargs["inputs"])
-    if isinstance(layer, nn.Dense):
-        einsum = dense_equation(x.ndim, (-1,), 0, 1)
-    elif isinstance(layer, nn.DenseGeneral):
-        features, axes, batch = map(_as_tuple, (layer.features, layer.axis, layer.batch_dims))
+    if einsum is None:
+        batch, axes, features = _sides(layer)
         einsum = dense_equation(x.ndim, axes, len(batch), len(features))
     return add_einsum_increment(y, einsum, x, kernel.shape, lora, layer.precision)
 
@@ -91,15 +89,18 @@ def _einsum(layer: nn.Module, args: Any, kwargs: Any) -> str | None:
 
 def _roles(layer: nn.Module, einsum: str | None) -> str:
     """The roles of the axes of a layer's kernel."""
-    if isinstance(layer, nn.Dense):
-        return "io"
-    if isinstance(layer, nn.DenseGeneral):
-        sides = layer.batch_dims, layer.axis, layer.features
-        return "".join(role * len(_as_tuple(z)) for role, z in zip("bio", sides, strict=True))
+    if isinstance(layer, nn.Dense | nn.DenseGeneral):
+        return "".join(role * len(side) for role, side in zip("bio", _sides(layer), strict=True))
     if isinstance(layer, nn.Einsum):
         return kernel_roles(einsum, len(layer.shape))
     transposed = getattr(layer, "transpose_kernel", False)
     return "i" * len(_as_tuple(layer.kernel_size)) + ("oi" if transposed else "io")
+
+
+def _sides(layer: nn.Dense | nn.DenseGeneral) -> tuple[tuple[int, ...], ...]:
+    """The batch axes and the contracted axes of a dense layer's inputs, and its features."""
+    batch, axes = (layer.batch_dims, layer.axis) if isinstance(layer, nn.DenseGeneral) else ((), -1)
+    return _as_tuple(batch), _as_tuple(axes), _as_tuple(layer.features)
 
 
 def _as_tuple(value: int | Sequence[int]) -> tuple[int, ...]:

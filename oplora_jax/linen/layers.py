@@ -77,7 +77,7 @@ class LoRAEinsum(_Layer, nn.Einsum):
 
     Raises:
       ValueError: an einsum that is no matrix product of the inputs and the kernel, or one given to the call
-        with other roles than that of the initialisation; a rank that is not between 1 and min(n, m).
+        with other roles than at the initialisation; a rank out of range.
 
     Example:
       >>> import jax, jax.numpy as jnp

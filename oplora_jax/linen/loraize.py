@@ -26,12 +26,11 @@ def loraize(
     parameters fit: `add_lora` adds the LoRA parameters to them, `merge` makes plain parameters again.
     `nn.scan`, `nn.vmap` and `nn.remat` inside the model treat `lora` as they do the kernel.
 
-    The result is called, initialised and applied as the model is: keyword arguments, `rngs`, `mutable`, and
-    its methods by name, `method="encode"`. It may be part of another module.
+    The result is called, initialised and applied as the model is, its methods by name as well,
+    `method="encode"`. It may be part of another module. For layers of several ranks, loraize it again.
 
     A dense layer multiplies by its kernel as it did and adds the increment; a convolution, and a layer of a
-    subclass with methods of its own, runs with merged weights. For layers of several ranks, loraize the
-    result again.
+    subclass with methods of its own, runs with merged weights.
 
     Args:
       model: any linen module.

@@ -1,6 +1,6 @@
 """From a plain model's parameters to those with LoRA, and back."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -27,7 +27,7 @@ def add_lora(model: nn.Module, rngs: Any, params: Any, *args: Any, **kwargs: Any
       rngs, *args, **kwargs: as for `model.init`; example inputs may be of `jax.ShapeDtypeStruct`.
 
     Returns:
-      A tree of dicts, with the arrays of params as they are and new LoRA parameters. On a mesh these are
+      A tree of dicts, with the arrays of params as they are and new LoRA parameters, which on a mesh are
         sharded as the rows and the columns of their kernels.
 
     Raises:
@@ -66,18 +66,21 @@ def add_lora(model: nn.Module, rngs: Any, params: Any, *args: Any, **kwargs: Any
         if leaf.shape != expected[name].shape:
             raise ValueError(f"{name}: the array is {leaf.shape}; the model needs {expected[name].shape}")
     fill = lambda path, leaf: given[path_name(path)] if leaf is None else leaf
-    return _placed(jax.tree.map_with_path(fill, tree, is_leaf=lambda leaf: leaf is None))
+    tree = jax.tree.map_with_path(fill, tree, is_leaf=lambda leaf: leaf is None)
+
+    def placed(layer: dict[str, Any], path: str) -> dict[str, Any]:  # over a mesh, as the kernels are
+        names = [name for name in ("lora", *SHORTCUTS) if isinstance(layer.get(name), LowRank)]
+        return layer | {name: beside(meta.unbox(layer["kernel"]), layer[name]) for name in names}
+
+    return map_layers(placed, tree)
 
 
-def _placed(tree: Any) -> Any:
-    """A tree with each LoRA parameter spread out over a mesh as the kernel beside it."""
+def map_layers(function: Callable[[dict[str, Any], str], Any], tree: Any, path: str = "") -> Any:
+    """A tree of dicts in which a function of it and of its path has changed each dict, inner ones first."""
     if not isinstance(tree, Mapping):
         return tree
-    placed = {name: _placed(child) for name, child in tree.items()}
-    for name, lora in tree.items():
-        if name in ("lora", *SHORTCUTS) and isinstance(lora, LowRank):
-            placed[name] = beside(meta.unbox(tree["kernel"]), lora)
-    return placed
+    below = f"{path}/" if path else ""
+    return function({name: map_layers(function, z, below + name) for name, z in tree.items()}, path)
 
 
 def merge(params: Any) -> Any:
@@ -87,9 +90,6 @@ def merge(params: Any) -> Any:
 
     Args:
       params: the parameters of a model with LoRA layers, or all its variables.
-
-    Returns:
-      A tree of dicts without LoRA parameters.
 
     Raises:
       ValueError: there is no LoRA parameter, or one whose kernel is missing or of another size, or one of
@@ -105,24 +105,20 @@ def merge(params: Any) -> Any:
     refuse_old_names(params)
     if not any(map(is_low_rank, jax.tree.leaves(params, is_leaf=is_low_rank))):
         raise ValueError("the parameters have no LoRA parameter to merge")
-    return merge_tree(params, "")
+    return map_layers(merge_layer, params)
 
 
-def merge_tree(tree: Any, path: str) -> Any:
-    """`merge` of the part of a tree at a path, which need not have a LoRA parameter."""
-    if not isinstance(tree, Mapping):
-        return tree
-    merged = {name: merge_tree(child, f"{path}/{name}" if path else name) for name, child in tree.items()}
-    for name, lora in tree.items():
-        if name in SHORTCUTS:
+def merge_layer(layer: dict[str, Any], path: str) -> dict[str, Any]:
+    """A layer's parameters, with its increment, if it has one, in its kernel."""
+    for name in SHORTCUTS:
+        if name in layer:
             raise ValueError(f"{path}/{name}: {SHORTCUTS[name]}")
-        if name == "lora" and isinstance(lora, LowRank):
-            del merged[name]
-            if "kernel" not in tree:
-                raise ValueError(f"{path}: there is no kernel beside the LoRA parameter {name!r}")
-            kernel = tree["kernel"]
-            try:
-                merged["kernel"] = meta.replace_boxed(kernel, add_increment(meta.unbox(kernel), lora))
-            except ValueError as error:
-                raise ValueError(f"{path}/{name}: {error}") from error
-    return merged
+    if not isinstance(layer.get("lora"), LowRank):
+        return layer
+    if "kernel" not in layer:
+        raise ValueError(f"{path}: there is no kernel beside the LoRA parameter 'lora'")
+    lora, kernel = layer.pop("lora"), layer["kernel"]
+    try:
+        return {**layer, "kernel": meta.replace_boxed(kernel, add_increment(meta.unbox(kernel), lora))}
+    except ValueError as error:
+        raise ValueError(f"{path}/lora: {error}") from error

@@ -14,7 +14,7 @@ from oplora_jax.adapters.checks import refuse_old_names
 from oplora_jax.adapters.init import init_beside
 from oplora_jax.adapters.reslora import SHORTCUTS, add_increments, add_inputs, check, merge_block
 from oplora_jax.linen.apply import WithLoRA, promoted
-from oplora_jax.linen.parameters import merge_tree
+from oplora_jax.linen.parameters import map_layers, merge_layer
 from oplora_jax.matrix import LowRank
 
 
@@ -23,8 +23,7 @@ class BlockShortcutDense(WithLoRA, nn.Dense, kw_only=True):
     """`LoRADense` whose inputs go through the increments of layers before it too.
 
     y = x (kernel + sum_i s_i a_i b_i) + bias, over the previous layers' increments and its own. Those are
-    read where the layers keep them, not copied: they train with the layers they come from, and their exact
-    gradient, which adds up over the layers, is dense.
+    read where the layers keep them, not copied; their exact gradient, which adds up over layers, is dense.
 
     Its parameters are `kernel` (n, m), `bias` (m,) and `block_lora`, a `LowRank` of shape (n, m).
     `merge_shortcuts` makes those of a plain `nn.Dense` that computes the same, to rounding.
@@ -42,14 +41,11 @@ class BlockShortcutDense(WithLoRA, nn.Dense, kw_only=True):
       >>> import flax.linen as nn
       >>> import jax, jax.numpy as jnp
       >>> from oplora_jax.linen import BlockShortcutDense, LoRADense
-      >>> class Model(nn.Module):
-      ...   @nn.compact
-      ...   def __call__(self, x):
-      ...     first = LoRADense(4, rank=2)
-      ...     return BlockShortcutDense(4, rank=2, previous=[first])(nn.tanh(first(x)))
-      >>> params = Model().init(jax.random.key(0), jnp.ones((5, 4)))["params"]
+      >>> first = LoRADense(4, rank=2)
+      >>> model = nn.Sequential([first, nn.tanh, BlockShortcutDense(4, rank=2, previous=[first])])
+      >>> params = model.init(jax.random.key(0), jnp.ones((5, 4)))["params"]
       >>> {name: sorted(layer) for name, layer in params.items()}
-      {'LoRADense_0': ['bias', 'kernel', 'lora'], 'BlockShortcutDense_0': ['bias', 'block_lora', 'kernel']}
+      {'layers_0': ['bias', 'kernel', 'lora'], 'layers_2': ['bias', 'block_lora', 'kernel']}
     """
 
     previous: Sequence[nn.Module]
@@ -110,37 +106,33 @@ def merge_shortcuts(model: nn.Module, params: Any, *args: Any, **kwargs: Any) ->
       >>> import flax.linen as nn
       >>> import jax, jax.numpy as jnp
       >>> from oplora_jax.linen import BlockShortcutDense, LoRADense, merge_shortcuts
-      >>> first = LoRADense(4, rank=2)
+      >>> x, first = jnp.ones((5, 4)), LoRADense(4, rank=2)
       >>> model = nn.Sequential([first, BlockShortcutDense(4, rank=2, previous=[first])])
-      >>> x = jnp.ones((5, 4))
       >>> params = model.init(jax.random.key(0), x)["params"]
       >>> {name: sorted(layer) for name, layer in merge_shortcuts(model, params, x).items()}
       {'layers_0': ['bias', 'kernel'], 'layers_1': ['bias', 'kernel']}
     """
     refuse_old_names(params)
-    previous: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+    previous: dict[str, list[tuple[str, ...]]] = {}
 
     def note(call: Any, call_args: Any, call_kwargs: Any, context: Any) -> Any:
         layer = context.module
         if isinstance(layer, BlockShortcutDense) and context.method_name == "__call__":
-            previous[layer.path] = [other.path for other in layer.previous]
+            previous["/".join(layer.path)] = [other.path for other in layer.previous]
         return call(*call_args, **call_kwargs)
 
     with nn.intercept_methods(note):
         model.lazy_init(jax.random.key(0), *args, **kwargs)
-    at = lambda path: functools.reduce(operator.getitem, path, params)
+    at = lambda path: _find(functools.reduce(operator.getitem, path, params))
 
-    def merged_blocks(tree: Any, path: tuple[str, ...]) -> Any:
-        if not isinstance(tree, Mapping):
-            return tree
-        if path not in previous:
-            return {name: merged_blocks(child, (*path, name)) for name, child in tree.items()}
-        tree = dict(tree)
-        loras = [*(_find(at(other)) for other in previous[path]), meta.unbox(tree.pop("block_lora"))]
-        tree["kernel"] = meta.replace_boxed(tree["kernel"], merge_block(meta.unbox(tree["kernel"]), loras))
-        return tree
+    def merge_one(layer: dict[str, Any], path: str) -> dict[str, Any]:
+        if path in previous:
+            loras = [*map(at, previous[path]), meta.unbox(layer.pop("block_lora"))]
+            kernel = merge_block(meta.unbox(layer["kernel"]), loras)
+            layer["kernel"] = meta.replace_boxed(layer["kernel"], kernel)
+        return merge_layer(layer, path)
 
-    return merge_tree(merged_blocks(params, ()), "")
+    return map_layers(merge_one, params)
 
 
 def _own(layer: WithLoRA, name: str) -> LowRank:
@@ -155,10 +147,8 @@ def _of(layer: nn.Module) -> LowRank:
     """The increment of another layer of the model."""
     lora = _find(layer.variables.get("params", {}))
     if lora is None:
-        raise ValueError(
-            f"the previous layer {'/'.join(layer.path)!r} has no LoRA parameter yet; previous takes LoRA "
-            "layers that the model calls before this one"
-        )
+        name = "/".join(layer.path)
+        raise ValueError(f"the previous layer {name!r} has no LoRA parameter yet; call it before this one")
     return lora
 
 

@@ -22,9 +22,7 @@ Size = int | Shape
 Alpha = float | int | None
 
 
-def init_lora_param(
-    layer: nnx.Module, rank: int, alpha: Alpha, rngs: Rngs, dtype: Any = None
-) -> nnx.LoRAParam[Any]:
+def lora_param(layer: nnx.Module, rank: int, alpha: Alpha, rngs: Rngs, dtype: Any = None) -> nnx.LoRAParam:
     """The LoRA parameter of a layer that has its kernel: a `LowRank` of a type, the kernel's if None."""
     kernel = layer.kernel.get_value()
     return nnx.LoRAParam(init_beside(rngs.params(), kernel, roles(layer), rank, alpha, dtype))
@@ -44,11 +42,8 @@ def roles(layer: nnx.Module) -> str:
         transposed = getattr(layer, "transpose_kernel", False)
         known = "i" * len(layer.kernel_size) + ("oi" if transposed else "io")
         shape = tuple(layer.kernel_shape)
-    kernel = layer.kernel.get_value()
-    if kernel.shape[-len(shape) :] != shape:
-        raise ValueError(
-            f"the kernel is {kernel.shape}; expected {shape}, with axes in front if layers are stacked"
-        )
+    if (got := layer.kernel.shape)[-len(shape) :] != shape:
+        raise ValueError(f"the kernel is {got}; expected {shape}, with axes in front if layers are stacked")
     return known
 
 
@@ -113,7 +108,7 @@ class Dense(WithLoRA):
         self, in_features: Size, out_features: Size, rank: int, *, alpha: Alpha = None, rngs: Rngs, **options
     ):
         super().__init__(in_features, out_features, rngs=rngs, **options)
-        setattr(self, self.lora_name, init_lora_param(self, rank, alpha, rngs))
+        setattr(self, self.lora_name, lora_param(self, rank, alpha, rngs))
 
 
 class LoRALinear(Split, Dense, nnx.Linear):
@@ -174,8 +169,7 @@ class LoRAEinsum(Split, nnx.Einsum):
       rank, alpha, rngs, **options: as for `LoRALinear`; `bias_shape` is an option.
 
     Raises:
-      ValueError: an einsum that is no matrix product of the inputs and the kernel, or a rank that is not
-        between 1 and min(n, m).
+      ValueError: an einsum that is no matrix product of the inputs and the kernel; a rank out of range.
 
     Example:
       >>> import jax.numpy as jnp
@@ -190,7 +184,7 @@ class LoRAEinsum(Split, nnx.Einsum):
         self, einsum_str: str, kernel_shape: Shape, rank: int, *, alpha: Alpha = None, rngs: Rngs, **options
     ):
         super().__init__(einsum_str, tuple(kernel_shape), rngs=rngs, **options)
-        self.lora = init_lora_param(self, rank, alpha, rngs)
+        self.lora = lora_param(self, rank, alpha, rngs)
 
 
 class _Convolution(Merged):
@@ -206,7 +200,7 @@ class _Convolution(Merged):
         **options,
     ):
         super().__init__(in_features, out_features, kernel_size, rngs=rngs, **options)
-        self.lora = init_lora_param(self, rank, alpha, rngs)
+        self.lora = lora_param(self, rank, alpha, rngs)
 
 
 class LoRAConv(_Convolution, nnx.Conv):

@@ -10,7 +10,7 @@ from flax import nnx
 from oplora_jax.adapters.paths import matches, path_name
 from oplora_jax.adapters.reslora import SHORTCUTS
 from oplora_jax.nnx import layers as lora_layers
-from oplora_jax.nnx.layers import Merged, Split, WithLoRA, init_lora_param, merged_kernel
+from oplora_jax.nnx.layers import Merged, Split, WithLoRA, lora_param, merged_kernel
 from oplora_jax.nnx.reslora import BlockShortcutLinear, InputShortcutLinear
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -77,13 +77,11 @@ def loraize(
         raise ValueError(f"no layer matches {targets!r}; the paths of the layers are: {names or 'none'}")
     params = {}
     for path, layer in chosen.items():
-        name = type(layer).__name__
-        if isinstance(layer, WithLoRA) or hasattr(layer, "lora"):
-            raise ValueError(
-                f"{path!r}: this {name} has LoRA already; leave it out of the targets, or merge it first"
-            )
         try:
-            params[path] = init_lora_param(layer, rank, alpha, rngs, dtype)
+            if isinstance(layer, WithLoRA) or hasattr(layer, "lora"):
+                name = type(layer).__name__
+                raise ValueError(f"this {name} has LoRA already; leave it out of the targets, or merge it")
+            params[path] = lora_param(layer, rank, alpha, rngs, dtype)
         except ValueError as error:
             raise ValueError(f"{path!r}: {error}") from error
     for path, layer in chosen.items():
@@ -98,10 +96,7 @@ def merge(model: Model) -> Model:
     It computes what the model with LoRA does, to rounding, and is of the classes that `loraize` found.
 
     Args:
-      model: any module with LoRA layers, which stays as it is.
-
-    Returns:
-      A copy of it without LoRA.
+      model: any module with LoRA layers, which stays as it is: the result is a copy.
 
     Raises:
       ValueError: the model has no LoRA layer, or one of a class with a `__call__` of its own, or one that has

@@ -14,9 +14,7 @@ class BlockShortcutLinear(Dense, nnx.Linear):
     """`LoRALinear` whose inputs go through the increments of layers before it too.
 
     y = x (kernel + sum_i s_i a_i b_i) + bias, over the previous layers' increments and its own, `block_lora`.
-    The others are shared, not copied: they train with the layers they come from, and their exact gradient,
-    which adds up over the layers, is dense.
-
+    The others are shared, not copied; their exact gradient, which adds up over layers, is dense.
     `oplora_jax.nnx.merge` makes an `nnx.Linear` of it that computes the same, to rounding.
 
     Args:
