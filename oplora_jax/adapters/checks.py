@@ -15,11 +15,9 @@ from oplora_jax.matrix import LowRank
 
 def check_roles(lora: LowRank, roles: str, name: str) -> None:
     """Raises ValueError unless a LoRA parameter has the roles that a layer knows of its kernel's axes."""
-    if lora.roles != kept_roles(roles):
-        raise ValueError(
-            f"{name}: the LoRA parameter has roles={lora.roles!r}, its layer needs {kept_roles(roles)!r}; "
-            "dataclasses.replace(lora, roles=...) sets them"
-        )
+    if lora.roles != (needed := kept_roles(roles)):
+        found = f"the LoRA parameter has roles={lora.roles!r}, its layer needs {needed!r}"
+        raise ValueError(f"{name}: {found}; dataclasses.replace(lora, roles={needed!r}) sets them")
 
 
 def refuse_old_names(tree: Any, above: Sequence[str] = (), variable: str = "params") -> None:
@@ -30,9 +28,8 @@ def refuse_old_names(tree: Any, above: Sequence[str] = (), variable: str = "para
     """
     old = {}
     for path, node in jax.tree.leaves_with_path(tree, is_leaf=_is_factors):
-        keys = [jax.tree_util.keystr((key,), simple=True) for key in path]
-        keys = [*above, *(keys[:-1] if keys[-1:] == ["value"] else keys)]  # out of its box
-        match = re.fullmatch("lora_([bio]{2,})", keys[-1]) if keys and _is_factors(node) else None
+        keys = [*above, *(getattr(key, "key", getattr(key, "idx", None)) for key in path)]
+        match = re.fullmatch("lora_([bio]{2,})", str(keys[-1])) if keys and _is_factors(node) else None
         if match:
             new = f"oplora_jax.LowRank(**old, scale=alpha / rank, roles={match[1]!r})"
             if variable == "state":
@@ -40,12 +37,10 @@ def refuse_old_names(tree: Any, above: Sequence[str] = (), variable: str = "para
             elif isinstance(node, LowRank):
                 new = f"dataclasses.replace(old, roles={match[1]!r})"
             at = variable + "".join(f"[{key!r}]" for key in keys[:-1])
-            old["/".join(keys)] = f"old = {at}.pop({keys[-1]!r}); {at}['lora'] = {new}"
+            old["/".join(map(str, keys))] = f"old = {at}.pop({keys[-1]!r}); {at}['lora'] = {new}"
     if old:
-        raise ValueError(
-            f"{', '.join(old)}: the roles of a kernel's axes are no part of the name any more. Rename it:\n"
-            + "\n".join(old.values())
-        )
+        found = f"{', '.join(old)}: the roles of a kernel's axes are no part of the name any more"
+        raise ValueError("\n".join([f"{found}. Rename it:", *old.values()]))
 
 
 def _is_factors(node: Any) -> bool:

@@ -44,10 +44,8 @@ def axes_of(shape: Sequence[int], lora: LowRank) -> str:
     for roles in in_order if lora.roles is None else [stacked(lora.roles, ndim)]:
         if len(roles) == ndim and set(roles) <= set("bio") and matrix_shape(shape, roles) == lora.shape:
             return roles
-    expected = "(*batch, n, m), n the product of the axes next to the batch axes and m that of the rest"
-    if lora.roles is not None:
-        expected = f"the matrix of a kernel whose last axes have the roles {lora.roles!r}"
-    raise ValueError(f"the kernel is {tuple(shape)}, its LoRA parameter {lora.shape}; expected {expected}")
+    found = f"the kernel is {tuple(shape)}, its LoRA parameter {lora.shape} with roles={lora.roles!r}"
+    raise ValueError(f"{found}; expected n the product of the axes of inputs and m that of the outputs")
 
 
 def add_increment(kernel: Array, lora: LowRank) -> Array:
@@ -134,13 +132,8 @@ def add_einsum_increment(
 ) -> Array:
     """y + einsum(equation, x, the increment of the kernel), in the type of y and with its sharding.
 
-    Args:
-      y: the outputs of the layer without LoRA.
-      equation: an explicit einsum of two operands, the inputs and the kernel.
-      x: the inputs. The increment is multiplied in their type.
-      kernel_shape: the shape of the kernel.
-      lora: the increment of its matrix; of another shape it raises ValueError.
-      precision: of the products, as for `jnp.einsum`.
+    The equation is an explicit einsum of two operands, the inputs and the kernel. The increment is multiplied
+    in the type of x, at a precision as for `jnp.einsum`; one of another matrix raises ValueError.
     """
     roles = kernel_roles(equation, len(kernel_shape))
     matrix = matrix_shape(kernel_shape, roles)

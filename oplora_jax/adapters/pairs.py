@@ -79,15 +79,12 @@ def pair_factors(
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
-      >>> from flax import nnx
       >>> import oplora_jax
-      >>> model = nnx.LoRALinear(4, 3, lora_rank=2, rngs=nnx.Rngs(0))
+      >>> params = {"lora_a": jnp.ones((4, 2)), "lora_b": jnp.zeros((2, 3))}
       >>> tx = oplora_jax.pair_factors(oplora_jax.oplora(0.1))
-      >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
-      >>> loss_fn = lambda model: jnp.mean((model(jnp.ones((5, 4))) - 1) ** 2)
-      >>> loss, gradients = nnx.value_and_grad(loss_fn, argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
-      >>> _ = optimizer.update(model, gradients)
-      >>> bool(loss_fn(model) < loss)
+      >>> loss_fn = lambda p: jnp.mean((jnp.ones((5, 4)) @ p["lora_a"] @ p["lora_b"] - 1) ** 2)
+      >>> updates, state = tx.update(jax.grad(loss_fn)(params), tx.init(params), params)
+      >>> bool(loss_fn(optax.apply_updates(params, updates)) < loss_fn(params))
       True
     """
     tx = optax.with_extra_args_support(tx)
@@ -103,9 +100,7 @@ def pair_factors(
         try:
             gradients = tree.treedef.flatten_up_to(updates)
         except ValueError as error:
-            raise ValueError(
-                f"the tree of gradients does not have the parameters' structure: {error}"
-            ) from error
+            raise ValueError(f"the tree does not have the parameters' structure: {error}") from error
         inner = None if params is None else _gather(tree, tree.leaves)
         new, state = tx.update(_gather(tree, gradients), state, inner, **extra_args)
         if not tree.leaves:
@@ -130,9 +125,6 @@ def to_low_rank(tree: Any, **layout: Any) -> dict[str, LowRank]:
 
     Returns:
       A dict from the pairs' names to `LowRank` parameters, a (*batch, n, r) and b (*batch, r, m).
-
-    Raises:
-      ValueError: as `pair_factors` does.
 
     Example:
       >>> import jax.numpy as jnp
@@ -159,7 +151,7 @@ def from_low_rank(lora: dict[str, LowRank], tree: Any, **layout: Any) -> Any:
       A tree like the given one, in its types.
 
     Raises:
-      ValueError: as `to_low_rank` does; and for a name that the tree lacks, or factors of other shapes.
+      ValueError: as `pair_factors`, and for a name that the tree lacks, or factors of other shapes.
 
     Example:
       >>> import jax.numpy as jnp
@@ -192,8 +184,7 @@ def _take_apart(
 ) -> _Tree:
     """Finds the pairs among the leaves of a tree."""
     paths_and_leaves, treedef = jax.tree.flatten_with_path(tree, is_leaf=is_matrix)
-    names = [leaf_name(path) for path, _ in paths_and_leaves]
-    leaves = [leaf for _, leaf in paths_and_leaves]
+    names, leaves = [leaf_name(path) for path, _ in paths_and_leaves], [leaf for _, leaf in paths_and_leaves]
     endings = _ENDINGS if pattern is None else (pattern,)
     found = collections.defaultdict(dict)  # by what is before the ending, and the ending: {0 or 1: index}
     for index, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
@@ -205,10 +196,8 @@ def _take_apart(
     for (stem, ending), halves in found.items():
         if len(halves) < 2:
             [(which, index)] = halves.items()
-            raise ValueError(
-                f"{names[index]}: a LoRA factor without the other one, {stem}{ending[1 - which]}; both must "
-                "be in the tree (and both masked or none)"
-            )
+            other = f"{stem}{ending[1 - which]}; both must be in the tree (and both masked or none)"
+            raise ValueError(f"{names[index]}: a LoRA factor without the other one, {other}")
         name, indices = stem[:-1], [halves[0], halves[1]]
         paths, shapes = [names[i] for i in indices], [jnp.shape(leaves[i]) for i in indices]
         if name in pairs:

@@ -1,4 +1,7 @@
-"""LoRA adapters of Hugging Face PEFT, read and written without PyTorch."""
+"""LoRA adapters of Hugging Face PEFT, read and written without PyTorch.
+
+The format is that of https://huggingface.co/docs/peft/developer_guides/checkpoint.
+"""
 
 import collections
 import json
@@ -48,8 +51,8 @@ def save_adapter(
 ) -> None:
     """Writes LoRA parameters as a PEFT adapter, which `peft.PeftModel.from_pretrained` loads.
 
-    The factors are written in their types, bit for bit. Ranks and scales may differ between parameters.
-    An adapter has matrices (n, m), and no `roles` of a kernel's axes.
+    The factors are written in their types, bit for bit; the `roles` of a kernel's axes are not. Ranks and
+    scales may differ between parameters.
 
     Args:
       folder: made if need be; its adapter_model.safetensors and adapter_config.json are replaced, each as a
@@ -63,8 +66,7 @@ def save_adapter(
       fan_in_fan_out: True where the modules are `Conv1D`, as GPT-2's; PEFT only warns without it.
 
     Raises:
-      ValueError: no LoRA parameter, one without a name, two with the same, a number of names that is not
-        that of the layers, or factors that do not fit.
+      ValueError: no LoRA parameter, names that are missing, repeated or too few, factors that do not fit.
 
     Example:
       >>> import tempfile
@@ -79,9 +81,6 @@ def save_adapter(
       ...   loaded = load_adapter(folder, names=names)
       >>> bool((loaded["query/kernel"].a == lora["query/kernel"].a).all()), loaded["query/kernel"].scale
       (True, 4.0)
-
-    References:
-      PEFT, https://huggingface.co/docs/peft/developer_guides/checkpoint.
     """
     modules: dict[str, LowRank] = {}
     for path, node in jax.tree.leaves_with_path(lora, is_leaf=is_low_rank):
@@ -134,9 +133,8 @@ def load_adapter(folder: str | os.PathLike[str], *, names: Names | None = None) 
 
     Raises:
       FileNotFoundError: a file that is missing.
-      ValueError: anything besides plain LoRA of dense layers (DoRA, biases, convolutions, an initialisation
-        that changes the base model and so on), factors that do not fit, a module without a name, or layers
-        of a stack that do not match. Nothing is left out silently.
+      ValueError: anything besides plain LoRA of dense layers, which would be left out otherwise; factors that
+        do not fit, a module without a name, or layers of a stack that do not match.
 
     Example:
       >>> import tempfile
@@ -147,9 +145,6 @@ def load_adapter(folder: str | os.PathLike[str], *, names: Names | None = None) 
       ...   save_adapter(folder, {"encoder.query": LowRank(jnp.ones((3, 1)), jnp.ones((1, 2)))})
       ...   {path: p.shape for path, p in load_adapter(folder).items()}
       {'encoder/query/kernel': (3, 2)}
-
-    References:
-      PEFT, https://huggingface.co/docs/peft/developer_guides/checkpoint.
     """
     folder = pathlib.Path(folder)
     for name in (_CONFIG, _WEIGHTS):
@@ -260,8 +255,8 @@ def _pair_tensors(tensors: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndar
 
 
 def _from_tensors(module: str, factors: dict[str, np.ndarray], config: dict[str, Any]) -> LowRank:
-    rank = _by_pattern(config.get("rank_pattern"), module, config.get("r", 8))
-    alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+    rank = _by_pattern(config.get("rank_pattern") or {}, module, config.get("r", 8))
+    alpha = _by_pattern(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", 8))
     shapes = factors["A"].shape, factors["B"].shape
     if not shapes[0][0] == shapes[1][1] == rank:
         factors = f"lora_A {shapes[0]} and lora_B {shapes[1]} do not fit"
@@ -275,13 +270,10 @@ def _from_tensors(module: str, factors: dict[str, np.ndarray], config: dict[str,
     return node
 
 
-def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
+def _by_pattern(patterns: dict[str, Any], module: str, default: Any) -> Any:
     """The value of a module, as PEFT's get_pattern_key finds it."""
-    patterns = patterns or {}
-    for key, value in patterns.items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return patterns.get(module, default)
+    keys = (key for key in patterns if re.match(rf"(.*\.)?({key})$", module))
+    return patterns.get(next(keys, module), default)
 
 
 def _by_dict(modules: dict[str, LowRank], names: Mapping[str, Any]) -> dict[str, LowRank]:

@@ -17,8 +17,7 @@ from oplora_jax.sharding import shard_like
 # What layers call increments that are more than an addition to the kernel beside them, with why.
 SHORTCUTS = {
     "block_lora": "other layers' increments belong to this kernel too; use oplora_jax.linen.merge_shortcuts",
-    "input_lora": "an input shortcut has no merged form, since its outputs depend on the previous layer's "
-    "inputs too; keep the layer as it is",
+    "input_lora": "an input shortcut has no merged form, as it sees the previous layer's inputs; keep it",
 }
 
 
@@ -40,10 +39,8 @@ def block_shortcut(
         ``loras[max(0, l - k + 1) : l + 1]``.
 
     Returns:
-      The outputs, in the promoted type of x and the kernel.
-
-    Raises:
-      ValueError: no increments, or shapes that do not fit.
+      The outputs, in the promoted type of x and the kernel. No increments, or shapes that do not fit, raise
+        ValueError.
 
     Example:
       >>> import jax.numpy as jnp
@@ -60,7 +57,7 @@ def block_shortcut(
 def merge_block(kernel: Float[Array, "*batch n m"], loras: Sequence[LowRank]) -> Float[Array, "*batch n m"]:
     """The kernel of the plain layer that computes what `block_shortcut` does, to rounding.
 
-    Args and Raises are those of `block_shortcut`.
+    Args are those of `block_shortcut`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -93,7 +90,7 @@ def input_shortcut(
       x, previous_x: the inputs of the layer, and of the layer before it, of one shape.
       kernel, lora: the frozen weight W, and the layer's increment.
 
-    Returns and Raises are those of `block_shortcut`.
+    Returns what `block_shortcut` does.
 
     Example:
       >>> import jax.numpy as jnp

@@ -19,15 +19,14 @@ def merge_and_restart(
     r"""Merges LoRA parameters into the kernels they belong to, and starts fresh ones of the same rank.
 
     :math:`W \leftarrow W + s\,a\,b`, then a new a and b = 0: the model computes what it did, to the rounding
-    of the kernels' type (of which a bfloat16 kernel takes on nothing below 1/512 of its entries), and the
-    next increment may lie in other directions. After k rounds the weights have moved by a matrix of rank up
-    to k r.
+    of the kernels' type (a bfloat16 kernel takes on nothing below 1/512 of its entries), and the next
+    increment may lie in other directions. After k rounds the weights have moved by rank up to k r.
 
-    The result has the structure and the types of the arguments: call it every so many steps under
-    `jax.lax.cond`. The optimizer's state is the caller's: ``tx.init(lora)`` begins anew, its schedule and its
-    counters with it, as Chain of LoRA does; or it is kept, which suits a momentum of the full weight, such as
-    that of `oplora`. To unload a share f alone, as PeriodicLoRA offers, ``merge(params, ...)`` the increments
-    with f b and keep (1 - f) b.
+    The result has the structure and the types of the arguments, for `jax.lax.cond`. The optimizer's state is
+    the caller's: ``tx.init(lora)`` begins anew, its schedule and its counters with it, as Chain of LoRA does
+    (https://arxiv.org/abs/2401.04151); or it is kept, which suits a momentum of the full weight, such as that
+    of `oplora`. To unload a share f alone, as PeriodicLoRA (https://arxiv.org/abs/2402.16141) offers,
+    ``merge(params, ...)`` the increments with f b and keep (1 - f) b.
 
     Args:
       key: a random key, another one for each restart, such as `jax.random.fold_in(key, step)`.
@@ -35,9 +34,6 @@ def merge_and_restart(
 
     Returns:
       The merged params, and the fresh LoRA parameters.
-
-    Raises:
-      ValueError: as for `merge`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -56,9 +52,6 @@ def merge_and_restart(
       >>> params, lora, state = after_step(1000, params, lora, tx.init(lora))
       >>> float(params["dense"]["kernel"][0, 0]), float(lora["dense/kernel"].b[0, 0])
       (2.0, 0.0)
-
-    References:
-      Chain of LoRA, https://arxiv.org/abs/2401.04151; PeriodicLoRA, https://arxiv.org/abs/2402.16141.
     """
     keys = jax.random.split(key, len(lora) or 1)
     fresh = {path: _fresh(old, k) for k, (path, old) in zip(keys, lora.items(), strict=False)}

@@ -1,6 +1,6 @@
 """A linen layer's call with LoRA: what the LoRA layers and the layers of a loraized model share."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -22,28 +22,20 @@ class WithLoRA(nn.Module, kw_only=True):
     alpha: float | int | None = None
 
 
-def call_with_lora(
-    layer: nn.Module,
-    call: Callable[..., Any],
-    arguments: tuple[Sequence[Any], Mapping[str, Any]],
-    rank: int,
-    alpha: float | int | None,
-    split: bool,
-    dtype: Any = None,
-) -> Any:
+def call_with_lora(layer: nn.Module, call: Any, args: Any, kwargs: Any, new: tuple, split: bool) -> Any:
     """What a layer, one of LAYERS or of a subclass, returns with LoRA.
 
-    The parameter stands beside the layer's kernel. One that does not exist yet is created after the layer's
-    own parameters, which so get the random keys that they would get without it.
+    The parameter stands beside the layer's kernel. One that does not exist yet is created, of the rank, the
+    alpha and the type in `new`, after the layer's own parameters, which so get the random keys that they
+    would get without it.
 
-    Args:
-      layer, call, arguments: the layer, its own method without LoRA, the positional and keyword arguments.
-      rank, alpha, dtype: of a new parameter; None are a scale of 1 and the kernel's type.
-      split: whether to add the increment to the outputs, which is right for a dense layer's own call alone;
-        otherwise the layer runs with merged weights.
+    `call` is the layer's own method, without LoRA. With `split` the increment is added to the outputs, which
+    is right for a dense layer's own call alone; otherwise the layer runs with merged weights.
     """
-    args, kwargs = arguments
-    einsum = _einsum(layer, args, kwargs)
+    einsum = None
+    if isinstance(layer, nn.Einsum):  # its call may be given the equation
+        given = args[1] if len(args) > 1 else kwargs.get("einsum_str")
+        einsum = nn.merge_param("einsum_str", layer.einsum_str, given)
     roles = _roles(layer, einsum)
     lora = _lora(layer, roles)
     if lora is not None and not split:
@@ -53,7 +45,7 @@ def call_with_lora(
         return y
     kernel = meta.unbox(layer.get_variable("params", "kernel"))
     if lora is None:  # scope.param raises Flax's own error where parameters cannot be created
-        layer.scope.param("lora", init_beside, kernel, roles, rank, alpha, dtype)
+        layer.scope.param("lora", init_beside, kernel, roles, *new)
         return y  # the increment is zero
     x = promoted(layer, args[0] if args else kwargs["inputs"])
     if einsum is None:
@@ -77,14 +69,6 @@ def promoted(layer: nn.Module, x: Any) -> Any:
     kernel = meta.unbox(layer.get_variable("params", "kernel"))
     bias = meta.unbox(layer.get_variable("params", "bias")) if layer.use_bias else None
     return layer.promote_dtype(x, kernel, bias, dtype=layer.dtype)[0]
-
-
-def _einsum(layer: nn.Module, args: Any, kwargs: Any) -> str | None:
-    """The equation of an `nn.Einsum`, which its call may be given."""
-    if not isinstance(layer, nn.Einsum):
-        return None
-    given = args[1] if len(args) > 1 else kwargs.get("einsum_str")
-    return nn.merge_param("einsum_str", layer.einsum_str, given)
 
 
 def _roles(layer: nn.Module, einsum: str | None) -> str:

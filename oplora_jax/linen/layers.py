@@ -19,8 +19,8 @@ class _Layer(WithLoRA, kw_only=True):
     @nn.compact
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's outputs; the arguments are those of Flax's layer."""
-        split = isinstance(self, SPLIT)
-        return call_with_lora(self, super().__call__, (args, kwargs), self.rank, self.alpha, split)
+        new, split = (self.rank, self.alpha, None), isinstance(self, SPLIT)
+        return call_with_lora(self, super().__call__, args, kwargs, new, split)
 
 
 @no_type_check
@@ -73,11 +73,8 @@ class LoRAEinsum(_Layer, nn.Einsum):
     The axes of the kernel that the inputs have and the outputs lack are contracted: together they are n.
     Those that the outputs have and the inputs lack are m; those that both have are batch axes. Where they
     are not in the order batch, n, m, the `roles` of the LoRA parameter say what each axis is: "oio" for
-    "btd,ndh->btnh". `rank` and `alpha` are as for `LoRADense`.
-
-    Raises:
-      ValueError: an einsum that is no matrix product of the inputs and the kernel, or one given to the call
-        with other roles than at the initialisation; a rank out of range.
+    "btd,ndh->btnh". An einsum that is no matrix product of the two, or of other roles when it is called than
+    when it was initialised, raises ValueError. `rank` and `alpha` are as for `LoRADense`.
 
     Example:
       >>> import jax, jax.numpy as jnp

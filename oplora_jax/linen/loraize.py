@@ -1,7 +1,7 @@
 """LoRA on the layers of an existing linen model, whose source stays as it is."""
 
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -54,7 +54,7 @@ def loraize(
 
 
 class Target(NamedTuple):
-    """Which layers have what LoRA: the arguments of one `loraize`."""
+    """Which layers have LoRA, of what rank, alpha and type: the arguments of one `loraize`."""
 
     patterns: str | tuple[str, ...]
     rank: int
@@ -93,12 +93,7 @@ class LoRA(nn.Module):
 
     @nn.nowrap
     def _intercepted(self, name: str, args: Any, kwargs: Any, seen: dict[str, list[Target]]) -> Any:
-        with nn.intercept_methods(self._interceptor(seen)):
-            return getattr(self.model, name)(*args, **kwargs)
-
-    @nn.nowrap
-    def _interceptor(self, seen: dict[str, list[Target]]) -> Callable[..., Any]:
-        """Calls the layers that match with LoRA, and records which layers there are."""
+        """Calls the layers that match with LoRA, and records in `seen` which layers there are."""
         root = self.scope.path
 
         def interceptor(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -112,20 +107,19 @@ class LoRA(nn.Module):
             if not targets:
                 return call(*args, **kwargs)
             if len(targets) > 1 or owner is not None or isinstance(layer, WithLoRA):
-                raise ValueError(
-                    f"{path!r}: this {type(layer).__name__} has LoRA already; leave it out of the targets"
-                )
+                name = f"{path!r}: this {type(layer).__name__}"
+                raise ValueError(f"{name} has LoRA already; leave it out of the targets")
             # To a class that computes anything else than these do, a subclass's say, belong merged weights.
             split = type(layer).__call__ in [cls.__call__ for cls in SPLIT]
             if split and context.method_name != "__call__":
                 return call(*args, **kwargs)
             object.__setattr__(layer, "_lora_of", seen)
             try:
-                [(_, rank, alpha, dtype)] = targets
-                return call_with_lora(layer, call, (args, kwargs), rank, alpha, split, dtype)
+                return call_with_lora(layer, call, args, kwargs, targets[0][1:], split)
             except ValueError as error:
                 raise ValueError(f"{path!r}: {error}") from error
             finally:
                 object.__delattr__(layer, "_lora_of")
 
-        return interceptor
+        with nn.intercept_methods(interceptor):
+            return getattr(self.model, name)(*args, **kwargs)

@@ -84,9 +84,7 @@ def map_layers(function: Callable[[dict[str, Any], str], Any], tree: Any, path: 
 
 
 def merge(params: Any) -> Any:
-    """The parameters of the plain model: the LoRA increments added to the kernels beside them.
-
-    The plain model computes with them what the model with LoRA does, to rounding.
+    """The parameters of the plain model, which computes the same, to rounding: increments added to kernels.
 
     Args:
       params: the parameters of a model with LoRA layers, or all its variables.

@@ -34,8 +34,7 @@ class BlockShortcutDense(WithLoRA, nn.Dense, kw_only=True):
         layer l of a stack, with shortcuts over k layers, ``layers[max(0, l - k + 1) : l]``.
 
     Raises:
-      ValueError: a previous layer without an increment, or with one of another shape; a rank that is not
-        between 1 and min(n, m).
+      ValueError: a previous layer without an increment, or with one of another shape; a rank out of range.
 
     Example:
       >>> import flax.linen as nn
@@ -64,8 +63,7 @@ class InputShortcutDense(WithLoRA, nn.Dense):
     """`LoRADense` whose increment sees the previous layer's inputs too.
 
     y = x kernel + s ((x + previous_x) a) b + bias, called as ``layer(x, previous_x)`` with two arrays
-    (..., n), of one shape or it raises ValueError. No plain layer computes this: `merge` and
-    `merge_shortcuts` refuse it.
+    (..., n) of one shape. No plain layer computes this: `merge` and `merge_shortcuts` refuse it.
 
     Its parameters are `kernel` (n, m), `bias` (m,) and `input_lora`, a `LowRank` of shape (n, m). `rank` and
     `alpha` are as for `LoRADense`.

@@ -25,9 +25,9 @@ def value_and_grad(
 
     Args:
       loss_fn: a function of (model, *args, **kwargs) that returns a scalar loss, or with `has_aux` a pair.
-      gradient, has_aux, moments: as for `oplora_jax.value_and_grad`.
       wrt: an NNX filter, the variables to differentiate by; the same as the optimizer's.
-      microbatches: as for `oplora_jax.value_and_grad`. The other state goes from each to the next.
+      gradient, has_aux, moments, microbatches: as for `oplora_jax.value_and_grad`. The other state goes from
+        each microbatch to the next.
 
     Returns:
       A function of (model, *args, **kwargs) that returns (value, gradients), the gradients an `nnx.State`

@@ -118,8 +118,7 @@ class LoRALinear(Split, Dense, nnx.Linear):
     `nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)` trains the LoRA parameters alone.
 
     Args:
-      in_features: n.
-      out_features: m.
+      in_features, out_features: n and m.
       rank: r, at most min(n, m).
       alpha: the scale is alpha / rank; 1 when alpha is None.
       rngs: random number streams; "params" is used.
@@ -141,12 +140,8 @@ class LoRALinear(Split, Dense, nnx.Linear):
 class LoRALinearGeneral(Split, Dense, nnx.LinearGeneral):
     """`flax.nnx.LinearGeneral` with a LoRA increment.
 
-    The contracted axes of the kernel together are n, those of the features m; a `batch_axis` gives each of
-    its entries factors of its own.
-
-    Args:
-      in_features, out_features: sizes of the contracted axes, and of those of the outputs.
-      rank, alpha, rngs, **options: as for `LoRALinear`.
+    The contracted axes of the kernel, of sizes in_features, together are n, those of the outputs m; a
+    `batch_axis` gives each of its entries factors of its own. The rest is as for `LoRALinear`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -162,14 +157,8 @@ class LoRAEinsum(Split, nnx.Einsum):
     """`flax.nnx.Einsum` with a LoRA increment.
 
     The axes of the kernel that the inputs have and the outputs lack are contracted: together they are n.
-    Those that the outputs have and the inputs lack are m; those that both have are batch axes.
-
-    Args:
-      einsum_str, kernel_shape: the einsum of the inputs and the kernel, and the kernel's shape.
-      rank, alpha, rngs, **options: as for `LoRALinear`; `bias_shape` is an option.
-
-    Raises:
-      ValueError: an einsum that is no matrix product of the inputs and the kernel; a rank out of range.
+    Those that the outputs have and the inputs lack are m; those that both have are batch axes. An einsum that
+    is no matrix product of the two raises ValueError. The rest is as for `LoRALinear`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -207,12 +196,7 @@ class LoRAConv(_Convolution, nnx.Conv):
     """`flax.nnx.Conv` with a LoRA increment: one convolution with the kernel and a b added up.
 
     The kernel (*kernel_size, in_features / groups, out_features) is the matrix of all its axes but the last
-    by the last. The gradient of that matrix is captured dense.
-
-    Args:
-      in_features, out_features: channels of the inputs, and of the outputs, m.
-      kernel_size: the window; n is its size times the channels that a window sees.
-      rank, alpha, rngs, **options: as for `LoRALinear`; `strides` is an option.
+    by the last. The gradient of that matrix is captured dense. The rest is as for `LoRALinear`.
 
     Example:
       >>> import jax.numpy as jnp

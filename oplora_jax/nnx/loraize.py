@@ -51,8 +51,8 @@ def loraize(
       The paths of the layers that have changed.
 
     Raises:
-      ValueError: no layer matched (the message lists the paths of those that could), a layer has LoRA
-        already, or its kernel is too small for the rank. The model is then as it was.
+      ValueError: no layer matched, one has LoRA already, or its kernel is too small for the rank. The model
+        is then as it was.
 
     Example:
       >>> import jax.numpy as jnp
@@ -120,10 +120,8 @@ def merge(model: Model) -> Model:
         if isinstance(layer, InputShortcutLinear):
             raise ValueError(f"{name}: {SHORTCUTS['input_lora']}")
         if type(layer).__call__ not in (Split.__call__, Merged.__call__, BlockShortcutLinear.__call__):
-            raise ValueError(
-                f"{name}: {type(layer).__name__} has a __call__ of its own, which a plain {plain.__name__} "
-                "would lose. Merge its lora into its kernel yourself"
-            )
+            own = f"{type(layer).__name__} has a __call__ of its own, which {plain.__name__} would lose"
+            raise ValueError(f"{name}: {own}. Merge its lora into its kernel yourself")
         if isinstance(layer, BlockShortcutLinear):
             layer.kernel.set_value(layer.merged_kernel())
             del layer.previous

@@ -64,9 +64,8 @@ class InputShortcutLinear(Dense, nnx.Linear):
     """`LoRALinear` whose increment, `input_lora`, sees the previous layer's inputs too.
 
     y = x kernel + s ((x + previous_x) a) b + bias, called as ``layer(x, previous_x)`` with two arrays
-    (..., n). No plain layer computes this, and `oplora_jax.nnx.merge` refuses it.
-
-    Args and Raises are those of `LoRALinear`; the call raises ValueError where the inputs' shapes differ.
+    (..., n) of one shape. No plain layer computes this, and `oplora_jax.nnx.merge` refuses it. The arguments
+    are those of `LoRALinear`.
 
     Example:
       >>> import jax.numpy as jnp

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import serialization
+from flax import nnx, serialization
 from flax.training.train_state import TrainState
 
 import oplora_jax
+import oplora_jax.nnx
 from oplora_jax import LowRank, is_low_rank, merge_and_restart_layers
 from oplora_jax.linen import LoRAConvTranspose, LoRAEinsum, add_lora, loraize, merge
 
@@ -122,3 +123,24 @@ def test_other_names_are_left_alone():
     """Two arrays by the names of flax.nnx.LoRA, and a dict that is no parameter of ours."""
     params = {**new_params(), "other": {"lora_a": X, "lora_b": X}, "lora_bio": {"weights": X}}
     assert set(merge(params)) == {"mix", "head", "other", "lora_bio"}
+
+
+def test_a_path_through_a_list():
+    old = {
+        "blocks": [{}, {"lora_oi": LowRank(jnp.ones((4, 1)), jnp.ones((1, 4))), "kernel": jnp.ones((4, 4))}]
+    }
+    with pytest.raises(ValueError, match="blocks/1/lora_oi: ") as error:
+        merge_and_restart_layers(KEY, old)
+    mend(error, params=old)
+    assert old["blocks"][1]["lora"].roles == "oi" and "lora_oi" not in old["blocks"][1]
+
+
+def test_nnx_layers_need_their_roles():
+    """A square kernel: without them the increment would be merged transposed, and nothing would be said."""
+    layer = oplora_jax.nnx.LoRAEinsum("btd,hd->bth", (4, 4), 2, rngs=nnx.Rngs(0))
+    lora = layer.lora.get_value()
+    assert lora.roles == "oi"
+    layer.lora.set_value(dataclasses.replace(lora, roles=None))
+    for use in (lambda: layer(X), lambda: oplora_jax.nnx.merge(layer)):
+        with pytest.raises(ValueError, match="LoRAEinsum: .* has roles=None, its layer needs 'oi'"):
+            use()
