@@ -142,5 +142,5 @@ def test_nnx_layers_need_their_roles():
     assert lora.roles == "oi"
     layer.lora.set_value(dataclasses.replace(lora, roles=None))
     for use in (lambda: layer(X), lambda: oplora_jax.nnx.merge(layer)):
-        with pytest.raises(ValueError, match="LoRAEinsum: .* has roles=None, its layer needs 'oi'"):
+        with pytest.raises(ValueError, match=r"LoRAEinsum: .* has roles=None, its layer needs 'oi'"):
             use()
