@@ -33,8 +33,8 @@ class LowRank:
       a: the left factor, `Float[Array, "*batch n r"]`.
       b: the right factor, `Float[Array, "*batch r m"]`.
       scale: a static positive number, LoRA's alpha / r.
-      roles: static, of a kernel of other axes than (*batch, n, m): a letter for each of its axes, "b" for a
-        batch axis, "i" for one of the inputs, "o" for one of the outputs.
+      roles: static, of a kernel whose axes are not in the order batch, inputs, outputs: a letter for each,
+        "b", "i" or "o". The kernel may have more batch axes in front, of stacked layers.
 
     Example:
       >>> import jax.numpy as jnp

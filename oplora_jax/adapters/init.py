@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
 from oplora_jax._jax import Tracer
-from oplora_jax.adapters.kernel_axes import matrix_shape
+from oplora_jax.adapters.kernel_axes import axes_of, kept_roles, matrix_shape, stacked
 from oplora_jax.adapters.paths import matches, path_name
 from oplora_jax.matrix import LowRank
 from oplora_jax.sharding import merged, partition
@@ -29,29 +29,28 @@ def init_lora(
     """LoRA parameters for the kernels of a model whose path matches a pattern.
 
     A path is written like "encoder/layer_0/query/kernel". The left factor is uniform as in He's
-    initialisation, the right one zero, so that training starts at the model as it is.
+    initialisation, the right one zero: training starts at the model as it is.
 
     Args:
       key: a random key.
-      params: any tree of arrays. Only floating-point arrays of two or more axes are considered. A kernel of
-        more than two, such as a convolution's (height, width, inputs, outputs), is taken for the matrix of
-        all its leading axes by its last, unless the next arguments say otherwise.
+      params: any tree; considered are floating-point arrays of two or more axes. A kernel of more than two,
+        such as a convolution's (height, width, inputs, outputs), is the matrix of all its leading axes by
+        its last, unless the next arguments say otherwise.
       rank: r, at most either side of every kernel chosen.
       targets: one pattern or several: a glob for the whole path, or a regular expression found in it.
       alpha: the scale is alpha / rank; 1 when alpha is None.
       batch_axes: how many of the first axes of the kernels stack layers, each with its own factors.
       output_axes: how many of the last axes of the kernels are outputs: 2 for the query kernel
         (inputs, heads, size of a head) of an attention, 1 for its output kernel.
-      dtype: the parameters' type; that of each kernel if None. Take float32 over a bfloat16 model: in
-        bfloat16 a step of less than 2^-9 of a number is rounded away, and the LoRA parameters are small.
+      dtype: the parameters' type; that of each kernel if None. Take float32 over a bfloat16 model: bfloat16
+        rounds away steps of less than 2^-9 of a number, and the LoRA parameters are small.
 
     Returns:
       A dict from the chosen kernels' paths to their `LowRank` parameters. On a mesh a is sharded as the
-        inputs of its kernel and b as the outputs. Under `jax.jit` that needs explicit axes.
+        inputs of its kernel and b as the outputs; under `jax.jit` that needs explicit axes.
 
     Raises:
-      ValueError: no kernel matched, or one has too few axes or is too small for the rank; the message
-        lists paths.
+      ValueError: no kernel matched, or one has too few axes or is too small for the rank.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -60,8 +59,7 @@ def init_lora(
       >>> lora = oplora_jax.init_lora(jax.random.key(0), params, rank=2, targets="dense/kernel")
       >>> {path: p.shape for path, p in lora.items()}
       {'dense/kernel': (4, 6)}
-      >>> merged = oplora_jax.merge(params, lora)
-      >>> bool((merged["dense"]["kernel"] == params["dense"]["kernel"]).all())
+      >>> oplora_jax.merge(params, lora)["dense"]["kernel"].tolist() == params["dense"]["kernel"].tolist()
       True
     """
     kernels = {
@@ -71,50 +69,51 @@ def init_lora(
     }
     chosen = {path: kernel for path, kernel in kernels.items() if matches(path, targets)}
     if not chosen:
-        raise ValueError(
-            f"no kernel matches {targets!r}; the paths of the kernels are: {', '.join(kernels) or 'none'}"
-        )
+        raise ValueError(f"no kernel matches {targets!r}; the paths are: {', '.join(kernels) or 'none'}")
     lora = {}
     for path, one_key in zip(chosen, jax.random.split(key, len(chosen)), strict=True):
         kernel = chosen[path]
         inputs = kernel.ndim - batch_axes - output_axes
-        if min(batch_axes, inputs - 1, output_axes - 1) < 0:
-            raise ValueError(
-                f"{path}: the kernel is {kernel.shape}; with batch_axes={batch_axes} and "
-                f"output_axes={output_axes} it has no axis of inputs or of outputs"
-            )
-        roles = "b" * batch_axes + "i" * inputs + "o" * output_axes
-        shape = matrix_shape(kernel.shape, roles)
         try:
-            param = init_low_rank(one_key, shape, rank, alpha, kernel.dtype if dtype is None else dtype)
+            if min(batch_axes, inputs - 1, output_axes - 1) < 0:
+                given = f"batch_axes={batch_axes} and output_axes={output_axes}"
+                raise ValueError(f"the kernel is {kernel.shape}; {given} leave no axis of inputs or outputs")
+            roles = "b" * batch_axes + "i" * inputs + "o" * output_axes
+            lora[path] = init_beside(one_key, kernel, roles, rank, alpha, dtype)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        lora[path] = beside(kernel, param, roles)
     return lora
 
 
-def beside(kernel: Any, lora: LowRank, roles: str) -> LowRank:
-    """A LoRA parameter, spread out as its kernel is, whose axes have these roles."""
+def init_beside(
+    key: PRNGKeyArray, kernel: Any, roles: str, rank: int, alpha: float | int | None, dtype: Any
+) -> LowRank:
+    """LoRA's usual start for a kernel whose last axes have these roles; axes in front stack layers."""
+    *batch, n, m = matrix_shape(kernel.shape, stacked(roles, kernel.ndim))
+    if not 1 <= rank <= min(n, m):
+        raise ValueError(f"rank is {rank}; a kernel ({n}, {m}) takes 1 to {min(n, m)}")
+    dtype = kernel.dtype if dtype is None else dtype
+    a = he_uniform(key, (*batch, n, rank), dtype)
+    b = jnp.zeros((*batch, rank, m), dtype)
+    return beside(kernel, LowRank(a, b, 1.0 if alpha is None else alpha / rank, kept_roles(roles)))
+
+
+def he_uniform(key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any) -> Array:
+    """The left factor at the start."""
+    return jax.nn.initializers.he_uniform(batch_axis=tuple(range(len(shape) - 2)))(key, shape, dtype)
+
+
+def beside(kernel: Any, lora: LowRank) -> LowRank:
+    """A LoRA parameter, spread out as its kernel is."""
     traced = isinstance(kernel, Tracer)
     sharding = jax.typeof(kernel).sharding if traced else getattr(kernel, "sharding", None)
     if not isinstance(sharding, NamedSharding) or (traced and not sharding.mesh.explicit_axes):
         return lora
     spec = tuple(sharding.spec)
     spec += (None,) * (kernel.ndim - len(spec))
+    roles = axes_of(kernel.shape, lora)
     batch, rows, columns = ([e for e, r in zip(spec, roles, strict=True) if r == role] for role in "bio")
     put = jax.sharding.reshard if traced else jax.device_put
     place = lambda factor, *some: put(factor, NamedSharding(sharding.mesh, partition(*some)))
     a = place(lora.a, *batch, merged(tuple(rows)), None)
-    return LowRank(a, place(lora.b, *batch, None, merged(tuple(columns))), lora.scale)
-
-
-def init_low_rank(
-    key: PRNGKeyArray, shape: tuple[int, ...], rank: int, alpha: float | int | None, dtype: Any
-) -> LowRank:
-    """LoRA's usual start for a matrix (*batch, n, m): a uniform as in He's initialisation, b zero."""
-    *batch, n, m = shape
-    if not 1 <= rank <= min(n, m):
-        raise ValueError(f"rank is {rank}; a kernel ({n}, {m}) takes 1 to {min(n, m)}")
-    he_uniform = jax.nn.initializers.he_uniform(batch_axis=tuple(range(len(batch))))
-    a = he_uniform(key, (*batch, n, rank), dtype)
-    return LowRank(a, jnp.zeros((*batch, rank, m), dtype), 1.0 if alpha is None else alpha / rank)
+    return lora.with_factors(a, place(lora.b, *batch, None, merged(tuple(columns))))

@@ -3,6 +3,7 @@
 Each axis of a kernel has a *role*, one letter: "b", a batch axis; "i", contracted with the inputs; "o", kept
 in the outputs. A dense layer's kernel is "io", a convolution's "iiio", the kernel of the einsum
 "btd,dnh->btnh" is "ioo". Its matrix is (*batch, n, m), n the product of the "i" axes and m of the "o" axes.
+A LoRA parameter keeps the roles of its kernel where they are not in this order, as in "oio".
 """
 
 import math
@@ -20,27 +21,36 @@ from oplora_jax.sharding import entries, merged, partition, specs_of, under_auto
 
 
 def matrix_shape(shape: Sequence[int], roles: str) -> tuple[int, ...]:
-    """The shape (*batch, n, m) of a kernel's matrix.
-
-    Example:
-      >>> from oplora_jax.adapters.kernel_axes import matrix_shape
-      >>> matrix_shape((12, 64, 8, 16), "bioo")
-      (12, 64, 128)
-    """
+    """The shape (*batch, n, m) of a kernel's matrix."""
     sizes = {role: [s for s, r in zip(shape, roles, strict=True) if r == role] for role in "bio"}
     return (*sizes["b"], math.prod(sizes["i"]), math.prod(sizes["o"]))
 
 
-def add_increment(kernel: Array, lora: LowRank, roles: str) -> Array:
-    """The kernel with its LoRA increment added, in the kernel's type and with its sharding.
+def axes_of(shape: Sequence[int], lora: LowRank) -> str:
+    """The roles of a kernel's axes, from its LoRA parameter; ValueError if that does not fit.
 
-    Raises:
-      ValueError: an increment of another shape than the kernel's matrix.
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from oplora_jax import LowRank
+      >>> from oplora_jax.adapters.kernel_axes import axes_of
+      >>> axes_of((12, 64, 8, 16), LowRank(jnp.ones((12, 64, 2)), jnp.ones((12, 2, 128))))
+      'bioo'
+      >>> axes_of((12, 16, 64), LowRank(jnp.ones((12, 64, 2)), jnp.ones((12, 2, 16)), roles="oi"))
+      'boi'
     """
-    if lora.shape != matrix_shape(kernel.shape, roles):
-        raise ValueError(
-            f"the kernel {kernel.shape} with axes {roles!r} does not fit the matrix {lora.shape}"
-        )
+    batch, ndim = len(lora.shape) - 2, len(shape)
+    counts = [(batch, inputs, ndim - batch - inputs) for inputs in range(1, ndim - batch)]
+    in_order = ["b" * b + "i" * i + "o" * o for b, i, o in counts]
+    for roles in in_order if lora.roles is None else [stacked(lora.roles, ndim)]:
+        if len(roles) == ndim and set(roles) <= set("bio") and matrix_shape(shape, roles) == lora.shape:
+            return roles
+    found = f"the kernel is {tuple(shape)}, its LoRA parameter {lora.shape} with roles={lora.roles!r}"
+    raise ValueError(f"{found}; expected n the product of the axes of inputs and m that of the outputs")
+
+
+def add_increment(kernel: Array, lora: LowRank) -> Array:
+    """The kernel with its LoRA increment added, in the kernel's type and with its sharding."""
+    roles = axes_of(kernel.shape, lora)
     order = sorted(range(len(roles)), key=lambda axis: "bio".index(roles[axis]))
 
     def total(kernel: Any, lora: LowRank) -> Array:
@@ -51,87 +61,34 @@ def add_increment(kernel: Array, lora: LowRank, roles: str) -> Array:
     return under_auto_sharding(total, lambda: specs_of(kernel), kernel, lora)
 
 
-def split_roles(shape: Sequence[int], matrix: Sequence[int], known: str | None = None) -> str:
-    """The roles under which a kernel's axes make up a matrix (*batch, n, m).
-
-    Args:
-      shape: the shape of the kernel.
-      matrix: the shape of its matrix.
-      known: the roles of the last axes, if they are not in the order "bio".
-
-    Raises:
-      ValueError: there are none.
-
-    Example:
-      >>> from oplora_jax.adapters.kernel_axes import split_roles
-      >>> split_roles((12, 64, 8, 16), (12, 64, 128))
-      'bioo'
-    """
-    if known is not None:
-        return stacked(known, len(shape))
-    batch = len(matrix) - 2
-    for end in range(batch + 1, len(shape)):
-        roles = "b" * batch + "i" * (end - batch) + "o" * (len(shape) - end)
-        if matrix_shape(shape, roles) == tuple(matrix):
-            return roles
-    raise ValueError(
-        f"the kernel is {tuple(shape)}, its LoRA parameter {tuple(matrix)}; expected (*batch, n, m), n the "
-        "product of the kernel's axes next to the batch axes and m that of the rest"
-    )
-
-
-def lora_name(roles: str) -> str:
-    """The name of a kernel's LoRA parameter; it has the roles where reshaping does not make the matrix.
-
-    Example:
-      >>> from oplora_jax.adapters.kernel_axes import lora_name
-      >>> lora_name("ioo"), lora_name("oio")
-      ('lora', 'lora_oio')
-    """
-    return "lora" if "".join(sorted(roles, key="bio".index)) == roles else f"lora_{roles}"
-
-
-def named_roles(name: str) -> str | None:
-    """The roles in a name by `lora_name`."""
-    return name.removeprefix("lora").removeprefix("_") or None
-
-
 def stacked(roles: str, ndim: int) -> str:
     """The roles of a kernel of ndim axes: what a layer does not know of, in front, stacks layers."""
     return "b" * (ndim - len(roles)) + roles
 
 
+def kept_roles(roles: str) -> str | None:
+    """What a LoRA parameter keeps of its kernel's roles: None of "bioo", which is in order, but "oio"."""
+    return None if "".join(sorted(roles, key="bio".index)) == roles else roles
+
+
 def dense_equation(ndim: int, axes: Sequence[int], num_batch: int, num_features: int) -> str:
-    """The einsum of a dense layer that contracts some axes of its inputs.
+    """The einsum of a dense layer that contracts some axes of its inputs, of which the first are batch axes.
 
-    Args:
-      ndim: the number of axes of the inputs.
-      axes: those that are contracted.
-      num_batch: how many of the leading ones are batch axes.
-      num_features: the number of axes of the features.
-
-    Example:
-      >>> from oplora_jax.adapters.kernel_axes import dense_equation
-      >>> dense_equation(4, (-2, -1), 1, 2)
-      'abcd,acdef->abef'
+    For inputs of 4 axes of which the last two are contracted, a batch axis and two axes of features it is
+    "abcd,acdef->abef".
     """
-    inputs, features = _letters(ndim), _letters(ndim + num_features)[ndim:]
+    letters = string.ascii_letters[: ndim + num_features]
+    inputs, features = letters[:ndim], letters[ndim:]
     contracted = "".join(inputs[axis] for axis in sorted(axis % ndim for axis in axes))
     kept = "".join(c for c in inputs if c not in contracted)
     return f"{inputs},{inputs[:num_batch]}{contracted}{features}->{kept}{features}"
 
 
-def _letters(count: int) -> str:
-    return string.ascii_letters[:count]
-
-
 def kernel_roles(equation: str, ndim: int) -> str:
     """The roles of the axes of a kernel with ndim axes, the second operand of an einsum.
 
-    What an ellipsis stands for in the kernel are batch axes.
-
-    Raises:
-      ValueError: an einsum that is not the product of its inputs with a matrix.
+    What an ellipsis stands for in the kernel are batch axes. An einsum that is not the product of its inputs
+    with a matrix raises ValueError.
 
     Example:
       >>> from oplora_jax.adapters.kernel_axes import kernel_roles
@@ -175,33 +132,14 @@ def add_einsum_increment(
 ) -> Array:
     """y + einsum(equation, x, the increment of the kernel), in the type of y and with its sharding.
 
-    Args:
-      y: the outputs of the layer without LoRA.
-      equation: an explicit einsum of two operands, the inputs and the kernel.
-      x: the inputs. The increment is multiplied in their type.
-      kernel_shape: the shape of the kernel.
-      lora: the increment of its matrix.
-      precision: of the products, as for `jnp.einsum`.
-
-    Raises:
-      ValueError: an einsum that is no matrix product, or of a matrix of another shape than lora.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from oplora_jax import LowRank
-      >>> from oplora_jax.adapters.kernel_axes import add_einsum_increment
-      >>> x, y = jnp.ones((5, 3)), jnp.zeros((5, 2, 2))
-      >>> lora = LowRank(jnp.ones((3, 1)), jnp.ones((1, 4)))
-      >>> add_einsum_increment(y, "td,ndh->tnh", x, (2, 3, 2), lora)[0].tolist()
-      [[3.0, 3.0], [3.0, 3.0]]
+    The equation is an explicit einsum of two operands, the inputs and the kernel. The increment is multiplied
+    in the type of x, at a precision as for `jnp.einsum`; one of another matrix raises ValueError.
     """
     roles = kernel_roles(equation, len(kernel_shape))
     matrix = matrix_shape(kernel_shape, roles)
     if lora.shape != matrix:
-        raise ValueError(
-            f"the einsum {equation!r} takes the kernel {tuple(kernel_shape)} for a matrix {matrix}, but its "
-            f"LoRA parameter is {lora.shape}"
-        )
+        taken = f"the einsum {equation!r} takes the kernel {tuple(kernel_shape)} for a matrix {matrix}"
+        raise ValueError(f"{taken}, but its LoRA parameter is {lora.shape}")
     inputs, kernel, outputs = _operands(equation, jnp.ndim(x), len(kernel_shape))
     batch, contracted, features = (
         "".join(c for c, r in zip(kernel, roles, strict=True) if r == role) for role in "bio"

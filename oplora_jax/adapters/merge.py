@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-from oplora_jax.adapters.kernel_axes import add_increment, split_roles
+from oplora_jax.adapters.kernel_axes import add_increment
 from oplora_jax.adapters.paths import path_name
 from oplora_jax.matrix import LowRank
 
@@ -16,21 +16,13 @@ def merge(params: Any, lora: dict[str, LowRank]) -> Any:
     Inside a loss it is a use of the LoRA parameters that `value_and_grad` captures, as a dense gradient.
 
     Args:
-      params: the tree that `init_lora` was given, or one with the same paths.
+      params: the tree that `init_lora` was given, or one with the same paths; the result is like it.
       lora: LoRA parameters by path, of shape (*batch, n, m): n is the product of the axes of the kernel next
-        to its batch axes, m that of the rest.
-
-    Returns:
-      A tree like params.
+        to its batch axes, m that of the rest, or as their `roles` say.
 
     Raises:
       ValueError: a path that params lacks, or a kernel of another size.
     """
-    return merge_as(params, lora, {})
-
-
-def merge_as(params: Any, lora: dict[str, LowRank], roles: dict[str, str]) -> Any:
-    """`merge` for kernels whose axes have the given roles, by path; those not in the dict are in order."""
     missing = set(lora)
 
     def add(path: Any, kernel: Array) -> Array:
@@ -39,8 +31,7 @@ def merge_as(params: Any, lora: dict[str, LowRank], roles: dict[str, str]) -> An
             return kernel
         missing.discard(name)
         try:
-            axes = split_roles(kernel.shape, lora[name].shape, roles.get(name))
-            return add_increment(kernel, lora[name], axes)
+            return add_increment(kernel, lora[name])
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 

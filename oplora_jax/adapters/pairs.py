@@ -10,25 +10,24 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from oplora_jax.adapters.paths import path_name
-from oplora_jax.matrix import LowRank, is_matrix
+from oplora_jax.adapters.paths import leaf_name
+from oplora_jax.matrix import LowRank, is_matrix, transpose
+
+Scale = float | int | Callable[[str], float | int]
 
 # How the paths of a and b end: flax.nnx.LoRA and Qwix (kernel_lora_a), and PyTorch's habit; as arrays, or
 # as dense layers of their own.
-_ENDINGS = tuple(
-    (f"lora_{a}{tail}", f"lora_{b}{tail}")
-    for a, b in ("ab", "AB")
-    for tail in ("", "/kernel", "/weight", ".weight")
-)
+_TAILS = ("", "/kernel", "/weight", ".weight")
+_ENDINGS = tuple((f"lora_{a}{tail}", f"lora_{b}{tail}") for a, b in ("ab", "AB") for tail in _TAILS)
 _SEPARATORS = ("/", ".", "_")
 
 
 class _Pair(NamedTuple):
-    """Two leaves that are the factors of one matrix."""
+    """Two leaves, a and b, that are the factors of one matrix."""
 
-    paths: tuple[str, str]  # of a and b
-    indices: tuple[int, int]  # among the tree's leaves
-    shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    paths: list[str]
+    indices: list[int]  # among the tree's leaves
+    shapes: list[tuple[int, ...]]
     batch: int  # the number of leading axes that count the layers of a stack
     scale: float | int
     transposed: bool
@@ -46,7 +45,7 @@ class _Tree(NamedTuple):
 def pair_factors(
     tx: optax.GradientTransformation,
     *,
-    scale: float | int | Callable[[str], float | int] = 1.0,
+    scale: Scale = 1.0,
     pattern: tuple[str, str] | None = None,
     transposed: bool = False,
     batch_axes: int | None = None,
@@ -55,49 +54,42 @@ def pair_factors(
 
     The leaves are paired by path. The optimizer sees a tree {"paired": {name: `LowRank`}, "rest": {path:
     leaf}}, of parameters and of gradients; its updates go back to the leaves they belong to. `LowRank`
-    parameters and all other leaves are handed on as they are, in "rest". The state is the optimizer's own.
+    parameters and all other leaves are in "rest" as they are. The state is the optimizer's own.
 
-    At such parameters `jax.grad` gives the gradients of the factors, so that OPLoRA takes its Riemannian
-    step; the exact full gradient needs `LowRank` parameters and `oplora_jax.value_and_grad`.
+    At such parameters `jax.grad` gives the gradients of the factors, and OPLoRA takes its Riemannian step;
+    the exact full gradient needs `LowRank` parameters and `oplora_jax.value_and_grad`.
 
     Recognised without a pattern are the names of `flax.nnx.LoRA` (lora_a, lora_b), Qwix (kernel_lora_a,
     kernel_lora_b) and PyTorch (lora_A, lora_B), also with "/kernel" or "/weight" behind them. A factor may
-    have several input or output axes, such as heads: a is (\*batch, \*inputs, r), b (\*batch, r, \*outputs),
-    and the matrix that of all inputs by all outputs.
+    have several input or output axes, such as heads: a is (\*batch, \*inputs, r), b (\*batch, r, \*outputs).
 
     Args:
       tx: any transformation that takes `LowRank` parameters, such as `oplora`.
-      scale: the scale s of the increment s a b in the forward pass of the library that owns the tree, alpha
-        / rank for Qwix; or a function from a pair's name, such as "encoder/query/kernel", to it. `nnx.LoRA`
-        has none: 1. The path of OPLoRA depends on it.
+      scale: the scale s of the increment s a b in the other library's forward pass, alpha / rank for Qwix, 1
+        for `nnx.LoRA`; or a function from a pair's name, such as "encoder/query/kernel", to it.
       pattern: how the paths of a and b end, such as ("down/kernel", "up/kernel"), instead of the names
         above. An ending begins at the path's start or after "/", "." or "_".
       transposed: whether the factors are laid out as PyTorch's, a (\*batch, r, n) and b (\*batch, m, r).
       batch_axes: how many leading axes count the layers of a stack, where the shapes leave it open: a
         (4, 16, 4) with b (4, 4, 8) may be a stack of four, or one layer with two axes on each side.
 
-    Returns:
-      An Optax transformation.
-
     Raises:
       ValueError: at init and update, for no pair at all, for a factor without the other one, for shapes that
-        do not fit or leave the batch axes open, and for gradients of another shape. The message names paths.
+        do not fit or leave the batch axes open, and for gradients of another shape.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
-      >>> from flax import nnx
       >>> import oplora_jax
-      >>> model = nnx.LoRALinear(4, 3, lora_rank=2, rngs=nnx.Rngs(0))
+      >>> params = {"lora_a": jnp.ones((4, 2)), "lora_b": jnp.zeros((2, 3))}
       >>> tx = oplora_jax.pair_factors(oplora_jax.oplora(0.1))
-      >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
-      >>> loss_fn = lambda model: jnp.mean((model(jnp.ones((5, 4))) - 1) ** 2)
-      >>> loss, gradients = nnx.value_and_grad(loss_fn, argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
-      >>> _ = optimizer.update(model, gradients)
-      >>> bool(loss_fn(model) < loss)
+      >>> loss_fn = lambda p: jnp.mean((jnp.ones((5, 4)) @ p["lora_a"] @ p["lora_b"] - 1) ** 2)
+      >>> updates, state = tx.update(jax.grad(loss_fn)(params), tx.init(params), params)
+      >>> bool(loss_fn(optax.apply_updates(params, updates)) < loss_fn(params))
       True
     """
     tx = optax.with_extra_args_support(tx)
-    take_apart = lambda tree: _take_apart(tree, scale, pattern, transposed, batch_axes)
+    layout = dict(scale=scale, pattern=pattern, transposed=transposed, batch_axes=batch_axes)
+    take_apart = lambda tree: _take_apart(tree, **layout)
 
     def init_fn(params):
         tree = take_apart(params)
@@ -108,9 +100,7 @@ def pair_factors(
         try:
             gradients = tree.treedef.flatten_up_to(updates)
         except ValueError as error:
-            raise ValueError(
-                f"the tree of gradients does not have the parameters' structure: {error}"
-            ) from error
+            raise ValueError(f"the tree does not have the parameters' structure: {error}") from error
         inner = None if params is None else _gather(tree, tree.leaves)
         new, state = tx.update(_gather(tree, gradients), state, inner, **extra_args)
         if not tree.leaves:
@@ -124,28 +114,17 @@ def pair_factors(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def to_low_rank(
-    tree: Any,
-    *,
-    scale: float | int | Callable[[str], float | int] = 1.0,
-    pattern: tuple[str, str] | None = None,
-    transposed: bool = False,
-    batch_axes: int | None = None,
-) -> dict[str, LowRank]:
+def to_low_rank(tree: Any, **layout: Any) -> dict[str, LowRank]:
     """The LoRA parameters of a tree in which the two factors are separate leaves.
 
-    What `pair_factors` shows its optimizer, by path as `init_lora` returns them. For the dense increments
-    of a Qwix model, say, or to write it as a PEFT adapter.
+    What `pair_factors` shows its optimizer, by path as `init_lora` returns them.
 
     Args:
-      tree: as the parameters of `pair_factors`, with arrays in the places of the factors.
-      scale, pattern, transposed, batch_axes: as for `pair_factors`.
+      tree: parameters as for `pair_factors`.
+      **layout: `scale`, `pattern`, `transposed` and `batch_axes`, as for `pair_factors`.
 
     Returns:
       A dict from the pairs' names to `LowRank` parameters, a (*batch, n, r) and b (*batch, r, m).
-
-    Raises:
-      ValueError: as `pair_factors` does.
 
     Example:
       >>> import jax.numpy as jnp
@@ -154,34 +133,25 @@ def to_low_rank(
       >>> {name: p.shape for name, p in oplora_jax.to_low_rank(params, scale=2.0).items()}
       {'query/kernel': (4, 15)}
     """
-    apart = _take_apart(tree, scale, pattern, transposed, batch_axes)
+    apart = _take_apart(tree, **layout)
     return _gather(apart, apart.leaves)["paired"] if apart.leaves else {}
 
 
-def from_low_rank(
-    lora: dict[str, LowRank],
-    tree: Any,
-    *,
-    scale: float | int | Callable[[str], float | int] = 1.0,
-    pattern: tuple[str, str] | None = None,
-    transposed: bool = False,
-    batch_axes: int | None = None,
-) -> Any:
+def from_low_rank(lora: dict[str, LowRank], tree: Any, **layout: Any) -> Any:
     """The tree with other LoRA parameters in it: the inverse of `to_low_rank`.
 
-    Puts a loaded adapter into a Qwix model, say. Where a parameter's scale is not the tree's, its factors
-    are multiplied by the square root of the quotient, so that the matrix stays the same.
+    Where a parameter's scale is not the tree's, its factors are multiplied by the square root of the
+    quotient, so that the matrix stays the same.
 
     Args:
       lora: LoRA parameters by the pairs' names; pairs that it lacks stay as they are.
-      tree: as for `to_low_rank`.
-      scale, pattern, transposed, batch_axes: as for `pair_factors`.
+      tree, **layout: as for `to_low_rank`.
 
     Returns:
       A tree like the given one, in its types.
 
     Raises:
-      ValueError: as `to_low_rank` does; and for a name that the tree lacks, or factors of other shapes.
+      ValueError: as `pair_factors`, and for a name that the tree lacks, or factors of other shapes.
 
     Example:
       >>> import jax.numpy as jnp
@@ -191,7 +161,7 @@ def from_low_rank(
       >>> oplora_jax.from_low_rank(lora, params)["query"]["lora_b"].tolist()
       [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
     """
-    apart = _take_apart(tree, scale, pattern, transposed, batch_axes)
+    apart = _take_apart(tree, **layout)
     unknown = sorted(set(lora) - set(apart.pairs))
     if unknown:
         raise ValueError(f"{', '.join(unknown)}: no such pair; the tree has {', '.join(apart.pairs)}")
@@ -203,17 +173,18 @@ def from_low_rank(
         if shapes[0] != shapes[1]:
             raise ValueError(f"{name}: the factors are {shapes[0]}; the tree needs {shapes[1]}")
         root = math.sqrt(new.scale / old.scale)
-        rescaled = new if root == 1 else LowRank(root * new.a, root * new.b)
+        rescaled = new if root == 1 else new.with_factors(root * new.a, root * new.b)
         for index, factor in zip(pair.indices, _split(pair, rescaled), strict=True):
             leaves[index] = factor.astype(leaves[index].dtype)
     return apart.treedef.unflatten(leaves)
 
 
-def _take_apart(tree: Any, scale: Any, pattern: Any, transposed: bool, batch_axes: int | None) -> _Tree:
+def _take_apart(
+    tree: Any, *, scale: Any = 1.0, pattern: Any = None, transposed: bool = False, batch_axes: Any = None
+) -> _Tree:
     """Finds the pairs among the leaves of a tree."""
     paths_and_leaves, treedef = jax.tree.flatten_with_path(tree, is_leaf=is_matrix)
-    names = [leaf_name(path) for path, _ in paths_and_leaves]
-    leaves = [leaf for _, leaf in paths_and_leaves]
+    names, leaves = [leaf_name(path) for path, _ in paths_and_leaves], [leaf for _, leaf in paths_and_leaves]
     endings = _ENDINGS if pattern is None else (pattern,)
     found = collections.defaultdict(dict)  # by what is before the ending, and the ending: {0 or 1: index}
     for index, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
@@ -225,39 +196,25 @@ def _take_apart(tree: Any, scale: Any, pattern: Any, transposed: bool, batch_axe
     for (stem, ending), halves in found.items():
         if len(halves) < 2:
             [(which, index)] = halves.items()
-            raise ValueError(
-                f"{names[index]}: a LoRA factor without the other one, {stem}{ending[1 - which]}; both must "
-                "be in the tree (and both masked or none)"
-            )
-        name = stem[:-1]
+            other = f"{stem}{ending[1 - which]}; both must be in the tree (and both masked or none)"
+            raise ValueError(f"{names[index]}: a LoRA factor without the other one, {other}")
+        name, indices = stem[:-1], [halves[0], halves[1]]
+        paths, shapes = [names[i] for i in indices], [jnp.shape(leaves[i]) for i in indices]
         if name in pairs:
-            raise ValueError(f"{names[halves[0]]}: another pair of factors is named {name!r} as well")
-        pairs[name] = _fit(
-            (names[halves[0]], names[halves[1]]),
-            (halves[0], halves[1]),
-            (jnp.shape(leaves[halves[0]]), jnp.shape(leaves[halves[1]])),
-            scale(name) if callable(scale) else scale,
-            transposed,
-            batch_axes,
-        )
+            raise ValueError(f"{paths[0]}: another pair of factors is named {name!r} as well")
+        value = scale(name) if callable(scale) else scale
+        if not isinstance(value, float | int) or not value > 0:
+            raise ValueError(f"{paths[0]}: scale is {value}; expected a positive number, alpha / rank")
+        batch = _batch(paths, shapes, transposed, batch_axes)
+        pairs[name] = _Pair(paths, indices, shapes, batch, value, transposed)
     if leaves and not pairs:
         expected = "lora_a and lora_b, or lora_A and lora_B" if pattern is None else " and ".join(pattern)
-        raise ValueError(
-            f"no pair of LoRA factors: no paths end in {expected}; the paths are: {', '.join(names)}"
-        )
+        found = f"no paths end in {expected}; the paths are: {', '.join(names)}"
+        raise ValueError(f"no pair of LoRA factors: {found}")
     repeated = [name for name, count in collections.Counter(names).items() if count > 1]
     if repeated:
         raise ValueError(f"{', '.join(repeated)}: several leaves have this path")
     return _Tree(names, leaves, treedef, pairs)
-
-
-def leaf_name(path: Any) -> str:
-    """A leaf's path, without the box that Flax keeps it in, an `nnx.Variable` or `nn.Partitioned`.
-
-    `nnx.Optimizer` shows a transformation boxes at init and arrays at update.
-    """
-    boxed = path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value"
-    return path_name(path[:-1] if boxed else path)
 
 
 def _factor(name: str, endings: tuple[tuple[str, str], ...]) -> tuple[str, tuple[str, str], int] | None:
@@ -270,22 +227,13 @@ def _factor(name: str, endings: tuple[tuple[str, str], ...]) -> tuple[str, tuple
     return None
 
 
-def _fit(
-    paths: tuple[str, str],
-    indices: tuple[int, int],
-    shapes: tuple[tuple[int, ...], tuple[int, ...]],
-    scale: Any,
-    transposed: bool,
-    batch_axes: int | None,
-) -> _Pair:
-    """The pair, with the number of its batch axes, which is what the shapes allow."""
-    if not isinstance(scale, float | int) or not scale > 0:
-        raise ValueError(f"{paths[0]}: scale is {scale}; expected a positive number, alpha / rank")
+def _batch(paths: list[str], shapes: list[tuple[int, ...]], transposed: bool, batch_axes: int | None) -> int:
+    """The number of batch axes of a pair, which is what the shapes allow."""
     fitting = _batches(*shapes, transposed)
     if batch_axes in fitting:
         fitting = [batch_axes]
     if len(fitting) == 1:
-        return _Pair(paths, indices, shapes, fitting[0], scale, transposed)
+        return fitting[0]
     named = f"{paths[0]} {shapes[0]} and {paths[1]} {shapes[1]}"
     if fitting:
         counts = " or ".join(map(str, fitting))
@@ -314,9 +262,7 @@ def _gather(tree: _Tree, leaves: list[Any]) -> Any:
     if not tree.leaves:
         return tree.treedef.unflatten([])
     taken = {index for pair in tree.pairs.values() for index in pair.indices}
-    rest = {
-        name: leaf for i, (name, leaf) in enumerate(zip(tree.names, leaves, strict=True)) if i not in taken
-    }
+    rest = {name: leaves[i] for i, name in enumerate(tree.names) if i not in taken}
     paired = {name: _join(pair, *(leaves[i] for i in pair.indices)) for name, pair in tree.pairs.items()}
     return {"paired": paired, "rest": rest}
 
@@ -328,7 +274,7 @@ def _join(pair: _Pair, a: Any, b: Any) -> LowRank:
         if got != shape:
             raise ValueError(f"{path}: the gradient is {got}; the parameter needs an array {shape}")
     if pair.transposed:
-        return LowRank(jnp.swapaxes(a, -1, -2), jnp.swapaxes(b, -1, -2), pair.scale)
+        return LowRank(transpose(a), transpose(b), pair.scale)
     batch, rank = pair.shapes[0][: pair.batch], pair.shapes[0][-1]
     inputs, outputs = pair.shapes[0][pair.batch : -1], pair.shapes[1][pair.batch + 1 :]
     a = jnp.reshape(a, (*batch, math.prod(inputs), rank))
@@ -339,5 +285,5 @@ def _join(pair: _Pair, a: Any, b: Any) -> LowRank:
 def _split(pair: _Pair, node: LowRank) -> tuple[Array, Array]:
     """The two leaves of a matrix, the inverse of `_join`."""
     if pair.transposed:
-        return jnp.swapaxes(node.a, -1, -2), jnp.swapaxes(node.b, -1, -2)
+        return transpose(node.a), transpose(node.b)
     return jnp.reshape(node.a, pair.shapes[0]), jnp.reshape(node.b, pair.shapes[1])

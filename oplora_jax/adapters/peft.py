@@ -1,4 +1,7 @@
-"""LoRA adapters of Hugging Face PEFT, read and written without PyTorch."""
+"""LoRA adapters of Hugging Face PEFT, read and written without PyTorch.
+
+The format is that of https://huggingface.co/docs/peft/developer_guides/checkpoint.
+"""
 
 import collections
 import json
@@ -15,7 +18,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from oplora_jax.adapters.pairs import leaf_name
+from oplora_jax.adapters.paths import leaf_name
 from oplora_jax.matrix import LowRank, check_factors, is_low_rank
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -48,7 +51,8 @@ def save_adapter(
 ) -> None:
     """Writes LoRA parameters as a PEFT adapter, which `peft.PeftModel.from_pretrained` loads.
 
-    The factors are written in their types, bit for bit. Ranks and scales may differ between parameters.
+    The factors are written in their types, bit for bit; the `roles` of a kernel's axes are not. Ranks and
+    scales may differ between parameters.
 
     Args:
       folder: made if need be; its adapter_model.safetensors and adapter_config.json are replaced, each as a
@@ -58,13 +62,11 @@ def save_adapter(
       names: the PyTorch module of each path, a dict or a function of the path: "layer_0/query/kernel" may be
         "bert.encoder.layer.0.attention.self.query". For a parameter of stacked layers, (layers, n, m), one
         name per layer. By default "a/b/kernel" is the module "a.b".
-      base_model: the base model's name or path, for the config.
-      task_type: PEFT's, such as "CAUSAL_LM" or "SEQ_CLS", for the config.
+      base_model, task_type: for the config; PEFT's task types are "CAUSAL_LM", "SEQ_CLS" and so on.
       fan_in_fan_out: True where the modules are `Conv1D`, as GPT-2's; PEFT only warns without it.
 
     Raises:
-      ValueError: no LoRA parameter, one without a name, two with the same, a number of names that is not
-        that of the layers, or factors that do not fit.
+      ValueError: no LoRA parameter, names that are missing, repeated or too few, factors that do not fit.
 
     Example:
       >>> import tempfile
@@ -79,9 +81,6 @@ def save_adapter(
       ...   loaded = load_adapter(folder, names=names)
       >>> bool((loaded["query/kernel"].a == lora["query/kernel"].a).all()), loaded["query/kernel"].scale
       (True, 4.0)
-
-    References:
-      PEFT, https://huggingface.co/docs/peft/developer_guides/checkpoint.
     """
     modules: dict[str, LowRank] = {}
     for path, node in jax.tree.leaves_with_path(lora, is_leaf=is_low_rank):
@@ -89,17 +88,17 @@ def save_adapter(
             continue
         name = leaf_name(path)
         check_factors(node, name)
-        for module, layer in _layers(name, node, _names_of(name, names)):
+        for module, layer in _layers(name, node, names):
             if module in modules:
                 raise ValueError(f"{name}: another parameter has the module name {module!r} as well")
             modules[module] = layer
     if not modules:
         raise ValueError("no LoRA parameters: save_adapter takes a dict or a tree with LowRank nodes")
-    tensors = {}
-    for module, node in modules.items():
-        # PyTorch's layout; safetensors writes an array's memory as it lies there.
-        tensors[f"{_PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(np.asarray(node.a).T)
-        tensors[f"{_PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(np.asarray(node.b).T)
+    tensors = {  # in PyTorch's layout; safetensors writes an array's memory as it lies there
+        f"{_PREFIX}{module}.lora_{name}.weight": np.ascontiguousarray(np.asarray(factor).T)
+        for module, node in modules.items()
+        for name, factor in (("A", node.a), ("B", node.b))
+    }
     config = {
         "peft_type": "LORA",
         "task_type": task_type,
@@ -114,10 +113,9 @@ def save_adapter(
         "init_lora_weights": True,
         "modules_to_save": None,
     }
-    folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / _WEIGHTS, safetensors.numpy.save(tensors, metadata={"format": "pt"}))
-    _replace(folder / _CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+    _replace(folder, _WEIGHTS, safetensors.numpy.save(tensors, metadata={"format": "pt"}))
+    _replace(folder, _CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
 
 def load_adapter(folder: str | os.PathLike[str], *, names: Names | None = None) -> dict[str, LowRank]:
@@ -131,28 +129,22 @@ def load_adapter(folder: str | os.PathLike[str], *, names: Names | None = None) 
 
     Returns:
       A dict from paths to `LowRank` parameters in the file's types, whose scale is lora_alpha / r, or
-      lora_alpha / sqrt(r) with use_rslora, after the config's rank_pattern and alpha_pattern.
+      lora_alpha / sqrt(r) with use_rslora. `dataclasses.replace` gives one its `roles`, where need be.
 
     Raises:
       FileNotFoundError: a file that is missing.
-      ValueError: anything besides plain LoRA of dense layers (DoRA, biases, modules_to_save, embeddings,
-        convolutions, an initialisation that changes the base model), factors that do not fit, a module
-        without a name, or layers of a stack that do not match. Nothing is left out silently.
+      ValueError: anything besides plain LoRA of dense layers, which would be left out otherwise; factors that
+        do not fit, a module without a name, or layers of a stack that do not match.
 
     Example:
       >>> import tempfile
       >>> import jax.numpy as jnp
-      >>> from oplora_jax import LowRank, merge
+      >>> from oplora_jax import LowRank
       >>> from oplora_jax.peft import load_adapter, save_adapter
       >>> with tempfile.TemporaryDirectory() as folder:
       ...   save_adapter(folder, {"encoder.query": LowRank(jnp.ones((3, 1)), jnp.ones((1, 2)))})
-      ...   lora = load_adapter(folder)
-      >>> params = {"encoder": {"query": {"kernel": jnp.zeros((3, 2))}}}
-      >>> merge(params, lora)["encoder"]["query"]["kernel"].tolist()
-      [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
-
-    References:
-      PEFT, https://huggingface.co/docs/peft/developer_guides/checkpoint.
+      ...   {path: p.shape for path, p in load_adapter(folder).items()}
+      {'encoder/query/kernel': (3, 2)}
     """
     folder = pathlib.Path(folder)
     for name in (_CONFIG, _WEIGHTS):
@@ -163,9 +155,7 @@ def load_adapter(folder: str | os.PathLike[str], *, names: Names | None = None) 
     _check_config(config, folder / _CONFIG)
     with safetensors.safe_open(folder / _WEIGHTS, framework="numpy") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-    modules = {
-        module: _from_tensors(module, factors, config) for module, factors in _pair_tensors(tensors).items()
-    }
+    modules = {name: _from_tensors(name, both, config) for name, both in _pair_tensors(tensors).items()}
     if isinstance(names, Mapping):
         return _by_dict(modules, names)
     lora: dict[str, LowRank] = {}
@@ -177,30 +167,22 @@ def load_adapter(folder: str | os.PathLike[str], *, names: Names | None = None) 
     return lora
 
 
-def _names_of(path: str, names: Names | None) -> Any:
-    """What `names` says of a path."""
-    if names is None:
-        return path.removesuffix("/kernel").replace("/", ".")
-    if not isinstance(names, Mapping):
-        return names(path)
-    if path not in names:
-        raise ValueError(f"{path}: no module name; names has {', '.join(sorted(names)) or 'none'}")
-    return names[path]
-
-
-def _layers(path: str, node: LowRank, names: Any) -> list[tuple[str, LowRank]]:
+def _layers(path: str, node: LowRank, names: Names | None) -> list[tuple[str, LowRank]]:
     """(module name, matrix) of each layer of a parameter."""
-    if node.a.ndim == 2 and isinstance(names, str):
-        return [(names, node)]
-    stacked = node.a.ndim == 3 and isinstance(names, Sequence) and not isinstance(names, str)
-    if not stacked or len(names) != node.a.shape[0]:
-        expected = (
-            "one module name"
-            if node.a.ndim == 2
-            else f"a module name for each of the {node.shape[:-2]} layers"
-        )
-        raise ValueError(f"{path}: a parameter {node.shape} needs {expected}; names gives {names!r}")
-    return [(name, LowRank(node.a[i], node.b[i], node.scale)) for i, name in enumerate(names)]
+    if isinstance(names, Mapping) and path not in names:
+        raise ValueError(f"{path}: no module name; names has {', '.join(sorted(names)) or 'none'}")
+    if names is None:
+        given = path.removesuffix("/kernel").replace("/", ".")
+    else:
+        given = names[path] if isinstance(names, Mapping) else names(path)
+    if node.a.ndim == 2 and isinstance(given, str):
+        return [(given, node)]
+    several = isinstance(given, Sequence) and not isinstance(given, str)
+    if not several or node.a.ndim != 3 or len(given) != len(node.a):
+        of_each = f"a module name for each of the {node.shape[:-2]} layers"
+        expected = "one module name" if node.a.ndim == 2 else of_each
+        raise ValueError(f"{path}: a parameter {node.shape} needs {expected}; names gives {given!r}")
+    return [(name, node.with_factors(*factors)) for name, *factors in zip(given, node.a, node.b, strict=True)]
 
 
 def _ranks_and_alphas(modules: dict[str, LowRank]) -> dict[str, Any]:
@@ -226,12 +208,12 @@ def _alpha(scale: float | int, rank: int) -> float | int:
     return min(near, key=lambda alpha: abs(alpha / rank - scale))
 
 
-def _replace(path: pathlib.Path, content: bytes) -> None:
+def _replace(folder: str | os.PathLike[str], name: str, content: bytes) -> None:
     """Writes a file, so that whoever reads it sees the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = pathlib.Path(folder, f".{name}.{os.getpid()}")
     try:
         temporary.write_bytes(content)
-        os.replace(temporary, path)
+        os.replace(temporary, temporary.with_name(name))
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -245,9 +227,7 @@ def _check_config(config: dict[str, Any], path: pathlib.Path) -> None:
         wrong["bias"] = config["bias"]
     if wrong:
         what = ", ".join(f"{key} is {value!r}" for key, value in wrong.items())
-        raise ValueError(
-            f"{path}: {what}; only plain LoRA is supported, and the adapter would not be the same"
-        )
+        raise ValueError(f"{path}: {what}; only plain LoRA is supported: it would not be the same adapter")
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.startswith(_CHANGED_BASE):
         raise ValueError(
@@ -275,33 +255,25 @@ def _pair_tensors(tensors: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndar
 
 
 def _from_tensors(module: str, factors: dict[str, np.ndarray], config: dict[str, Any]) -> LowRank:
-    rank = _by_pattern(config.get("rank_pattern"), module, config.get("r", 8))
-    alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+    rank = _by_pattern(config.get("rank_pattern") or {}, module, config.get("r", 8))
+    alpha = _by_pattern(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", 8))
     shapes = factors["A"].shape, factors["B"].shape
     if not shapes[0][0] == shapes[1][1] == rank:
-        raise ValueError(
-            f"{module}: lora_A {shapes[0]} and lora_B {shapes[1]} do not fit; the config's rank is {rank}, "
-            "so that (r, n) and (m, r) were expected"
-        )
+        factors = f"lora_A {shapes[0]} and lora_B {shapes[1]} do not fit"
+        raise ValueError(f"{module}: {factors}; the config's rank is {rank}: expected (r, n) and (m, r)")
     for tensor in factors.values():
         if jax.dtypes.canonicalize_dtype(tensor.dtype) != tensor.dtype:
             raise ValueError(f"{module}: the factors are {tensor.dtype}; set jax_enable_x64 to load them")
-    node = LowRank(
-        jnp.asarray(factors["A"].T),
-        jnp.asarray(factors["B"].T),
-        alpha / (math.sqrt(rank) if config.get("use_rslora") else rank),
-    )
+    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    node = LowRank(jnp.asarray(factors["A"].T), jnp.asarray(factors["B"].T), scale)
     check_factors(node, module)
     return node
 
 
-def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
+def _by_pattern(patterns: dict[str, Any], module: str, default: Any) -> Any:
     """The value of a module, as PEFT's get_pattern_key finds it."""
-    patterns = patterns or {}
-    for key, value in patterns.items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return patterns.get(module, default)
+    keys = (key for key in patterns if re.match(rf"(.*\.)?({key})$", module))
+    return patterns.get(next(keys, module), default)
 
 
 def _by_dict(modules: dict[str, LowRank], names: Mapping[str, Any]) -> dict[str, LowRank]:
@@ -317,18 +289,13 @@ def _by_dict(modules: dict[str, LowRank], names: Mapping[str, Any]) -> dict[str,
     lora = {}
     for path, several in wanted.items():
         nodes = [modules[module] for module in several if module in modules]
-        if not nodes:
-            continue
-        if len(nodes) < len(several):
+        if nodes and len(nodes) < len(several):
             absent = ", ".join(module for module in several if module not in modules)
             raise ValueError(f"{path}: the adapter lacks some of its layers, {absent}")
-        if isinstance(names[path], str):
-            [lora[path]] = nodes
-            continue
-        kinds = {(z.a.shape, z.b.shape, z.a.dtype, z.b.dtype, z.scale) for z in nodes}
+        kinds = sorted({str((z.a.shape, z.b.shape, z.a.dtype, z.b.dtype, z.scale)) for z in nodes})
         if len(kinds) > 1:
-            raise ValueError(
-                f"{path}: layers of one stack differ in shape, type or scale: {sorted(map(str, kinds))}"
-            )
-        lora[path] = jax.tree.map(lambda *factors: jnp.stack(factors), *nodes)
+            raise ValueError(f"{path}: layers of one stack differ in shape, type or scale: {kinds}")
+        if nodes:
+            stack = lambda *factors: jnp.stack(factors)
+            lora[path] = nodes[0] if isinstance(names[path], str) else jax.tree.map(stack, *nodes)
     return lora

@@ -1,4 +1,7 @@
-"""ResLoRA: residual paths between the LoRA parameters of consecutive layers, while they train."""
+"""ResLoRA: residual paths between the LoRA parameters of consecutive layers, while they train.
+
+From https://arxiv.org/abs/2402.18039.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +14,12 @@ from oplora_jax.gradients.matmul_order import dot
 from oplora_jax.matrix import LowRank, check_factors, to_dense
 from oplora_jax.sharding import shard_like
 
+# What layers call increments that are more than an addition to the kernel beside them, with why.
+SHORTCUTS = {
+    "block_lora": "other layers' increments belong to this kernel too; use oplora_jax.linen.merge_shortcuts",
+    "input_lora": "an input shortcut has no merged form, as it sees the previous layer's inputs; keep it",
+}
+
 
 def block_shortcut(
     x: Float[Array, "*tokens n"], kernel: Float[Array, "*batch n m"], loras: Sequence[LowRank]
@@ -20,10 +29,8 @@ def block_shortcut(
     .. math::
       y = x W + \sum_i s_i (x a_i) b_i.
 
-    The sum is one low-rank matrix, that of the factors side by side; `merge_block` adds it to the kernel.
-
-    An increment is used by several layers, so that the exact gradient that `value_and_grad` takes at it adds
-    up over them: it is dense (gradient="outer" is refused where an increment is used twice).
+    `merge_block` adds the sum to the kernel. An increment is used by several layers, so that the exact
+    gradient that `value_and_grad` takes at it adds up over them: it is dense, and "outer" is refused.
 
     Args:
       x: the layer's inputs, as for `lora_dot`.
@@ -32,24 +39,16 @@ def block_shortcut(
         ``loras[max(0, l - k + 1) : l + 1]``.
 
     Returns:
-      The outputs, in the promoted type of x and the kernel.
-
-    Raises:
-      ValueError: no increments, or shapes that do not fit.
+      The outputs, in the promoted type of x and the kernel. No increments, or shapes that do not fit, raise
+        ValueError.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from oplora_jax import LowRank
       >>> from oplora_jax.reslora import block_shortcut
-      >>> x, kernels = jnp.ones((5, 3)), [jnp.eye(3), jnp.eye(3)]
-      >>> loras = [LowRank(jnp.ones((3, 1)), jnp.ones((1, 3))) for _ in kernels]
-      >>> for l, kernel in enumerate(kernels):
-      ...   x = block_shortcut(x, kernel, loras[: l + 1])
-      >>> x.shape
-      (5, 3)
-
-    References:
-      ResLoRA, https://arxiv.org/abs/2402.18039.
+      >>> lora = LowRank(jnp.ones((3, 1)), jnp.ones((1, 3)))
+      >>> block_shortcut(jnp.ones((1, 3)), jnp.eye(3), [lora, lora]).tolist()
+      [[7.0, 7.0, 7.0]]
     """
     check(jnp.shape(kernel), loras)
     return add_increments(lora_dot(x, kernel, loras[-1]), x, loras[:-1])
@@ -58,12 +57,7 @@ def block_shortcut(
 def merge_block(kernel: Float[Array, "*batch n m"], loras: Sequence[LowRank]) -> Float[Array, "*batch n m"]:
     """The kernel of the plain layer that computes what `block_shortcut` does, to rounding.
 
-    Args:
-      kernel: the frozen weight.
-      loras: the increments that the layer uses.
-
-    Raises:
-      ValueError: no increments, or shapes that do not fit.
+    Args are those of `block_shortcut`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -89,22 +83,14 @@ def input_shortcut(
     .. math::
       y = x W + s\,((x + x') a)\,b.
 
-    It has no merged form: y is no function of x alone. (Where x' = c x with a known number c, the kernel
-    W + (1 + c) s a b computes the same; for other inputs that is an approximation.)
-
-    The full gradient at the increment is :math:`(x + x')^\top dy`, which `value_and_grad` takes in any kind.
+    It has no merged form: y is no function of x alone. The full gradient at the increment is
+    :math:`(x + x')^\top dy`, which `value_and_grad` takes in any kind.
 
     Args:
-      x: the layer's inputs, as for `lora_dot`.
-      previous_x: the inputs of the layer before it, of the same shape.
-      kernel: the frozen weight W.
-      lora: the layer's increment.
+      x, previous_x: the inputs of the layer, and of the layer before it, of one shape.
+      kernel, lora: the frozen weight W, and the layer's increment.
 
-    Returns:
-      The outputs, in the promoted type of x and the kernel.
-
-    Raises:
-      ValueError: shapes that do not fit.
+    Returns what `block_shortcut` does.
 
     Example:
       >>> import jax.numpy as jnp
@@ -113,27 +99,17 @@ def input_shortcut(
       >>> lora = LowRank(jnp.ones((3, 1)), jnp.ones((1, 2)))
       >>> input_shortcut(jnp.ones((1, 3)), jnp.ones((1, 3)), jnp.zeros((3, 2)), lora).tolist()
       [[6.0, 6.0]]
-
-    References:
-      ResLoRA, https://arxiv.org/abs/2402.18039.
     """
-    inputs = add_inputs(x, previous_x)
-    return add_increments(dot(*fit(x, kernel, lora)), inputs, [lora])
+    return add_increments(dot(*fit(x, kernel, lora)), add_inputs(x, previous_x), [lora])
 
 
-def add_increments(
-    y: Float[Array, "*tokens m"],
-    x: Float[Array, "*tokens n"],
-    loras: Sequence[LowRank],
-    precision: Any = None,
-) -> Float[Array, "*tokens m"]:
+def add_increments(y: Array, x: Array, loras: Sequence[LowRank], precision: Any = None) -> Array:
     """y and x times each of the increments, in the type of y and with its sharding."""
     x = x.astype(y.dtype)
-    increments = (shard_like(lora_increment(x, lora, precision=precision), y) for lora in loras)
-    return sum(increments, y)
+    return sum((shard_like(lora_increment(x, lora, precision=precision), y) for lora in loras), y)
 
 
-def add_inputs(x: Float[Array, "*tokens n"], previous_x: Float[Array, "*tokens n"]) -> Array:
+def add_inputs(x: Array, previous_x: Array) -> Array:
     """x + x', what the increment of an input shortcut sees; raises ValueError where their shapes differ."""
     if jnp.shape(x) != jnp.shape(previous_x):
         raise ValueError(f"x has shape {jnp.shape(x)}, previous_x {jnp.shape(previous_x)}; they must agree")
@@ -147,7 +123,4 @@ def check(kernel: Sequence[int], loras: Sequence[LowRank]) -> None:
     for index, lora in enumerate(loras):
         check_factors(lora, f"loras[{index}]")
         if lora.shape != tuple(kernel):
-            raise ValueError(
-                f"loras[{index}] has shape {lora.shape}, the kernel {tuple(kernel)}; increments are "
-                "shared by layers of one shape"
-            )
+            raise ValueError(f"loras[{index}] has shape {lora.shape}, the kernel {tuple(kernel)}")

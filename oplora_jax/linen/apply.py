@@ -1,112 +1,102 @@
 """A linen layer's call with LoRA: what the LoRA layers and the layers of a loraized model share."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 from flax.core import meta
 
-from oplora_jax.adapters.init import beside, init_low_rank
-from oplora_jax.adapters.kernel_axes import (
-    add_einsum_increment,
-    add_increment,
-    dense_equation,
-    kernel_roles,
-    lora_name,
-    matrix_shape,
-)
+from oplora_jax.adapters.checks import check_roles, refuse_old_names
+from oplora_jax.adapters.init import init_beside
+from oplora_jax.adapters.kernel_axes import add_einsum_increment, add_increment, dense_equation, kernel_roles
 from oplora_jax.matrix import LowRank
 
-LAYERS = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Conv, nn.ConvTranspose)
+SPLIT = (nn.Dense, nn.DenseGeneral, nn.Einsum)  # their increments can be added to the outputs
+LAYERS = (*SPLIT, nn.Conv, nn.ConvTranspose)
 
 
-def call_with_lora(
-    layer: nn.Module,
-    call: Callable[..., Any],
-    arguments: tuple[Sequence[Any], Mapping[str, Any]],
-    rank: int,
-    alpha: float | int | None,
-    split: bool,
-    dtype: Any = None,
-) -> Any:
-    """What a layer returns with LoRA.
+class WithLoRA(nn.Module, kw_only=True):
+    """Mixed into a layer that has LoRA of its own."""
 
-    The parameter stands beside the layer's kernel. One that does not exist yet is created after the layer's
-    own parameters, which so get the random keys that they would get without it.
+    rank: int
+    alpha: float | int | None = None
 
-    Args:
-      layer: one of LAYERS, or of a subclass.
-      call: the layer's own method, without LoRA.
-      arguments: its positional and keyword arguments.
-      rank: r.
-      alpha: the scale is alpha / rank; 1 when alpha is None.
-      split: whether to add the increment to the outputs, which is right for a dense layer's own call alone;
-        otherwise the layer runs with merged weights.
-      dtype: the type of a new parameter; the kernel's if None.
+
+def call_with_lora(layer: nn.Module, call: Any, args: Any, kwargs: Any, new: tuple, split: bool) -> Any:
+    """What a layer, one of LAYERS or of a subclass, returns with LoRA.
+
+    The parameter stands beside the layer's kernel. One that does not exist yet is created, of the rank, the
+    alpha and the type in `new`, after the layer's own parameters, which so get the random keys that they
+    would get without it.
+
+    `call` is the layer's own method, without LoRA. With `split` the increment is added to the outputs, which
+    is right for a dense layer's own call alone; otherwise the layer runs with merged weights.
     """
-    args, kwargs = arguments
-    einsum = _einsum(layer, args, kwargs)
+    einsum = None
+    if isinstance(layer, nn.Einsum):  # its call may be given the equation
+        given = args[1] if len(args) > 1 else kwargs.get("einsum_str")
+        einsum = nn.merge_param("einsum_str", layer.einsum_str, given)
     roles = _roles(layer, einsum)
-    name = lora_name(roles)
-    exists = layer.has_variable("params", name)
-    if exists and not split:
-        return _call_merged(layer, call, args, kwargs, meta.unbox(layer.get_variable("params", name)), roles)
+    lora = _lora(layer, roles)
+    if lora is not None and not split:
+        return _call_merged(layer, call, args, kwargs, lora)
     y = call(*args, **kwargs)
     if not layer.has_variable("params", "kernel"):  # a setup, or a method that does not need the kernel
         return y
     kernel = meta.unbox(layer.get_variable("params", "kernel"))
-    if not exists:  # scope.param raises Flax's own error where parameters cannot be created
-        layer.scope.param(name, init, kernel, roles, rank, alpha, dtype)
+    if lora is None:  # scope.param raises Flax's own error where parameters cannot be created
+        layer.scope.param("lora", init_beside, kernel, roles, *new)
         return y  # the increment is zero
-    lora = meta.unbox(layer.get_variable("params", name))
-    bias = meta.unbox(layer.get_variable("params", "bias")) if layer.use_bias else None
-    x = args[0] if args else kwargs["inputs"]
-    x, *_ = layer.promote_dtype(x, kernel, bias, dtype=layer.dtype)
-    if isinstance(layer, nn.Dense):
-        einsum = dense_equation(x.ndim, (-1,), 0, 1)
-    elif isinstance(layer, nn.DenseGeneral):
-        features, axes, batch = map(_as_tuple, (layer.features, layer.axis, layer.batch_dims))
+    x = promoted(layer, args[0] if args else kwargs["inputs"])
+    if einsum is None:
+        batch, axes, features = _sides(layer)
         einsum = dense_equation(x.ndim, axes, len(batch), len(features))
     return add_einsum_increment(y, einsum, x, kernel.shape, lora, layer.precision)
 
 
-def _einsum(layer: nn.Module, args: Any, kwargs: Any) -> str | None:
-    """The equation of an `nn.Einsum`, which its call may be given."""
-    if not isinstance(layer, nn.Einsum):
+def _lora(layer: nn.Module, roles: str) -> LowRank | None:
+    """A layer's LoRA parameter; None if it has none yet."""
+    if not layer.has_variable("params", "lora"):
+        refuse_old_names(layer.variables.get("params", {}), layer.path)
         return None
-    given = args[1] if len(args) > 1 else kwargs.get("einsum_str")
-    return nn.merge_param("einsum_str", layer.einsum_str, given)
+    lora = meta.unbox(layer.get_variable("params", "lora"))
+    check_roles(lora, roles, "/".join((*layer.path, "lora")))
+    return lora
+
+
+def promoted(layer: nn.Module, x: Any) -> Any:
+    """x in the type in which a layer multiplies."""
+    kernel = meta.unbox(layer.get_variable("params", "kernel"))
+    bias = meta.unbox(layer.get_variable("params", "bias")) if layer.use_bias else None
+    return layer.promote_dtype(x, kernel, bias, dtype=layer.dtype)[0]
 
 
 def _roles(layer: nn.Module, einsum: str | None) -> str:
     """The roles of the axes of a layer's kernel."""
-    if isinstance(layer, nn.Dense):
-        return "io"
-    if isinstance(layer, nn.DenseGeneral):
-        sides = layer.batch_dims, layer.axis, layer.features
-        return "".join(role * len(_as_tuple(z)) for role, z in zip("bio", sides, strict=True))
+    if isinstance(layer, nn.Dense | nn.DenseGeneral):
+        return "".join(role * len(side) for role, side in zip("bio", _sides(layer), strict=True))
     if isinstance(layer, nn.Einsum):
         return kernel_roles(einsum, len(layer.shape))
     transposed = getattr(layer, "transpose_kernel", False)
     return "i" * len(_as_tuple(layer.kernel_size)) + ("oi" if transposed else "io")
 
 
+def _sides(layer: nn.Dense | nn.DenseGeneral) -> tuple[tuple[int, ...], ...]:
+    """The batch axes and the contracted axes of a dense layer's inputs, and its features."""
+    batch, axes = (layer.batch_dims, layer.axis) if isinstance(layer, nn.DenseGeneral) else ((), -1)
+    return _as_tuple(batch), _as_tuple(axes), _as_tuple(layer.features)
+
+
 def _as_tuple(value: int | Sequence[int]) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else tuple(value)
 
 
-def init(key: Any, kernel: Any, roles: str, rank: int, alpha: Any, dtype: Any) -> LowRank:
-    """A new LoRA parameter of a kernel, beside it."""
-    dtype = kernel.dtype if dtype is None else dtype
-    return beside(kernel, init_low_rank(key, matrix_shape(kernel.shape, roles), rank, alpha, dtype), roles)
-
-
-def _call_merged(layer: nn.Module, call: Any, args: Any, kwargs: Any, lora: LowRank, roles: str) -> Any:
+def _call_merged(layer: nn.Module, call: Any, args: Any, kwargs: Any, lora: LowRank) -> Any:
     """The layer's own call, in which its parameter "kernel" is the merged one."""
 
     def param(name: str, *init_args: Any, **init_kwargs: Any) -> Any:
         value = type(layer).param(layer, name, *init_args, **init_kwargs)
-        return add_increment(value, lora, roles) if name == "kernel" else value
+        return add_increment(value, lora) if name == "kernel" else value
 
     object.__setattr__(layer, "param", param)
     try:

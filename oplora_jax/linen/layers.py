@@ -10,13 +10,21 @@ no checker can test an instance for.
 from typing import Any, no_type_check
 
 import flax.linen as nn
-from jaxtyping import Array
 
-from oplora_jax.linen.apply import call_with_lora
+from oplora_jax.linen.apply import SPLIT, WithLoRA, call_with_lora
 
 
 @no_type_check
-class LoRADense(nn.Dense, kw_only=True):
+class _Layer(WithLoRA, kw_only=True):
+    @nn.compact
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's outputs; the arguments are those of Flax's layer."""
+        new, split = (self.rank, self.alpha, None), isinstance(self, SPLIT)
+        return call_with_lora(self, super().__call__, args, kwargs, new, split)
+
+
+@no_type_check
+class LoRADense(_Layer, nn.Dense):
     """`flax.linen.Dense` with a LoRA increment: y = x (kernel + alpha / rank * a b) + bias.
 
     Its parameters are `kernel` (n, m), `bias` (m,) and `lora`, a `LowRank` of shape (n, m). Nothing is
@@ -40,30 +48,13 @@ class LoRADense(nn.Dense, kw_only=True):
       ((4, 6), (4, 2))
     """
 
-    rank: int
-    alpha: float | int | None = None
-
-    @nn.compact
-    def __call__(self, inputs: Any) -> Array:
-        """The layer's outputs."""
-        return call_with_lora(self, super().__call__, ((inputs,), {}), self.rank, self.alpha, split=True)
-
 
 @no_type_check
-class LoRADenseGeneral(nn.DenseGeneral, kw_only=True):
+class LoRADenseGeneral(_Layer, nn.DenseGeneral):
     """`flax.linen.DenseGeneral` with a LoRA increment.
 
     The contracted axes of the kernel together are n, those of the features m; `batch_dims` give each of
-    their entries factors of its own.
-
-    Attributes:
-      rank: r, at most min(n, m).
-      alpha: the scale is alpha / rank; 1 when alpha is None.
-
-    The others are those of `flax.linen.DenseGeneral`.
-
-    Raises:
-      ValueError: when it is initialised, a rank that is not between 1 and min(n, m).
+    their entries factors of its own. `rank` and `alpha` are as for `LoRADense`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -74,68 +65,33 @@ class LoRADenseGeneral(nn.DenseGeneral, kw_only=True):
       ((2, 3, 4, 5), (6, 20))
     """
 
-    rank: int
-    alpha: float | int | None = None
-
-    @nn.compact
-    def __call__(self, inputs: Any) -> Array:
-        """The layer's outputs."""
-        return call_with_lora(self, super().__call__, ((inputs,), {}), self.rank, self.alpha, split=True)
-
 
 @no_type_check
-class LoRAEinsum(nn.Einsum, kw_only=True):
+class LoRAEinsum(_Layer, nn.Einsum):
     """`flax.linen.Einsum` with a LoRA increment.
 
     The axes of the kernel that the inputs have and the outputs lack are contracted: together they are n.
     Those that the outputs have and the inputs lack are m; those that both have are batch axes. Where they
-    are not in the order batch, n, m, the name of the LoRA parameter says what each axis is: `lora_oio` for
-    "btd,ndh->btnh".
-
-    Attributes:
-      rank: r, at most min(n, m).
-      alpha: the scale is alpha / rank; 1 when alpha is None.
-
-    The others are those of `flax.linen.Einsum`.
-
-    Raises:
-      ValueError: an einsum that is no matrix product of the inputs and the kernel, or a rank that is not
-        between 1 and min(n, m).
+    are not in the order batch, n, m, the `roles` of the LoRA parameter say what each axis is: "oio" for
+    "btd,ndh->btnh". An einsum that is no matrix product of the two, or of other roles when it is called than
+    when it was initialised, raises ValueError. `rank` and `alpha` are as for `LoRADense`.
 
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from oplora_jax.linen import LoRAEinsum
       >>> layer = LoRAEinsum((2, 8, 3), "btd,ndh->btnh", rank=2)
       >>> params = layer.init(jax.random.key(0), jnp.ones((5, 7, 8)))["params"]
-      >>> params["lora_oio"].shape
-      (8, 6)
+      >>> params["lora"].shape, params["lora"].roles
+      ((8, 6), 'oio')
     """
-
-    rank: int
-    alpha: float | int | None = None
-
-    @nn.compact
-    def __call__(self, inputs: Any, einsum_str: str | None = None) -> Array:
-        """The layer's outputs."""
-        arguments = (inputs, einsum_str), {}
-        return call_with_lora(self, super().__call__, arguments, self.rank, self.alpha, split=True)
 
 
 @no_type_check
-class LoRAConv(nn.Conv, kw_only=True):
+class LoRAConv(_Layer, nn.Conv):
     """`flax.linen.Conv` with a LoRA increment: one convolution with the kernel and a b added up.
 
     The kernel (*kernel_size, in_features / groups, features) is the matrix of all its axes but the last by
-    the last. The gradient of that matrix is captured dense.
-
-    Attributes:
-      rank: r, at most min(n, m).
-      alpha: the scale is alpha / rank; 1 when alpha is None.
-
-    The others are those of `flax.linen.Conv`.
-
-    Raises:
-      ValueError: when it is initialised, a rank that is not between 1 and min(n, m).
+    the last. The gradient of that matrix is captured dense. `rank` and `alpha` are as for `LoRADense`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -146,27 +102,10 @@ class LoRAConv(nn.Conv, kw_only=True):
       ((5, 5, 3, 8), (75, 8))
     """
 
-    rank: int
-    alpha: float | int | None = None
-
-    @nn.compact
-    def __call__(self, inputs: Any) -> Array:
-        """The layer's outputs."""
-        return call_with_lora(self, super().__call__, ((inputs,), {}), self.rank, self.alpha, split=False)
-
 
 @no_type_check
-class LoRAConvTranspose(nn.ConvTranspose, kw_only=True):
+class LoRAConvTranspose(_Layer, nn.ConvTranspose):
     """`flax.linen.ConvTranspose` with a LoRA increment, like `LoRAConv`.
-
-    Attributes:
-      rank: r, at most min(n, m).
-      alpha: the scale is alpha / rank; 1 when alpha is None.
-
-    The others are those of `flax.linen.ConvTranspose`.
-
-    Raises:
-      ValueError: when it is initialised, a rank that is not between 1 and min(n, m).
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -176,11 +115,3 @@ class LoRAConvTranspose(nn.ConvTranspose, kw_only=True):
       >>> params["kernel"].shape, params["lora"].shape
       ((2, 2, 3, 8), (12, 8))
     """
-
-    rank: int
-    alpha: float | int | None = None
-
-    @nn.compact
-    def __call__(self, inputs: Any) -> Array:
-        """The layer's outputs."""
-        return call_with_lora(self, super().__call__, ((inputs,), {}), self.rank, self.alpha, split=False)

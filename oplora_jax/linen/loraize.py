@@ -1,18 +1,13 @@
 """LoRA on the layers of an existing linen model, whose source stays as it is."""
 
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 
 from oplora_jax.adapters.paths import matches
-from oplora_jax.linen.apply import LAYERS, call_with_lora
-from oplora_jax.linen.layers import LoRAConv, LoRAConvTranspose, LoRADense, LoRADenseGeneral, LoRAEinsum
-
-# What these compute is known: to any other class of layer, a subclass's say, belong merged weights.
-_SPLIT = (nn.Dense.__call__, nn.DenseGeneral.__call__, nn.Einsum.__call__)
-_WITH_LORA = (LoRADense, LoRADenseGeneral, LoRAEinsum, LoRAConv, LoRAConvTranspose)
+from oplora_jax.linen.apply import LAYERS, SPLIT, WithLoRA, call_with_lora
 
 
 def loraize(
@@ -31,20 +26,15 @@ def loraize(
     parameters fit: `add_lora` adds the LoRA parameters to them, `merge` makes plain parameters again.
     `nn.scan`, `nn.vmap` and `nn.remat` inside the model treat `lora` as they do the kernel.
 
-    The result is called, initialised and applied as the model is: keyword arguments, `rngs`, `mutable`, and
-    its methods by name, `method="encode"`. It may be part of another module.
+    The result is called, initialised and applied as the model is, its methods by name as well,
+    `method="encode"`. It may be part of another module. For layers of several ranks, loraize it again.
 
     A dense layer multiplies by its kernel as it did and adds the increment; a convolution, and a layer of a
-    subclass with methods of its own, runs with merged weights. For layers of several ranks, loraize the
-    result again.
+    subclass with methods of its own, runs with merged weights.
 
     Args:
       model: any linen module.
-      rank: r, at most either side of every kernel chosen.
-      targets: one pattern or several: a glob for the whole path, or a regular expression found in it.
-      alpha: the scale is alpha / rank; 1 when alpha is None.
-      dtype: the type of the factors; that of each kernel if None. Take float32 over a bfloat16 model, as for
-        `oplora_jax.init_lora`.
+      rank, targets, alpha, dtype: as for `oplora_jax.init_lora`.
 
     Returns:
       A module. Its `init` raises ValueError if no layer matched (the message lists the paths of those that
@@ -59,29 +49,24 @@ def loraize(
       >>> sorted(params["layers_0"]), sorted(params["layers_2"])
       (['bias', 'kernel', 'lora'], ['bias', 'kernel'])
     """
-    rule = Rule(rank, targets if isinstance(targets, str) else tuple(targets), alpha, dtype)
-    return LoRA(model.model, (*model.rules, rule)) if isinstance(model, LoRA) else LoRA(model, (rule,))
+    target = Target(targets if isinstance(targets, str) else tuple(targets), rank, alpha, dtype)
+    return LoRA(model.model, (*model.targets, target)) if isinstance(model, LoRA) else LoRA(model, (target,))
 
 
-class Rule(NamedTuple):
-    """The arguments of one `loraize`."""
+class Target(NamedTuple):
+    """Which layers have LoRA, of what rank, alpha and type: the arguments of one `loraize`."""
 
+    patterns: str | tuple[str, ...]
     rank: int
-    targets: str | tuple[str, ...]
     alpha: float | int | None
     dtype: Any
 
 
 class LoRA(nn.Module):
-    """What `loraize` returns.
-
-    Attributes:
-      model: the model.
-      rules: which of its layers have what LoRA.
-    """
+    """What `loraize` returns: a model whose layers that the targets match have LoRA."""
 
     model: nn.Module
-    rules: tuple[Rule, ...]
+    targets: tuple[Target, ...]
 
     def setup(self) -> None:
         """Puts the model's parameters where they are without LoRA."""
@@ -89,14 +74,12 @@ class LoRA(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns."""
-        seen: dict[str, list[Rule]] = {}
+        seen: dict[str, list[Target]] = {}
         y = self._intercepted("__call__", args, kwargs, seen)
-        for rule in self.rules if self.is_initializing() else ():
-            if not any(rule in rules for rules in seen.values()):
-                names = ", ".join(map(repr, seen))
-                raise ValueError(
-                    f"no layer matches {rule.targets!r}; the paths of the layers are: {names or 'none'}"
-                )
+        for target in self.targets if self.is_initializing() else ():
+            if not any(target in targets for targets in seen.values()):
+                names = ", ".join(map(repr, seen)) or "none"
+                raise ValueError(f"no layer matches {target.patterns!r}; the layers' paths are: {names}")
         return y
 
     def call_method(self, name: str, *args: Any, **kwargs: Any) -> Any:
@@ -109,13 +92,8 @@ class LoRA(nn.Module):
         return super().__getattr__(name)
 
     @nn.nowrap
-    def _intercepted(self, name: str, args: Any, kwargs: Any, seen: dict[str, list[Rule]]) -> Any:
-        with nn.intercept_methods(self._interceptor(seen)):
-            return getattr(self.model, name)(*args, **kwargs)
-
-    @nn.nowrap
-    def _interceptor(self, seen: dict[str, list[Rule]]) -> Callable[..., Any]:
-        """Calls the layers that match with LoRA, and records which layers there are."""
+    def _intercepted(self, name: str, args: Any, kwargs: Any, seen: dict[str, list[Target]]) -> Any:
+        """Calls the layers that match with LoRA, and records in `seen` which layers there are."""
         root = self.scope.path
 
         def interceptor(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -125,23 +103,23 @@ class LoRA(nn.Module):
             if not inside or owner is seen:  # a layer with methods of its own calls others of them
                 return call(*args, **kwargs)
             path = "/".join(layer.path[len(root) :])
-            rules = seen[path] = [rule for rule in self.rules if matches(path, rule.targets)]
-            if not rules:
+            targets = seen[path] = [target for target in self.targets if matches(path, target.patterns)]
+            if not targets:
                 return call(*args, **kwargs)
-            if len(rules) > 1 or owner is not None or isinstance(layer, _WITH_LORA):
-                raise ValueError(
-                    f"{path!r}: this {type(layer).__name__} has LoRA already; leave it out of the targets"
-                )
-            split = type(layer).__call__ in _SPLIT
+            if len(targets) > 1 or owner is not None or isinstance(layer, WithLoRA):
+                name = f"{path!r}: this {type(layer).__name__}"
+                raise ValueError(f"{name} has LoRA already; leave it out of the targets")
+            # To a class that computes anything else than these do, a subclass's say, belong merged weights.
+            split = type(layer).__call__ in [cls.__call__ for cls in SPLIT]
             if split and context.method_name != "__call__":
                 return call(*args, **kwargs)
             object.__setattr__(layer, "_lora_of", seen)
             try:
-                [(rank, _, alpha, dtype)] = rules
-                return call_with_lora(layer, call, (args, kwargs), rank, alpha, split, dtype)
+                return call_with_lora(layer, call, args, kwargs, targets[0][1:], split)
             except ValueError as error:
                 raise ValueError(f"{path!r}: {error}") from error
             finally:
                 object.__delattr__(layer, "_lora_of")
 
-        return interceptor
+        with nn.intercept_methods(interceptor):
+            return getattr(self.model, name)(*args, **kwargs)

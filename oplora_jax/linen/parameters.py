@@ -1,23 +1,18 @@
 """From a plain model's parameters to those with LoRA, and back."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 from flax.core import meta
 
+from oplora_jax.adapters.checks import refuse_old_names
 from oplora_jax.adapters.init import beside
-from oplora_jax.adapters.kernel_axes import add_increment, named_roles, split_roles
+from oplora_jax.adapters.kernel_axes import add_increment
 from oplora_jax.adapters.paths import path_name
+from oplora_jax.adapters.reslora import SHORTCUTS
 from oplora_jax.matrix import LowRank, is_low_rank
-
-# The names of the increments that are more than an addition to the kernel beside them, with why.
-SHORTCUTS = {
-    "block_lora": "other layers' increments belong to this kernel too; use oplora_jax.linen.merge_shortcuts",
-    "input_lora": "an input shortcut has no merged form, since its outputs depend on the previous layer's "
-    "inputs too; keep the layer as it is",
-}
 
 
 def add_lora(model: nn.Module, rngs: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
@@ -28,13 +23,11 @@ def add_lora(model: nn.Module, rngs: Any, params: Any, *args: Any, **kwargs: Any
 
     Args:
       model: a model with LoRA layers, as from `loraize`.
-      rngs: as for `model.init`.
       params: the pretrained parameters: the tree of the model's, without LoRA.
-      *args: as for `model.init`: example inputs, as arrays or `jax.ShapeDtypeStruct`.
-      **kwargs: as for `model.init`.
+      rngs, *args, **kwargs: as for `model.init`; example inputs may be of `jax.ShapeDtypeStruct`.
 
     Returns:
-      A tree of dicts, with the arrays of params as they are and new LoRA parameters. On a mesh these are
+      A tree of dicts, with the arrays of params as they are and new LoRA parameters, which on a mesh are
         sharded as the rows and the columns of their kernels.
 
     Raises:
@@ -51,6 +44,7 @@ def add_lora(model: nn.Module, rngs: Any, params: Any, *args: Any, **kwargs: Any
       >>> bool((model.apply({"params": params}, x) == plain.apply({"params": pretrained}, x)).all())
       True
     """
+    refuse_old_names(params)
     given = {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
     is_box = lambda node: isinstance(node, meta.AxisMetadata)
     boxed = any(map(is_box, jax.tree.leaves(params, is_leaf=is_box)))
@@ -61,44 +55,39 @@ def add_lora(model: nn.Module, rngs: Any, params: Any, *args: Any, **kwargs: Any
         tree = model.lazy_init(rngs, *args, **kwargs)["params"]
         tree = tree if boxed else meta.unbox(tree)
         expected.update({path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)})
+        if not any(map(is_low_rank, jax.tree.leaves(tree, is_leaf=is_low_rank))):
+            raise ValueError(f"the model has no LoRA parameter; it has: {', '.join(expected)}")
         return jax.tree.map_with_path(lambda path, leaf: None if path_name(path) in given else leaf, tree)
 
     tree = missing(rngs)
-    if not any(map(is_low_rank, jax.tree.leaves(tree, is_leaf=is_low_rank))):
-        raise ValueError(f"the model has no LoRA parameter; it has: {', '.join(expected)}")
     for name, leaf in given.items():
         if name not in expected:
             raise ValueError(f"{name}: the model has no such parameter; it has: {', '.join(expected)}")
         if leaf.shape != expected[name].shape:
             raise ValueError(f"{name}: the array is {leaf.shape}; the model needs {expected[name].shape}")
     fill = lambda path, leaf: given[path_name(path)] if leaf is None else leaf
-    return _placed(jax.tree.map_with_path(fill, tree, is_leaf=lambda leaf: leaf is None))
+    tree = jax.tree.map_with_path(fill, tree, is_leaf=lambda leaf: leaf is None)
+
+    def placed(layer: dict[str, Any], path: str) -> dict[str, Any]:  # over a mesh, as the kernels are
+        names = [name for name in ("lora", *SHORTCUTS) if isinstance(layer.get(name), LowRank)]
+        return layer | {name: beside(meta.unbox(layer["kernel"]), layer[name]) for name in names}
+
+    return map_layers(placed, tree)
 
 
-def _placed(tree: Any) -> Any:
-    """A tree with each LoRA parameter spread out over a mesh as the kernel beside it."""
+def map_layers(function: Callable[[dict[str, Any], str], Any], tree: Any, path: str = "") -> Any:
+    """A tree of dicts in which a function of it and of its path has changed each dict, inner ones first."""
     if not isinstance(tree, Mapping):
         return tree
-    placed = {name: _placed(child) for name, child in tree.items()}
-    for name, lora in tree.items():
-        if isinstance(lora, LowRank) and name.split("_")[0] == "lora":
-            kernel = meta.unbox(tree["kernel"])
-            placed[name] = beside(kernel, lora, split_roles(kernel.shape, lora.shape, named_roles(name)))
-        elif name in SHORTCUTS:
-            placed[name] = beside(meta.unbox(tree["kernel"]), lora, "io")
-    return placed
+    below = f"{path}/" if path else ""
+    return function({name: map_layers(function, z, below + name) for name, z in tree.items()}, path)
 
 
 def merge(params: Any) -> Any:
-    """The parameters of the plain model: the LoRA increments added to the kernels beside them.
-
-    The plain model computes with them what the model with LoRA does, to rounding.
+    """The parameters of the plain model, which computes the same, to rounding: increments added to kernels.
 
     Args:
       params: the parameters of a model with LoRA layers, or all its variables.
-
-    Returns:
-      A tree of dicts without LoRA parameters.
 
     Raises:
       ValueError: there is no LoRA parameter, or one whose kernel is missing or of another size, or one of
@@ -111,31 +100,23 @@ def merge(params: Any) -> Any:
       >>> sorted(merge(params))
       ['bias', 'kernel']
     """
+    refuse_old_names(params)
     if not any(map(is_low_rank, jax.tree.leaves(params, is_leaf=is_low_rank))):
         raise ValueError("the parameters have no LoRA parameter to merge")
-    return merge_tree(params, "")
+    return map_layers(merge_layer, params)
 
 
-def merge_tree(tree: Any, path: str) -> Any:
-    """`merge` of the part of a tree at a path, which need not have a LoRA parameter."""
-    if not isinstance(tree, Mapping):
-        return tree
-    merged = {name: merge_tree(child, f"{path}/{name}" if path else name) for name, child in tree.items()}
-    for name, lora in tree.items():
-        if name in SHORTCUTS:
+def merge_layer(layer: dict[str, Any], path: str) -> dict[str, Any]:
+    """A layer's parameters, with its increment, if it has one, in its kernel."""
+    for name in SHORTCUTS:
+        if name in layer:
             raise ValueError(f"{path}/{name}: {SHORTCUTS[name]}")
-        if isinstance(lora, LowRank) and name.split("_")[0] == "lora":
-            del merged[name]
-            if "kernel" not in tree:
-                raise ValueError(f"{path}: there is no kernel beside the LoRA parameter {name!r}")
-            merged["kernel"] = _merged_kernel(tree["kernel"], lora, name, path)
-    return merged
-
-
-def _merged_kernel(kernel: Any, lora: LowRank, name: str, path: str) -> Any:
-    array = meta.unbox(kernel)
+    if not isinstance(layer.get("lora"), LowRank):
+        return layer
+    if "kernel" not in layer:
+        raise ValueError(f"{path}: there is no kernel beside the LoRA parameter 'lora'")
+    lora, kernel = layer.pop("lora"), layer["kernel"]
     try:
-        merged = add_increment(array, lora, split_roles(array.shape, lora.shape, named_roles(name)))
+        return {**layer, "kernel": meta.replace_boxed(kernel, add_increment(meta.unbox(kernel), lora))}
     except ValueError as error:
-        raise ValueError(f"{path}/{name}: {error}") from error
-    return meta.replace_boxed(kernel, merged) if isinstance(kernel, meta.AxisMetadata) else merged
+        raise ValueError(f"{path}/lora: {error}") from error

@@ -1,4 +1,4 @@
-"""ResLoRA for Flax linen: layers with residual paths between their LoRA parameters."""
+"""ResLoRA (https://arxiv.org/abs/2402.18039) for linen: residual paths between layers' LoRA parameters."""
 
 import functools
 import operator
@@ -10,55 +10,44 @@ import jax
 from flax.core import meta
 from jaxtyping import Array
 
-from oplora_jax.adapters.reslora import add_increments, add_inputs, check, merge_block
-from oplora_jax.linen.apply import init
-from oplora_jax.linen.parameters import SHORTCUTS, merge_tree
+from oplora_jax.adapters.checks import refuse_old_names
+from oplora_jax.adapters.init import init_beside
+from oplora_jax.adapters.reslora import SHORTCUTS, add_increments, add_inputs, check, merge_block
+from oplora_jax.linen.apply import WithLoRA, promoted
+from oplora_jax.linen.parameters import map_layers, merge_layer
 from oplora_jax.matrix import LowRank
 
 
 @no_type_check
-class BlockShortcutDense(nn.Dense, kw_only=True):
+class BlockShortcutDense(WithLoRA, nn.Dense, kw_only=True):
     """`LoRADense` whose inputs go through the increments of layers before it too.
 
     y = x (kernel + sum_i s_i a_i b_i) + bias, over the previous layers' increments and its own. Those are
-    read where the layers keep them, not copied: they train with the layers they come from, and their exact
-    gradient, which adds up over the layers, is dense.
+    read where the layers keep them, not copied; their exact gradient, which adds up over layers, is dense.
 
     Its parameters are `kernel` (n, m), `bias` (m,) and `block_lora`, a `LowRank` of shape (n, m).
     `merge_shortcuts` makes those of a plain `nn.Dense` that computes the same, to rounding.
 
     Attributes:
-      rank: r of its own increment, at most min(n, m).
+      rank, alpha: of its own increment, as for `LoRADense`.
       previous: the layers whose increments it shares, of shape (n, m), called before it in the same model: at
         layer l of a stack, with shortcuts over k layers, ``layers[max(0, l - k + 1) : l]``.
-      alpha: the scale is alpha / rank; 1 when alpha is None.
-
-    The others are those of `flax.linen.Dense`.
 
     Raises:
-      ValueError: when it is called, a previous layer without an increment, or with one of another shape;
-        when it is initialised, a rank that is not between 1 and min(n, m).
+      ValueError: a previous layer without an increment, or with one of another shape; a rank out of range.
 
     Example:
       >>> import flax.linen as nn
       >>> import jax, jax.numpy as jnp
       >>> from oplora_jax.linen import BlockShortcutDense, LoRADense
-      >>> class Model(nn.Module):
-      ...   @nn.compact
-      ...   def __call__(self, x):
-      ...     first = LoRADense(4, rank=2)
-      ...     return BlockShortcutDense(4, rank=2, previous=[first])(nn.tanh(first(x)))
-      >>> params = Model().init(jax.random.key(0), jnp.ones((5, 4)))["params"]
+      >>> first = LoRADense(4, rank=2)
+      >>> model = nn.Sequential([first, nn.tanh, BlockShortcutDense(4, rank=2, previous=[first])])
+      >>> params = model.init(jax.random.key(0), jnp.ones((5, 4)))["params"]
       >>> {name: sorted(layer) for name, layer in params.items()}
-      {'LoRADense_0': ['bias', 'kernel', 'lora'], 'BlockShortcutDense_0': ['bias', 'block_lora', 'kernel']}
-
-    References:
-      ResLoRA, https://arxiv.org/abs/2402.18039.
+      {'layers_0': ['bias', 'kernel', 'lora'], 'layers_2': ['bias', 'block_lora', 'kernel']}
     """
 
-    rank: int
     previous: Sequence[nn.Module]
-    alpha: float | int | None = None
 
     @nn.compact
     def __call__(self, inputs: Any) -> Array:
@@ -66,27 +55,18 @@ class BlockShortcutDense(nn.Dense, kw_only=True):
         y, own = super().__call__(inputs), _own(self, "block_lora")
         loras = [*map(_of, self.previous), own]
         check(own.shape, loras)
-        return add_increments(y, _promoted(self, inputs), loras, self.precision)
+        return add_increments(y, promoted(self, inputs), loras, self.precision)
 
 
 @no_type_check
-class InputShortcutDense(nn.Dense, kw_only=True):
+class InputShortcutDense(WithLoRA, nn.Dense):
     """`LoRADense` whose increment sees the previous layer's inputs too.
 
     y = x kernel + s ((x + previous_x) a) b + bias, called as ``layer(x, previous_x)`` with two arrays
-    (..., n). No plain layer computes this: `merge` and `merge_shortcuts` refuse it.
+    (..., n) of one shape. No plain layer computes this: `merge` and `merge_shortcuts` refuse it.
 
-    Its parameters are `kernel` (n, m), `bias` (m,) and `input_lora`, a `LowRank` of shape (n, m).
-
-    Attributes:
-      rank: r, at most min(n, m).
-      alpha: the scale is alpha / rank; 1 when alpha is None.
-
-    The others are those of `flax.linen.Dense`.
-
-    Raises:
-      ValueError: when it is called, inputs of different shapes; when it is initialised, a rank that is not
-        between 1 and min(n, m).
+    Its parameters are `kernel` (n, m), `bias` (m,) and `input_lora`, a `LowRank` of shape (n, m). `rank` and
+    `alpha` are as for `LoRADense`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -95,37 +75,27 @@ class InputShortcutDense(nn.Dense, kw_only=True):
       >>> y, variables = layer.init_with_output(jax.random.key(0), x, previous_inputs=x)
       >>> y.shape, sorted(variables["params"])
       ((5, 3), ['bias', 'input_lora', 'kernel'])
-
-    References:
-      ResLoRA, https://arxiv.org/abs/2402.18039.
     """
-
-    rank: int
-    alpha: float | int | None = None
 
     @nn.compact
     def __call__(self, inputs: Any, previous_inputs: Any) -> Array:
         """The layer's outputs."""
         y, lora = super().__call__(inputs), _own(self, "input_lora")
-        both = add_inputs(_promoted(self, inputs), _promoted(self, previous_inputs))
+        both = add_inputs(promoted(self, inputs), promoted(self, previous_inputs))
         return add_increments(y, both, [lora], self.precision)
 
 
 def merge_shortcuts(model: nn.Module, params: Any, *args: Any, **kwargs: Any) -> Any:
     """`merge` for a model with `BlockShortcutDense` layers.
 
-    The parameters alone do not say whose increments a layer shares: the forward pass is traced, for that and
-    its shapes alone.
+    The parameters alone do not say whose increments a layer shares: the forward pass is traced for that.
 
     Args:
-      model: the model.
-      params: its parameters.
-      *args: as for `model.init`: example inputs, as arrays or `jax.ShapeDtypeStruct`.
-      **kwargs: as for `model.init`.
+      model, params: the model and its parameters.
+      *args, **kwargs: as for `model.init`; example inputs may be of `jax.ShapeDtypeStruct`.
 
     Returns:
-      A tree of dicts without LoRA parameters: those of the model with `nn.Dense` in the place of its LoRA
-        layers.
+      A tree of dicts: the parameters of the model with `nn.Dense` in the place of its LoRA layers.
 
     Raises:
       ValueError: as for `merge`; an `InputShortcutDense`, which has no merged form.
@@ -134,43 +104,40 @@ def merge_shortcuts(model: nn.Module, params: Any, *args: Any, **kwargs: Any) ->
       >>> import flax.linen as nn
       >>> import jax, jax.numpy as jnp
       >>> from oplora_jax.linen import BlockShortcutDense, LoRADense, merge_shortcuts
-      >>> first = LoRADense(4, rank=2)
+      >>> x, first = jnp.ones((5, 4)), LoRADense(4, rank=2)
       >>> model = nn.Sequential([first, BlockShortcutDense(4, rank=2, previous=[first])])
-      >>> x = jnp.ones((5, 4))
       >>> params = model.init(jax.random.key(0), x)["params"]
       >>> {name: sorted(layer) for name, layer in merge_shortcuts(model, params, x).items()}
       {'layers_0': ['bias', 'kernel'], 'layers_1': ['bias', 'kernel']}
     """
-    previous: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+    refuse_old_names(params)
+    previous: dict[str, list[tuple[str, ...]]] = {}
 
     def note(call: Any, call_args: Any, call_kwargs: Any, context: Any) -> Any:
         layer = context.module
         if isinstance(layer, BlockShortcutDense) and context.method_name == "__call__":
-            previous[layer.path] = [other.path for other in layer.previous]
+            previous["/".join(layer.path)] = [other.path for other in layer.previous]
         return call(*call_args, **call_kwargs)
 
     with nn.intercept_methods(note):
         model.lazy_init(jax.random.key(0), *args, **kwargs)
-    at = lambda path: functools.reduce(operator.getitem, path, params)
+    at = lambda path: _find(functools.reduce(operator.getitem, path, params))
 
-    def merged_blocks(tree: Any, path: tuple[str, ...]) -> Any:
-        if not isinstance(tree, Mapping):
-            return tree
-        if path not in previous:
-            return {name: merged_blocks(child, (*path, name)) for name, child in tree.items()}
-        tree = dict(tree)
-        loras = [*(_find(at(other)) for other in previous[path]), meta.unbox(tree.pop("block_lora"))]
-        tree["kernel"] = meta.replace_boxed(tree["kernel"], merge_block(meta.unbox(tree["kernel"]), loras))
-        return tree
+    def merge_one(layer: dict[str, Any], path: str) -> dict[str, Any]:
+        if path in previous:
+            loras = [*map(at, previous[path]), meta.unbox(layer.pop("block_lora"))]
+            kernel = merge_block(meta.unbox(layer["kernel"]), loras)
+            layer["kernel"] = meta.replace_boxed(layer["kernel"], kernel)
+        return merge_layer(layer, path)
 
-    return merge_tree(merged_blocks(params, ()), "")
+    return map_layers(merge_one, params)
 
 
-def _own(layer: nn.Module, name: str) -> LowRank:
+def _own(layer: WithLoRA, name: str) -> LowRank:
     """A layer's increment, which is created after the layer's own parameters."""
     if not layer.has_variable("params", name):
         kernel = meta.unbox(layer.get_variable("params", "kernel"))
-        layer.scope.param(name, init, kernel, "io", layer.rank, layer.alpha, None)
+        layer.scope.param(name, init_beside, kernel, "io", layer.rank, layer.alpha, None)
     return meta.unbox(layer.get_variable("params", name))
 
 
@@ -178,19 +145,10 @@ def _of(layer: nn.Module) -> LowRank:
     """The increment of another layer of the model."""
     lora = _find(layer.variables.get("params", {}))
     if lora is None:
-        raise ValueError(
-            f"the previous layer {'/'.join(layer.path)!r} has no LoRA parameter yet; previous takes LoRA "
-            "layers that the model calls before this one"
-        )
+        name = "/".join(layer.path)
+        raise ValueError(f"the previous layer {name!r} has no LoRA parameter yet; call it before this one")
     return lora
 
 
 def _find(params: Mapping[str, Any]) -> LowRank | None:
     return next((meta.unbox(params[name]) for name in ("lora", *SHORTCUTS) if name in params), None)
-
-
-def _promoted(layer: nn.Dense, x: Any) -> Array:
-    """x in the type in which a layer multiplies."""
-    kernel = meta.unbox(layer.get_variable("params", "kernel"))
-    bias = meta.unbox(layer.get_variable("params", "bias")) if layer.use_bias else None
-    return layer.promote_dtype(x, kernel, bias, dtype=layer.dtype)[0]

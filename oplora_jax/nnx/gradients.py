@@ -21,16 +21,13 @@ def value_and_grad(
 ) -> Callable[..., Any]:
     """`oplora_jax.value_and_grad` for a loss of an NNX module.
 
-    Other state that the loss changes (batch statistics, random streams) is updated in the module, as
-    `nnx.value_and_grad` does.
+    Other state that the loss changes, such as batch statistics, is updated in the module.
 
     Args:
       loss_fn: a function of (model, *args, **kwargs) that returns a scalar loss, or with `has_aux` a pair.
-      gradient: as for `oplora_jax.value_and_grad`.
-      has_aux: whether the loss returns auxiliary data.
       wrt: an NNX filter, the variables to differentiate by; the same as the optimizer's.
-      moments: as for `oplora_jax.value_and_grad`.
-      microbatches: as for `oplora_jax.value_and_grad`. The other state goes from each to the next.
+      gradient, has_aux, moments, microbatches: as for `oplora_jax.value_and_grad`. The other state goes from
+        each microbatch to the next.
 
     Returns:
       A function of (model, *args, **kwargs) that returns (value, gradients), the gradients an `nnx.State`

@@ -9,34 +9,27 @@ from collections.abc import Sequence
 from typing import Any
 
 from flax import nnx
+from flax.nnx import Rngs
 from jaxtyping import Array
 
-from oplora_jax.adapters.init import beside, init_low_rank
-from oplora_jax.adapters.kernel_axes import (
-    add_einsum_increment,
-    add_increment,
-    dense_equation,
-    kernel_roles,
-    lora_name,
-    matrix_shape,
-    stacked,
-)
+from oplora_jax.adapters.checks import check_roles
+from oplora_jax.adapters.init import init_beside
+from oplora_jax.adapters.kernel_axes import add_einsum_increment, add_increment, dense_equation, kernel_roles
+from oplora_jax.matrix import LowRank
+
+Shape = Sequence[int]
+Size = int | Shape
+Alpha = float | int | None
 
 
-def init_lora_param(
-    layer: nnx.Module, rank: int, alpha: float | int | None, rngs: nnx.Rngs, dtype: Any = None
-) -> nnx.LoRAParam[Any]:
-    """The `lora` of a layer that has its kernel: a `LowRank` of a type, the kernel's if None."""
-    kernel, axes = layer.kernel.get_value(), roles(layer)
-    dtype = kernel.dtype if dtype is None else dtype
-    lora = init_low_rank(rngs.params(), matrix_shape(kernel.shape, axes), rank, alpha, dtype)
-    # Where reshaping the kernel does not make its matrix, who has the state alone must be told.
-    metadata = {} if lora_name(axes) == "lora" else {"kernel_roles": axes}
-    return nnx.LoRAParam(beside(kernel, lora, axes), **metadata)
+def lora_param(layer: nnx.Module, rank: int, alpha: Alpha, rngs: Rngs, dtype: Any = None) -> nnx.LoRAParam:
+    """The LoRA parameter of a layer that has its kernel: a `LowRank` of a type, the kernel's if None."""
+    kernel = layer.kernel.get_value()
+    return nnx.LoRAParam(init_beside(rngs.params(), kernel, roles(layer), rank, alpha, dtype))
 
 
 def roles(layer: nnx.Module) -> str:
-    """The roles of the axes of a layer's kernel; axes in front of those it knows of stack layers."""
+    """The roles of the axes that a layer knows of its kernel; others, in front of them, stack layers."""
     if isinstance(layer, nnx.Linear):
         known, shape = "io", (layer.in_features, layer.out_features)
     elif isinstance(layer, nnx.LinearGeneral):
@@ -49,31 +42,43 @@ def roles(layer: nnx.Module) -> str:
         transposed = getattr(layer, "transpose_kernel", False)
         known = "i" * len(layer.kernel_size) + ("oi" if transposed else "io")
         shape = tuple(layer.kernel_shape)
-    kernel = layer.kernel.get_value()
-    if kernel.shape[-len(shape) :] != shape:
-        raise ValueError(
-            f"the kernel is {kernel.shape}; expected {shape}, with axes in front if layers are stacked"
-        )
-    return stacked(known, kernel.ndim)
+    if (got := layer.kernel.shape)[-len(shape) :] != shape:
+        raise ValueError(f"the kernel is {got}; expected {shape}, with axes in front if layers are stacked")
+    return known
+
+
+def lora_of(layer: nnx.Module) -> LowRank:
+    """A layer's LoRA parameter."""
+    lora = layer.lora.get_value()
+    check_roles(lora, roles(layer), f"the lora of a {type(layer).__name__}")
+    return lora
 
 
 def merged_kernel(layer: nnx.Module) -> Array:
     """A layer's kernel with its LoRA increment added."""
-    return add_increment(layer.kernel[...], layer.lora.get_value(), roles(layer))
+    return add_increment(layer.kernel[...], lora_of(layer))
 
 
-class Split(nnx.Module):
+def promoted(layer: nnx.Module, x: Any) -> Array:
+    """x in the type in which a layer multiplies."""
+    bias = None if layer.bias is None else layer.bias[...]
+    return layer.promote_dtype((x, layer.kernel[...], bias), dtype=layer.dtype)[0]
+
+
+class WithLoRA(nnx.Module):
+    """Mixed into a layer of Flax's that has a LoRA parameter of this name."""
+
+    lora_name = "lora"
+
+
+class Split(WithLoRA):
     """Mixed into a dense layer: its own product, and the increment's beside it."""
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Array:
         """The layer's outputs."""
-        y = super().__call__(inputs, *args, **kwargs)
-        kernel = self.kernel[...]
-        bias = None if self.bias is None else self.bias[...]
-        x, *_ = self.promote_dtype((inputs, kernel, bias), dtype=self.dtype)
+        y, x = super().__call__(inputs, *args, **kwargs), promoted(self, inputs)
         equation = _equation(self, x.ndim, *args, **kwargs)
-        lora = self.lora.get_value()
-        return add_einsum_increment(y, equation, x, kernel.shape, lora, self.precision)
+        return add_einsum_increment(y, equation, x, self.kernel.shape, lora_of(self), self.precision)
 
 
 def _equation(layer: nnx.Module, ndim: int, einsum_str: Any = None, *args: Any, **kwargs: Any) -> str:
@@ -85,7 +90,7 @@ def _equation(layer: nnx.Module, ndim: int, einsum_str: Any = None, *args: Any, 
     return layer.einsum_str if einsum_str is None else einsum_str
 
 
-class Merged(nnx.Module):
+class Merged(WithLoRA):
     """Mixed into any layer: it runs with merged weights, a convolution's being small."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -96,19 +101,28 @@ class Merged(nnx.Module):
         return super(Merged, layer).__call__(*args, **kwargs)
 
 
-class LoRALinear(Split, nnx.Linear):
+class Dense(WithLoRA):
+    """Mixed into a dense layer: how it is made."""
+
+    def __init__(
+        self, in_features: Size, out_features: Size, rank: int, *, alpha: Alpha = None, rngs: Rngs, **options
+    ):
+        super().__init__(in_features, out_features, rngs=rngs, **options)
+        setattr(self, self.lora_name, lora_param(self, rank, alpha, rngs))
+
+
+class LoRALinear(Split, Dense, nnx.Linear):
     """`flax.nnx.Linear` with a LoRA increment: y = x (kernel + alpha / rank * a b) + bias.
 
     `kernel` and `bias` are `nnx.Param`; `lora` is an `nnx.LoRAParam` that holds a `LowRank`, so
     `nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)` trains the LoRA parameters alone.
 
     Args:
-      in_features: n.
-      out_features: m.
+      in_features, out_features: n and m.
       rank: r, at most min(n, m).
       alpha: the scale is alpha / rank; 1 when alpha is None.
       rngs: random number streams; "params" is used.
-      **options: those of `flax.nnx.Linear`.
+      **options: those of Flax's layer.
 
     Raises:
       ValueError: a rank that is not between 1 and min(n, m).
@@ -122,36 +136,12 @@ class LoRALinear(Split, nnx.Linear):
       ((1, 6), (4, 2))
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        *,
-        alpha: float | int | None = None,
-        rngs: nnx.Rngs,
-        **options: Any,
-    ):
-        super().__init__(in_features, out_features, rngs=rngs, **options)
-        self.lora = init_lora_param(self, rank, alpha, rngs)
 
-
-class LoRALinearGeneral(Split, nnx.LinearGeneral):
+class LoRALinearGeneral(Split, Dense, nnx.LinearGeneral):
     """`flax.nnx.LinearGeneral` with a LoRA increment.
 
-    The contracted axes of the kernel together are n, those of the features m; a `batch_axis` gives each of
-    its entries factors of its own.
-
-    Args:
-      in_features: sizes of the contracted axes.
-      out_features: sizes of the output axes.
-      rank: r, at most min(n, m).
-      alpha: the scale is alpha / rank; 1 when alpha is None.
-      rngs: random number streams; "params" is used.
-      **options: those of `flax.nnx.LinearGeneral`.
-
-    Raises:
-      ValueError: a rank that is not between 1 and min(n, m).
+    The contracted axes of the kernel, of sizes in_features, together are n, those of the outputs m; a
+    `batch_axis` gives each of its entries factors of its own. The rest is as for `LoRALinear`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -162,37 +152,13 @@ class LoRALinearGeneral(Split, nnx.LinearGeneral):
       ((7, 4, 5), (6, 20))
     """
 
-    def __init__(
-        self,
-        in_features: int | Sequence[int],
-        out_features: int | Sequence[int],
-        rank: int,
-        *,
-        alpha: float | int | None = None,
-        rngs: nnx.Rngs,
-        **options: Any,
-    ):
-        super().__init__(in_features, out_features, rngs=rngs, **options)
-        self.lora = init_lora_param(self, rank, alpha, rngs)
-
 
 class LoRAEinsum(Split, nnx.Einsum):
     """`flax.nnx.Einsum` with a LoRA increment.
 
     The axes of the kernel that the inputs have and the outputs lack are contracted: together they are n.
-    Those that the outputs have and the inputs lack are m; those that both have are batch axes.
-
-    Args:
-      einsum_str: the einsum of the inputs and the kernel.
-      kernel_shape: the shape of the kernel.
-      rank: r, at most min(n, m).
-      alpha: the scale is alpha / rank; 1 when alpha is None.
-      rngs: random number streams; "params" is used.
-      **options: those of `flax.nnx.Einsum`, `bias_shape` among them.
-
-    Raises:
-      ValueError: an einsum that is no matrix product of the inputs and the kernel, or a rank that is not
-        between 1 and min(n, m).
+    Those that the outputs have and the inputs lack are m; those that both have are batch axes. An einsum that
+    is no matrix product of the two raises ValueError. The rest is as for `LoRALinear`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -204,36 +170,33 @@ class LoRAEinsum(Split, nnx.Einsum):
     """
 
     def __init__(
-        self,
-        einsum_str: str,
-        kernel_shape: Sequence[int],
-        rank: int,
-        *,
-        alpha: float | int | None = None,
-        rngs: nnx.Rngs,
-        **options: Any,
+        self, einsum_str: str, kernel_shape: Shape, rank: int, *, alpha: Alpha = None, rngs: Rngs, **options
     ):
         super().__init__(einsum_str, tuple(kernel_shape), rngs=rngs, **options)
-        self.lora = init_lora_param(self, rank, alpha, rngs)
+        self.lora = lora_param(self, rank, alpha, rngs)
 
 
-class LoRAConv(Merged, nnx.Conv):
+class _Convolution(Merged):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: Size,
+        rank: int,
+        *,
+        alpha: Alpha = None,
+        rngs: Rngs,
+        **options,
+    ):
+        super().__init__(in_features, out_features, kernel_size, rngs=rngs, **options)
+        self.lora = lora_param(self, rank, alpha, rngs)
+
+
+class LoRAConv(_Convolution, nnx.Conv):
     """`flax.nnx.Conv` with a LoRA increment: one convolution with the kernel and a b added up.
 
     The kernel (*kernel_size, in_features / groups, out_features) is the matrix of all its axes but the last
-    by the last. The gradient of that matrix is captured dense.
-
-    Args:
-      in_features: channels of the inputs.
-      out_features: channels of the outputs, m.
-      kernel_size: the window; n is its size times the channels that a window sees.
-      rank: r, at most min(n, m).
-      alpha: the scale is alpha / rank; 1 when alpha is None.
-      rngs: random number streams; "params" is used.
-      **options: those of `flax.nnx.Conv`, `strides` among them.
-
-    Raises:
-      ValueError: a rank that is not between 1 and min(n, m).
+    by the last. The gradient of that matrix is captured dense. The rest is as for `LoRALinear`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -244,35 +207,9 @@ class LoRAConv(Merged, nnx.Conv):
       ((1, 8, 8, 8), (75, 8))
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        kernel_size: int | Sequence[int],
-        rank: int,
-        *,
-        alpha: float | int | None = None,
-        rngs: nnx.Rngs,
-        **options: Any,
-    ):
-        super().__init__(in_features, out_features, kernel_size, rngs=rngs, **options)
-        self.lora = init_lora_param(self, rank, alpha, rngs)
 
-
-class LoRAConvTranspose(Merged, nnx.ConvTranspose):
+class LoRAConvTranspose(_Convolution, nnx.ConvTranspose):
     """`flax.nnx.ConvTranspose` with a LoRA increment, like `LoRAConv`.
-
-    Args:
-      in_features: channels of the inputs.
-      out_features: channels of the outputs, m.
-      kernel_size: the window; n is its size times in_features.
-      rank: r, at most min(n, m).
-      alpha: the scale is alpha / rank; 1 when alpha is None.
-      rngs: random number streams; "params" is used.
-      **options: those of `flax.nnx.ConvTranspose`, `strides` among them.
-
-    Raises:
-      ValueError: a rank that is not between 1 and min(n, m).
 
     Example:
       >>> import jax.numpy as jnp
@@ -282,17 +219,3 @@ class LoRAConvTranspose(Merged, nnx.ConvTranspose):
       >>> layer(jnp.ones((1, 6, 6, 3))).shape, layer.lora.get_value().shape
       ((1, 12, 12, 8), (12, 8))
     """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        kernel_size: int | Sequence[int],
-        rank: int,
-        *,
-        alpha: float | int | None = None,
-        rngs: nnx.Rngs,
-        **options: Any,
-    ):
-        super().__init__(in_features, out_features, kernel_size, rngs=rngs, **options)
-        self.lora = init_lora_param(self, rank, alpha, rngs)

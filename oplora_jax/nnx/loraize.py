@@ -8,27 +8,16 @@ import jax
 from flax import nnx
 
 from oplora_jax.adapters.paths import matches, path_name
-from oplora_jax.nnx.layers import (
-    LoRAConv,
-    LoRAConvTranspose,
-    LoRAEinsum,
-    LoRALinear,
-    LoRALinearGeneral,
-    Merged,
-    Split,
-    init_lora_param,
-    merged_kernel,
-)
+from oplora_jax.adapters.reslora import SHORTCUTS
+from oplora_jax.nnx import layers as lora_layers
+from oplora_jax.nnx.layers import Merged, Split, WithLoRA, lora_param, merged_kernel
 from oplora_jax.nnx.reslora import BlockShortcutLinear, InputShortcutLinear
 
 Model = TypeVar("Model", bound=nnx.Module)
 
 _CLASSES = {
-    nnx.Linear: LoRALinear,
-    nnx.LinearGeneral: LoRALinearGeneral,
-    nnx.Einsum: LoRAEinsum,
-    nnx.Conv: LoRAConv,
-    nnx.ConvTranspose: LoRAConvTranspose,
+    getattr(nnx, name): getattr(lora_layers, f"LoRA{name}")
+    for name in ("Linear", "LinearGeneral", "Einsum", "Conv", "ConvTranspose")
 }
 
 
@@ -45,30 +34,25 @@ def loraize(
 
     A path is written like "encoder/layers/0/attention/query"; that of the model itself is "". Each chosen
     `nnx.Linear`, `nnx.LinearGeneral`, `nnx.Einsum`, `nnx.Conv` or `nnx.ConvTranspose` becomes the LoRA layer
-    of that name: the same object, with its kernel, its bias and all its options, and a `lora` besides. So a
-    layer that the model shares stays shared, and whoever holds it sees the change. The model computes what
-    it did before, since the increments start at zero. Layers that `nnx.vmap` has stacked get stacked factors.
-    On a mesh the factors are sharded as the rows and the columns of their kernel; under `jax.jit` that needs
-    explicit axes.
+    of that name: the same object, with its kernel, its bias and all its options, and a `lora` besides, so
+    that a shared layer stays shared. The model computes what it did, since the increments start at zero.
+    Layers that `nnx.vmap` has stacked get stacked factors. On a mesh the factors are sharded as the rows and
+    the columns of their kernel; under `jax.jit` that needs explicit axes.
 
     A layer of a subclass stays one of that class. If the class has a `__call__` of its own, that runs with
     merged weights.
 
     Args:
       model: any module.
-      rank: r, at most either side of every kernel chosen.
-      targets: one pattern or several: a glob for the whole path, or a regular expression found in it.
-      alpha: the scale is alpha / rank; 1 when alpha is None.
-      dtype: the type of the factors; that of each kernel if None. Take float32 over a bfloat16 model, as for
-        `oplora_jax.init_lora`.
+      rank, targets, alpha, dtype: as for `oplora_jax.init_lora`.
       rngs: random number streams; "params" is used.
 
     Returns:
       The paths of the layers that have changed.
 
     Raises:
-      ValueError: no layer matched (the message lists the paths of those that could), a layer has LoRA
-        already, or its kernel is too small for the rank. The model is then as it was.
+      ValueError: no layer matched, one has LoRA already, or its kernel is too small for the rank. The model
+        is then as it was.
 
     Example:
       >>> import jax.numpy as jnp
@@ -81,28 +65,23 @@ def loraize(
       >>> model(jnp.ones((1, 4))).shape, model.layers[0].lora.get_value().shape
       ((1, 3), (4, 8))
     """
-    layers, paths = {}, {}
+    found: dict[int, tuple[nnx.Module, list[str]]] = {}
     for path, module in _modules(model, ()):
         if isinstance(module, tuple(_CLASSES)):
-            layers[id(module)] = module
-            paths.setdefault(id(module), []).append(path)
+            found.setdefault(id(module), (module, []))[1].append(path)
     chosen = {}
-    for key, layer in layers.items():
-        path = next((path for path in paths[key] if matches(path, targets)), None)
-        if path is not None:
-            chosen[path] = layer
+    for layer, paths in found.values():
+        chosen |= {path: layer for path in [p for p in paths if matches(p, targets)][:1]}
     if not chosen:
-        names = ", ".join(repr(path) for each in paths.values() for path in each)
+        names = ", ".join(repr(path) for _, paths in found.values() for path in paths)
         raise ValueError(f"no layer matches {targets!r}; the paths of the layers are: {names or 'none'}")
     params = {}
     for path, layer in chosen.items():
-        if hasattr(layer, "lora"):
-            raise ValueError(
-                f"{path!r}: this {type(layer).__name__} has LoRA already; leave it out of the targets, or "
-                "merge it first"
-            )
         try:
-            params[path] = init_lora_param(layer, rank, alpha, rngs, dtype)
+            if isinstance(layer, WithLoRA) or hasattr(layer, "lora"):
+                name = type(layer).__name__
+                raise ValueError(f"this {name} has LoRA already; leave it out of the targets, or merge it")
+            params[path] = lora_param(layer, rank, alpha, rngs, dtype)
         except ValueError as error:
             raise ValueError(f"{path!r}: {error}") from error
     for path, layer in chosen.items():
@@ -114,14 +93,10 @@ def loraize(
 def merge(model: Model) -> Model:
     """A model of plain layers, with the LoRA increments added to their kernels.
 
-    It computes what the model with LoRA does, to rounding, and is of the classes that `loraize` found. The
-    model itself stays as it is.
+    It computes what the model with LoRA does, to rounding, and is of the classes that `loraize` found.
 
     Args:
-      model: any module with LoRA layers.
-
-    Returns:
-      A copy of it without LoRA.
+      model: any module with LoRA layers, which stays as it is: the result is a copy.
 
     Raises:
       ValueError: the model has no LoRA layer, or one of a class with a `__call__` of its own, or one that has
@@ -136,27 +111,23 @@ def merge(model: Model) -> Model:
       'Linear'
     """
     model = nnx.clone(model)
-    layers = [(path, z) for path, z in nnx.iter_modules(model) if isinstance(z, Split | Merged)]
+    layers = [(path, z) for path, z in nnx.iter_modules(model) if isinstance(z, WithLoRA)]
     if not layers:
         raise ValueError("the model has no LoRA layer to merge")
     for path, layer in layers:
-        plain = next(c for c in type(layer).__mro__ if not issubclass(c, Split | Merged))
+        name = repr("/".join(map(str, path)))
+        plain = next(c for c in type(layer).__mro__ if not issubclass(c, WithLoRA))
         if isinstance(layer, InputShortcutLinear):
-            raise ValueError(
-                f"{'/'.join(map(str, path))!r}: an input shortcut has no merged form, since its outputs "
-                "depend on the previous layer's inputs too; keep the layer as it is"
-            )
+            raise ValueError(f"{name}: {SHORTCUTS['input_lora']}")
         if type(layer).__call__ not in (Split.__call__, Merged.__call__, BlockShortcutLinear.__call__):
-            raise ValueError(
-                f"{'/'.join(map(str, path))!r}: {type(layer).__name__} has a __call__ of its own, which a "
-                f"plain {plain.__name__} would lose. Merge its lora into its kernel yourself"
-            )
+            own = f"{type(layer).__name__} has a __call__ of its own, which {plain.__name__} would lose"
+            raise ValueError(f"{name}: {own}. Merge its lora into its kernel yourself")
         if isinstance(layer, BlockShortcutLinear):
             layer.kernel.set_value(layer.merged_kernel())
             del layer.previous
         else:
             layer.kernel.set_value(merged_kernel(layer))
-        del layer.lora
+        delattr(layer, layer.lora_name)
         object.__setattr__(layer, "__class__", plain)
     return model
 

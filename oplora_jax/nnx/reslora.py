@@ -1,33 +1,26 @@
-"""ResLoRA for Flax NNX: layers with residual paths between their LoRA parameters."""
+"""ResLoRA (https://arxiv.org/abs/2402.18039) for NNX: residual paths between layers' LoRA parameters."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from flax import nnx
 from jaxtyping import Array
 
 from oplora_jax.adapters.reslora import add_increments, add_inputs, check, merge_block
-from oplora_jax.nnx.layers import LoRALinear
+from oplora_jax.matrix import LowRank
+from oplora_jax.nnx.layers import Dense, promoted
 
 
-class BlockShortcutLinear(LoRALinear):
+class BlockShortcutLinear(Dense, nnx.Linear):
     """`LoRALinear` whose inputs go through the increments of layers before it too.
 
-    y = x (kernel + sum_i s_i a_i b_i) + bias, over the previous layers' increments and its own. These are
-    shared, not copied: they train with the layers they come from, and their exact gradient, which adds up
-    over the layers, is dense.
-
+    y = x (kernel + sum_i s_i a_i b_i) + bias, over the previous layers' increments and its own, `block_lora`.
+    The others are shared, not copied; their exact gradient, which adds up over layers, is dense.
     `oplora_jax.nnx.merge` makes an `nnx.Linear` of it that computes the same, to rounding.
 
     Args:
-      in_features: n.
-      out_features: m.
-      rank: r of its own increment, at most min(n, m).
-      previous: the layers whose increments it shares, each with a `lora` of shape (n, m): at layer l of a
+      in_features, out_features, rank, alpha, rngs, **options: as for `LoRALinear`.
+      previous: a sequence of the layers whose increments it shares, each of shape (n, m): at layer l of a
         stack, with shortcuts over k layers, ``layers[max(0, l - k + 1) : l]``.
-      alpha: the scale is alpha / rank; 1 when alpha is None.
-      rngs: random number streams; "params" is used.
-      **options: those of `flax.nnx.Linear`.
 
     Raises:
       ValueError: a rank that is not between 1 and min(n, m), or an increment of another shape.
@@ -44,47 +37,35 @@ class BlockShortcutLinear(LoRALinear):
       ((5, 4), 2)
       >>> type(merge(model).layers[2]).__name__
       'Linear'
-
-    References:
-      ResLoRA, https://arxiv.org/abs/2402.18039.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        *,
-        previous: Sequence[nnx.Linear],
-        alpha: float | int | None = None,
-        rngs: nnx.Rngs,
-        **options: Any,
-    ):
-        super().__init__(in_features, out_features, rank, alpha=alpha, rngs=rngs, **options)
-        self.previous = nnx.List([layer.lora for layer in previous])
-        self.lora.set_metadata(shortcut="block")  # for who has the state alone
+    lora_name = "block_lora"
+
+    def __init__(self, in_features: int, out_features: int, rank: int, *, previous: Any, **options: Any):
+        super().__init__(in_features, out_features, rank, **options)
+        self.previous = nnx.List([getattr(layer, layer.lora_name) for layer in previous])
         check(self.kernel.shape, self._loras())
 
-    def _loras(self) -> list[Any]:
-        return [lora.get_value() for lora in [*self.previous, self.lora]]
+    def _loras(self) -> list[LowRank]:
+        return [lora.get_value() for lora in [*self.previous, self.block_lora]]
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Array:
         """The layer's outputs."""
         y = super().__call__(inputs, *args, **kwargs)
-        return add_increments(y, _promoted(self, inputs), self._loras()[:-1], self.precision)
+        *previous, own = self._loras()
+        return add_increments(y, promoted(self, inputs), [own, *previous], self.precision)
 
     def merged_kernel(self) -> Array:
         """The kernel with all the increments added."""
         return merge_block(self.kernel[...], self._loras())
 
 
-class InputShortcutLinear(LoRALinear):
-    """`LoRALinear` whose increment sees the previous layer's inputs too.
+class InputShortcutLinear(Dense, nnx.Linear):
+    """`LoRALinear` whose increment, `input_lora`, sees the previous layer's inputs too.
 
     y = x kernel + s ((x + previous_x) a) b + bias, called as ``layer(x, previous_x)`` with two arrays
-    (..., n). No plain layer computes this, and `oplora_jax.nnx.merge` refuses it.
-
-    Args and Raises are those of `LoRALinear`; the call raises ValueError where the inputs' shapes differ.
+    (..., n) of one shape. No plain layer computes this, and `oplora_jax.nnx.merge` refuses it. The arguments
+    are those of `LoRALinear`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -94,23 +75,12 @@ class InputShortcutLinear(LoRALinear):
       >>> first, second = LoRALinear(4, 4, rank=2, rngs=rngs), InputShortcutLinear(4, 3, rank=2, rngs=rngs)
       >>> second(nnx.tanh(first(x)), x).shape
       (5, 3)
-
-    References:
-      ResLoRA, https://arxiv.org/abs/2402.18039.
     """
 
-    def __init__(self, *args: Any, **options: Any):
-        super().__init__(*args, **options)
-        self.lora.set_metadata(shortcut="input")  # for who has the state alone
+    lora_name = "input_lora"
 
     def __call__(self, inputs: Any, previous_inputs: Any, **kwargs: Any) -> Array:
         """The layer's outputs."""
-        y = nnx.Linear.__call__(self, inputs, **kwargs)
-        both = add_inputs(_promoted(self, inputs), _promoted(self, previous_inputs))
-        return add_increments(y, both, [self.lora.get_value()], self.precision)
-
-
-def _promoted(layer: nnx.Linear, x: Any) -> Array:
-    """x in the type in which a layer multiplies."""
-    bias = None if layer.bias is None else layer.bias[...]
-    return layer.promote_dtype((x, layer.kernel[...], bias), dtype=layer.dtype)[0]
+        y = super().__call__(inputs, **kwargs)
+        both = add_inputs(promoted(self, inputs), promoted(self, previous_inputs))
+        return add_increments(y, both, [self.input_lora.get_value()], self.precision)

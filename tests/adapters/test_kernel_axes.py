@@ -42,8 +42,8 @@ def test_any_product(case):
     assert n == np.prod([sizes[c] for c in contracted])
     with jax.enable_x64(True):
         x = normal(0, *(sizes[c] for c in equation.split(",")[0]))
-        lora = LowRank(normal(1, *stack, n, 1), normal(2, *stack, 1, m), 0.5)
-        increment = add_increment(jnp.zeros(shape), lora, roles)
+        lora = LowRank(normal(1, *stack, n, 1), normal(2, *stack, 1, m), 0.5, roles)
+        increment = add_increment(jnp.zeros(shape), lora)
         expected = np.einsum(equation, x, increment)
         got = add_einsum_increment(jnp.ones(expected.shape), equation, x, shape, lora)
         # float64, sums of at most 27 products
@@ -66,8 +66,8 @@ def test_ellipsis(equation, x, kernel, roles, x64):
     """What an ellipsis in the kernel stands for are batch axes, or outputs if the inputs have none."""
     assert kernel_roles(equation, len(kernel)) == roles
     *stack, n, m = matrix_shape(kernel, roles)
-    x, lora = normal(0, *x), LowRank(normal(1, *stack, n, 2), normal(2, *stack, 2, m), 2.0)
-    increment = add_increment(jnp.zeros(kernel), lora, roles)
+    x, lora = normal(0, *x), LowRank(normal(1, *stack, n, 2), normal(2, *stack, 2, m), 2.0, roles)
+    increment = add_increment(jnp.zeros(kernel), lora)
     expected = jnp.einsum(equation, x, increment)
     got = add_einsum_increment(jnp.ones(expected.shape), equation, x, kernel, lora)
     np.testing.assert_allclose(got, 1 + expected, rtol=1e-12, atol=1e-12)  # float64, sums of 3 products

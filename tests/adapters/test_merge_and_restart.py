@@ -112,7 +112,7 @@ class Net(nn.Module):
 
 def randomized(tree):
     """Every b as it may be after training."""
-    draw = lambda p: LowRank(p.a, jax.random.normal(jax.random.key(3), p.b.shape), p.scale)
+    draw = lambda p: p.with_factors(p.a, jax.random.normal(jax.random.key(3), p.b.shape))
     return jax.tree.map(lambda p: draw(p) if is_low_rank(p) else p, tree, is_leaf=is_low_rank)
 
 
@@ -175,7 +175,7 @@ def test_linen_kernels_of_all_kinds():
 
 
 def test_a_loraized_nnx_model():
-    """Einsum kernels whose roles the names in the state do not tell: one of them is square."""
+    """Einsum kernels that reshaping does not make a matrix: one of them is square."""
     rngs = nnx.Rngs(0)
     stack = nnx.vmap(lambda rngs: nnx.Einsum("btd,hd->bth", (6, 6), rngs=rngs), in_axes=0, out_axes=0)
     layers = [

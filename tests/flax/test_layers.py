@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import oplora_jax
-from oplora_jax import LowRank, OuterProduct, is_low_rank, linen, to_dense
+from oplora_jax import LowRank, OuterProduct, linen, to_dense
 from oplora_jax import nnx as lora_nnx
 from tests.arrays import normal
 
@@ -111,7 +111,7 @@ each = pytest.mark.parametrize("name", CASES)
 
 def at_work(lora):
     """Factors that are all at work: b is zero at the start."""
-    return LowRank(normal(1, *lora.a.shape), normal(2, *lora.b.shape), lora.scale)
+    return lora.with_factors(normal(1, *lora.a.shape), normal(2, *lora.b.shape))
 
 
 def summed(y):
@@ -142,8 +142,7 @@ def test_linen(name, x64):
     plain = getattr(nn, case.kind)(*case.linen, **options)
     x = normal(0, *case.x)
     params = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
-    [key] = [key for key, node in params.items() if is_low_rank(node)]
-    params = {k: at_work(z) if k == key else normal(3, *z.shape) for k, z in params.items()}
+    params = {k: at_work(z) if k == "lora" else normal(3, *z.shape) for k, z in params.items()}
 
     @jax.jit
     def run(params):
@@ -151,12 +150,12 @@ def test_linen(name, x64):
         plain_loss = lambda params: summed(plain.apply({"params": params}, x))
         merged = linen.merge(params)
         outputs = layer.apply({"params": params}, x), plain.apply({"params": merged}, x)
-        gradients = [oplora_jax.grad(loss, kind)(params)[key] for kind in kinds(name)]
+        gradients = [oplora_jax.grad(loss, kind)(params)["lora"] for kind in kinds(name)]
         return merged, outputs, gradients, jax.grad(plain_loss)(merged)
 
     merged, outputs, gradients, expected = run(params)
-    assert set(merged) == set(params) - {key}
-    check(name, params[key], (params["kernel"], merged["kernel"]), outputs, gradients, expected["kernel"])
+    assert set(merged) == set(params) - {"lora"}
+    check(name, params["lora"], (params["kernel"], merged["kernel"]), outputs, gradients, expected["kernel"])
 
 
 NNX_NAMES = {"Dense": "Linear", "DenseGeneral": "LinearGeneral"}
@@ -355,7 +354,7 @@ def test_linen_einsum_given_at_the_call(x64):
     layer = linen.LoRAEinsum((3, 4, 2), rank=2, use_bias=False, param_dtype=jnp.float64)
     equation = "btd,ndh->btnh"
     params = jax.jit(lambda key: layer.init(key, x, equation))(jax.random.key(0))["params"]
-    params["lora_oio"] = at_work(params["lora_oio"])
+    params["lora"] = at_work(params["lora"])
     run = lambda params: (
         layer.apply({"params": params}, x, equation),
         jnp.einsum(equation, x, linen.merge(params)["kernel"]),
@@ -373,5 +372,6 @@ def test_merge_errors():
         linen.merge({"layer": {"lora": lora}})
     with pytest.raises(ValueError, match=r"layer/lora: the kernel is \(6, 4\)"):
         linen.merge({"layer": {"lora": lora, "kernel": jnp.ones((6, 4))}})
-    with pytest.raises(ValueError, match=r"layer/lora_oi: .*\(4, 6\).*'oi'"):
-        linen.merge({"layer": {"lora_oi": lora, "kernel": jnp.ones((4, 6))}})
+    with pytest.raises(ValueError, match=r"layer/lora: .*\(4, 6\).*'oi'"):
+        lora = LowRank(lora.a, lora.b, roles="oi")
+        linen.merge({"layer": {"lora": lora, "kernel": jnp.ones((4, 6))}})

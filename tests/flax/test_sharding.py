@@ -130,7 +130,7 @@ def at_work(lora):
 
     def fill(param):
         b = np.random.default_rng(1).standard_normal(param.b.shape).astype(np.float32)
-        return LowRank(param.a, jax.device_put(b, param.b.sharding), param.scale)
+        return param.with_factors(param.a, jax.device_put(b, param.b.sharding))
 
     return jax.tree.map(fill, lora, is_leaf=is_low_rank)
 

@@ -1,0 +1,48 @@
+"""Checks of LoRA parameters where they stand: the roles of their kernels' axes, and their names.
+
+The roles were once in the names, such as `lora_oio`. Now `LowRank.roles` has them, and the name is `lora`.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from oplora_jax.adapters.kernel_axes import kept_roles
+from oplora_jax.matrix import LowRank
+
+
+def check_roles(lora: LowRank, roles: str, name: str) -> None:
+    """Raises ValueError unless a LoRA parameter has the roles that a layer knows of its kernel's axes."""
+    if lora.roles != (needed := kept_roles(roles)):
+        found = f"the LoRA parameter has roles={lora.roles!r}, its layer needs {needed!r}"
+        raise ValueError(f"{name}: {found}; dataclasses.replace(lora, roles={needed!r}) sets them")
+
+
+def refuse_old_names(tree: Any, above: Sequence[str] = (), variable: str = "params") -> None:
+    """Raises ValueError, with code that renames them, where LoRA parameters have the former names.
+
+    `above` is the path of the tree within what the code calls by the variable's name; a "state" has arrays
+    alone, to be restored into nodes that have the roles.
+    """
+    old = {}
+    for path, node in jax.tree.leaves_with_path(tree, is_leaf=_is_factors):
+        keys = [*above, *(getattr(key, "key", getattr(key, "idx", None)) for key in path)]
+        match = re.fullmatch("lora_([bio]{2,})", str(keys[-1])) if keys and _is_factors(node) else None
+        if match:
+            new = f"oplora_jax.LowRank(**old, scale=alpha / rank, roles={match[1]!r})"
+            if variable == "state":
+                new = "old"
+            elif isinstance(node, LowRank):
+                new = f"dataclasses.replace(old, roles={match[1]!r})"
+            at = variable + "".join(f"[{key!r}]" for key in keys[:-1])
+            old["/".join(map(str, keys))] = f"old = {at}.pop({keys[-1]!r}); {at}['lora'] = {new}"
+    if old:
+        found = f"{', '.join(old)}: the roles of a kernel's axes are no part of the name any more"
+        raise ValueError("\n".join([f"{found}. Rename it:", *old.values()]))
+
+
+def _is_factors(node: Any) -> bool:
+    """Whether a node has the factors of a LoRA parameter, or has lost them to `optax.masked`."""
+    return isinstance(node, LowRank) or (isinstance(node, Mapping) and set(node) <= {"a", "b"})
