@@ -20,11 +20,10 @@ from oplora_jax.matrix import (
     transpose,
     transposed,
 )
-from oplora_jax.optimizers._factors import orthonormal, wide_at_unit_scale
+from oplora_jax.optimizers._factors import gram_inverse, orthonormal, wide_at_unit_scale
 from oplora_jax.optimizers._facts import facts
 from oplora_jax.optimizers._lift import at_step, each, lora_optimizer
 from oplora_jax.optimizers._momentum import random_start
-from oplora_jax.solve import gram_inverse
 
 
 class LoRAPreState(NamedTuple):
