@@ -244,11 +244,11 @@ def _skip_nonfinite(tx: Any, updates: Any, state: Any, old: Any) -> tuple[Any, A
     arrays, structure = jax.tree.flatten(state)
     owner = owners(tx, state, updates)
     of_updates = [(i, array) for i, node in enumerate(nodes) for array in jax.tree.leaves(node)]
-    sums: list[Any] = [[] for _ in nodes]
+    parts: list[Any] = [[] for _ in nodes]
     for i, array in [*of_updates, *zip(owner, arrays, strict=True)]:
         if i >= 0:
-            sums[i].append(jnp.sum(array * 0))  # one pass
-    finite = [sum(parts) == 0 for parts in sums]
+            parts[i].append(array)
+    finite = list(map(_is_finite, parts))
     keep = lambda i, new, old: jax.lax.select(finite[i], new, old)
     updates = [jax.tree.map(lambda u, i=i: keep(i, u, jnp.zeros_like(u)), u) for i, u in enumerate(nodes)]
     kept = [
@@ -262,7 +262,15 @@ def _guarded(param: LowRank, at: LowRank, old: Any, new: LowRank, after: Any) ->
     """(increments, state, whether they are finite) in the types kept; nothing and the old one where not."""
     change = jax.tree.map(lambda p, x, y: (y - x).astype(p.dtype), param, at, new)
     after = jax.tree.map(lambda x, y: y.astype(x.dtype), old, after)
-    finite = sum(jnp.sum(z * 0) for z in jax.tree.leaves((change, after))) == 0
+    finite = _is_finite(jax.tree.leaves((change, after)))
     keep = lambda x, y: jax.lax.select(finite, x, y)
     still = jax.tree.map(jnp.zeros_like, change)
     return jax.tree.map(keep, change, still), jax.tree.map(keep, after, old), finite
+
+
+def _is_finite(arrays: Sequence[Array]) -> Array:
+    """Whether all of several arrays are: in one pass over those of a shape."""
+    nothing: dict[Any, Any] = {}
+    for z in arrays:
+        nothing[z.shape] = nothing.get(z.shape, 0) + z * 0
+    return sum(map(jnp.sum, nothing.values())) == 0
