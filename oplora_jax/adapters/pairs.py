@@ -53,8 +53,8 @@ def pair_factors(
     r"""A LoRA optimizer for parameters of other libraries, whose factors a and b are two separate leaves.
 
     The leaves are paired by path. The optimizer sees a tree {"paired": {name: `LowRank`}, "rest": {path:
-    leaf}}, of parameters and of gradients; its updates go back to the leaves they belong to. `LowRank`
-    parameters and all other leaves are in "rest" as they are. The state is the optimizer's own.
+    leaf}}, of parameters and of gradients, with `LowRank` parameters and all other leaves in "rest"; its
+    updates go back to the leaves they belong to. The state is the optimizer's own.
 
     At such parameters `jax.grad` gives the gradients of the factors, and OPLoRA takes its Riemannian step;
     the exact full gradient needs `LowRank` parameters and `oplora_jax.value_and_grad`.
@@ -78,8 +78,7 @@ def pair_factors(
         do not fit or leave the batch axes open, and for gradients of another shape.
 
     Example:
-      >>> import jax, jax.numpy as jnp, optax
-      >>> import oplora_jax
+      >>> import jax, jax.numpy as jnp, optax, oplora_jax
       >>> params = {"lora_a": jnp.ones((4, 2)), "lora_b": jnp.zeros((2, 3))}
       >>> tx = oplora_jax.pair_factors(oplora_jax.oplora(0.1))
       >>> loss_fn = lambda p: jnp.mean((jnp.ones((5, 4)) @ p["lora_a"] @ p["lora_b"] - 1) ** 2)
@@ -117,8 +116,6 @@ def pair_factors(
 def to_low_rank(tree: Any, **layout: Any) -> dict[str, LowRank]:
     """The LoRA parameters of a tree in which the two factors are separate leaves.
 
-    What `pair_factors` shows its optimizer, by path as `init_lora` returns them.
-
     Args:
       tree: parameters as for `pair_factors`.
       **layout: `scale`, `pattern`, `transposed` and `batch_axes`, as for `pair_factors`.
@@ -127,8 +124,7 @@ def to_low_rank(tree: Any, **layout: Any) -> dict[str, LowRank]:
       A dict from the pairs' names to `LowRank` parameters, a (*batch, n, r) and b (*batch, r, m).
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import oplora_jax
+      >>> import jax.numpy as jnp, oplora_jax
       >>> params = {"query": {"kernel_lora_a": jnp.ones((4, 2)), "kernel_lora_b": jnp.ones((2, 3, 5))}}
       >>> {name: p.shape for name, p in oplora_jax.to_low_rank(params, scale=2.0).items()}
       {'query/kernel': (4, 15)}
@@ -140,8 +136,7 @@ def to_low_rank(tree: Any, **layout: Any) -> dict[str, LowRank]:
 def from_low_rank(lora: dict[str, LowRank], tree: Any, **layout: Any) -> Any:
     """The tree with other LoRA parameters in it: the inverse of `to_low_rank`.
 
-    Where a parameter's scale is not the tree's, its factors are multiplied by the square root of the
-    quotient, so that the matrix stays the same.
+    Where a parameter's scale is not the tree's, its factors are rescaled, so that the matrix is the same.
 
     Args:
       lora: LoRA parameters by the pairs' names; pairs that it lacks stay as they are.
@@ -154,8 +149,7 @@ def from_low_rank(lora: dict[str, LowRank], tree: Any, **layout: Any) -> Any:
       ValueError: as `pair_factors`, and for a name that the tree lacks, or factors of other shapes.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import oplora_jax
+      >>> import jax.numpy as jnp, oplora_jax
       >>> params = {"query": {"lora_a": jnp.zeros((4, 2)), "lora_b": jnp.zeros((2, 3))}}
       >>> lora = {"query": oplora_jax.LowRank(jnp.ones((4, 2)), jnp.ones((2, 3)))}
       >>> oplora_jax.from_low_rank(lora, params)["query"]["lora_b"].tolist()
