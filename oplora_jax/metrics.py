@@ -6,19 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from oplora_jax.matrix import (
-    DenseGradient,
-    LowRank,
-    Matrix,
-    OuterProduct,
-    compute_dtype,
-    gram,
-    matmul,
-    thin_factors,
-    times,
-    to_dense,
-    transpose,
-)
+from oplora_jax import matrix
+from oplora_jax.matrix import DenseGradient, LowRank, Matrix, OuterProduct, matmul, times, transpose
 from oplora_jax.solve import eigh
 
 Structure = Literal["diagonal", "dense"]
@@ -73,13 +62,13 @@ def shampoo_moments(gradient: Matrix, structure: Structure, loss_reduction: Redu
     Of a plain array and of a `LowRank` N is not known, and c is 1.
     """
     n, m = gradient.shape[-2:]
-    factors = thin_factors(gradient) if isinstance(gradient, LowRank | OuterProduct) else None
+    factors = matrix.thin_factors(gradient) if isinstance(gradient, LowRank | OuterProduct) else None
     if factors is not None and factors[0].shape[-2] * (n + m) <= n * m:  # the smaller not to form
         left, right = factors
-        first = second_moment(left, structure, matmul(gram(right), left))
-        second = second_moment(right, structure, matmul(gram(left), right))
+        first = second_moment(left, structure, matmul(matrix.gram(right), left))
+        second = second_moment(right, structure, matmul(matrix.gram(left), right))
     else:
-        dense = to_dense(gradient)
+        dense = matrix.to_dense(gradient)
         first, second = (second_moment(z, structure) for z in (transpose(dense), dense))
     if isinstance(gradient, OuterProduct):
         tokens = gradient.x.shape[-2]
@@ -101,7 +90,7 @@ def second_moment(rows: Float[Array, "*batch N n"], structure: Structure, other:
     other = rows if other is None else other
     if structure == "dense":
         return matmul(transpose(rows), other.astype(rows.dtype))
-    dtype = compute_dtype(rows)
+    dtype = matrix.compute_dtype(rows)
     return jnp.sum(rows.astype(dtype) * other.astype(dtype), axis=-2)
 
 
@@ -132,11 +121,6 @@ def _powers(side: Array, power: Any, damping: Any, *, dense: bool) -> tuple[Arra
     values = jnp.maximum(values, jnp.maximum(floor, FLOOR))
     form = lambda z: times(vectors * z[..., None, :], transpose(vectors))
     return form(values**power), form(values**-power)
-
-
-def times_input(side: Array, right: Float[Array, "*batch n k"]) -> Float[Array, "*batch n k"]:
-    """D @ right for a side of a metric."""
-    return times(side, right) if side.ndim == right.ndim else side[..., :, None] * right
 
 
 def times_output(left: Float[Array, "*batch k m"], side: Array) -> Float[Array, "*batch k m"]:

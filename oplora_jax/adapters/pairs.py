@@ -13,13 +13,10 @@ from jaxtyping import Array
 from oplora_jax.adapters.paths import leaf_name
 from oplora_jax.matrix import LowRank, is_matrix, transpose
 
-Scale = float | int | Callable[[str], float | int]
-
 # How the paths of a and b end: flax.nnx.LoRA and Qwix (kernel_lora_a), and PyTorch's habit; as arrays, or
 # as dense layers of their own.
 _TAILS = ("", "/kernel", "/weight", ".weight")
 _ENDINGS = tuple((f"lora_{a}{tail}", f"lora_{b}{tail}") for a, b in ("ab", "AB") for tail in _TAILS)
-_SEPARATORS = ("/", ".", "_")
 
 
 class _Pair(NamedTuple):
@@ -45,7 +42,7 @@ class _Tree(NamedTuple):
 def pair_factors(
     tx: optax.GradientTransformation,
     *,
-    scale: Scale = 1.0,
+    scale: float | int | Callable[[str], float | int] = 1.0,
     pattern: tuple[str, str] | None = None,
     transposed: bool = False,
     batch_axes: int | None = None,
@@ -53,11 +50,9 @@ def pair_factors(
     r"""A LoRA optimizer for parameters of other libraries, whose factors a and b are two separate leaves.
 
     The leaves are paired by path. The optimizer sees a tree {"paired": {name: `LowRank`}, "rest": {path:
-    leaf}}, of parameters and of gradients, with `LowRank` parameters and all other leaves in "rest"; its
-    updates go back to the leaves they belong to. The state is the optimizer's own.
-
-    At such parameters `jax.grad` gives the gradients of the factors, and OPLoRA takes its Riemannian step;
-    the exact full gradient needs `LowRank` parameters and `oplora_jax.value_and_grad`.
+    leaf}}, with `LowRank` parameters and all other leaves in "rest", and the state is the optimizer's own.
+    Gradients are those of the factors (`jax.grad`), so that OPLoRA takes its Riemannian step; the exact one
+    needs `LowRank` parameters and `oplora_jax.value_and_grad`.
 
     Recognised without a pattern are the names of `flax.nnx.LoRA` (lora_a, lora_b), Qwix (kernel_lora_a,
     kernel_lora_b) and PyTorch (lora_A, lora_B), also with "/kernel" or "/weight" behind them. A factor may
@@ -87,8 +82,7 @@ def pair_factors(
       True
     """
     tx = optax.with_extra_args_support(tx)
-    layout = dict(scale=scale, pattern=pattern, transposed=transposed, batch_axes=batch_axes)
-    take_apart = lambda tree: _take_apart(tree, **layout)
+    take_apart = lambda tree: _take_apart(tree, scale, pattern, transposed, batch_axes)
 
     def init_fn(params):
         tree = take_apart(params)
@@ -174,7 +168,7 @@ def from_low_rank(lora: dict[str, LowRank], tree: Any, **layout: Any) -> Any:
 
 
 def _take_apart(
-    tree: Any, *, scale: Any = 1.0, pattern: Any = None, transposed: bool = False, batch_axes: Any = None
+    tree: Any, scale: Any = 1.0, pattern: Any = None, transposed: bool = False, batch_axes: Any = None
 ) -> _Tree:
     """Finds the pairs among the leaves of a tree."""
     paths_and_leaves, treedef = jax.tree.flatten_with_path(tree, is_leaf=is_matrix)
@@ -216,7 +210,7 @@ def _factor(name: str, endings: tuple[tuple[str, str], ...]) -> tuple[str, tuple
     for ending in endings:
         for which, end in enumerate(ending):
             stem = name.removesuffix(end)
-            if stem != name and (not stem or stem.endswith(_SEPARATORS)):
+            if stem != name and (not stem or stem.endswith(("/", ".", "_"))):
                 return stem, ending, which
     return None
 

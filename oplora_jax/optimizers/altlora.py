@@ -48,13 +48,12 @@ def altlora(
     orthogonal R, and without regularization with any R.
 
     Args:
-      learning_rate: eta, a scalar or a schedule: of SGD's size in the full weight, but at scale s of the LoRA
+      learning_rate: eta, a scalar or a schedule, of SGD's size in the full weight, but at scale s of the LoRA
         parameter the increment s a b moves s^2 times as far.
       b1: decay of the momentum.
       regularization: delta, of the solves, in the units of the squared factors.
       weight_decay: w, decoupled, of the factors, multiplied by the learning rate.
-      others: for the leaves that are no LoRA parameters; if None, steps along the bias-corrected average of
-        the gradients with the same settings.
+      others: for the leaves that are no LoRA parameters; SGD on `optax.ema` with the same settings if None.
 
     Returns:
       An Optax transformation for any kind of gradient; its state is twice the size of the LoRA parameters.
@@ -70,11 +69,8 @@ def altlora(
     References:
       AltLoRA, https://arxiv.org/abs/2505.12455.
     """
-    plain = optax.chain(
-        optax.ema(b1),
-        optax.identity() if is_zero(weight_decay) else optax.add_decayed_weights(weight_decay),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    decay = optax.identity() if is_zero(weight_decay) else optax.add_decayed_weights(weight_decay)
+    plain = optax.chain(optax.ema(b1), decay, optax.scale_by_learning_rate(learning_rate))
     init, step = _alternating(learning_rate, b1, regularization, weight_decay)
     return lora_optimizer(init, step, others=plain if others is None else others)
 
@@ -100,7 +96,7 @@ def altlora_plus(
     not bias-corrected: the first step is :math:`1 / \sqrt{1 - \beta_2}` times as long as Adam's.
 
     Args:
-      learning_rate: eta, a scalar or a schedule: of Adam's size in the factors.
+      learning_rate: eta, a scalar or a schedule, of Adam's size in the factors.
       b1, b2: decays of the momentum and of the second moment.
       eps: added to the root of the second moment.
       regularization, weight_decay: as for `altlora`.
@@ -116,9 +112,6 @@ def altlora_plus(
       >>> updates, state = tx.update(jnp.ones((3, 2)), tx.init(params), params)
       >>> bool(jnp.allclose(updates.a, -0.1))
       True
-
-    References:
-      AltLoRA, https://arxiv.org/abs/2505.12455.
     """
     plain = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
     init, step = _alternating(learning_rate, b1, regularization, weight_decay, adaptive=(b2, eps))
@@ -128,8 +121,7 @@ def altlora_plus(
 def _alternating(learning_rate, b1, regularization, weight_decay, adaptive=None):
     """(init, step) of both optimizers; `adaptive` is the (b2, eps) of a second moment."""
 
-    def init(param, key):
-        del key
+    def init(param, _):
         zeros = jax.tree.map(jnp.zeros_like, param)
         # An average with a decay of 0.999 would not move in bfloat16.
         wide_zeros = jax.tree.map(lambda z: jnp.zeros_like(z, compute_dtype(z)), param)

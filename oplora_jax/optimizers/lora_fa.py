@@ -31,12 +31,12 @@ def lora_fa(
     whose step s a g_b in the full weight is the full gradient projected on the columns of a. Where a is
     rank-deficient the inverse is the pseudo-inverse.
 
-    Compile the gradient and the update together, and the backward pass keeps r numbers a token of a layer's
-    inputs, x a, in the place of n. Where the gradient is compiled on its own, freeze a inside the loss:
+    The backward pass keeps x a of a layer's inputs, r numbers a token in the place of n, if the gradient and
+    the update are compiled together. Where the gradient is compiled on its own, freeze a inside the loss:
     ``LowRank(jax.lax.stop_gradient(p.a), p.b, p.scale)``.
 
     Args:
-      learning_rate: a scalar or a schedule: of Adam's size, of b.
+      learning_rate: a scalar or a schedule, of Adam's size in b.
       b1, b2, eps, weight_decay: as for `optax.adamw`.
       others: for the leaves that are no LoRA parameters; AdamW with the same settings if None.
 

@@ -27,7 +27,7 @@ def lora_plus(
     its learning rate, such as a weight decay, is multiplied by the ratio too.
 
     Args:
-      learning_rate: eta, of a and of the other leaves, a scalar or a schedule: of the base's size.
+      learning_rate: eta, of a and of the other leaves, a scalar or a schedule, of the base's size.
       ratio: rho, at least 1. With 1 it is the base optimizer on both factors.
       base: a function of a learning rate that returns an optimizer of plain arrays, such as
         ``functools.partial(optax.adamw, weight_decay=0.01)``; `optax.adam` if None. It sees one factor
@@ -55,10 +55,8 @@ def lora_plus(
     if isinstance(ratio, int | float) and not ratio >= 1:
         raise ValueError(f"ratio is {ratio}; expected 1 or more, the learning rate of b by that of a")
     make = optax.adam if base is None else base
-    if callable(learning_rate):
-        faster = lambda count: ratio * learning_rate(count)
-    else:
-        faster = ratio * learning_rate
-    factors = on_factor(make(learning_rate), "a"), on_factor(make(faster), "b")
+    rate = learning_rate
+    faster = (lambda count: ratio * rate(count)) if callable(rate) else ratio * rate
+    factors = on_factor(make(rate), "a"), on_factor(make(faster), "b")
     lora = optax.chain(preconditioned(plain_gradient), *factors)
-    return lora_transformation(lora, others=make(learning_rate) if others is None else others)
+    return lora_transformation(lora, others=make(rate) if others is None else others)

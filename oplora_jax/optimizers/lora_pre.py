@@ -53,10 +53,8 @@ def lora_pre(
       P \leftarrow \mathrm{LoRSum}\Big[(1 - \eta w, P), \Big(-\eta,
       \frac{M / (1 - \beta_1^t)}{|N| / (1 - \beta_2^{t/2}) + \epsilon}\Big)\Big].
 
-    G and the step are formed, n m numbers for one parameter at a time.
-
     Args:
-      learning_rate: eta, a scalar or a schedule: of Adam's size, in the full weight.
+      learning_rate: eta, a scalar or a schedule, of Adam's size in the full weight.
       b1, b2: decays of the first and the second moment.
       eps: added to the root of the second moment. N, of rank r, may be near zero where |G| is not, and there
         the step has no bound: if training diverges, take a tenth of the size of the gradient's entries.
@@ -68,7 +66,8 @@ def lora_pre(
 
     Returns:
       An Optax transformation for any kind of gradient; factor gradients (`jax.grad`) stand for their
-      projection on the tangent space. The state is two low-rank matrices, `momentum` and `magnitude`.
+      projection on the tangent space. The state is two low-rank matrices, `momentum` and `magnitude`; G and
+      the step are formed, n m numbers for one parameter at a time.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, oplora_jax

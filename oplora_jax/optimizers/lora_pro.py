@@ -35,7 +35,7 @@ def lora_pro(
     follow the gradient in `lora_pro_sgd`, with the same invariance.
 
     Args:
-      learning_rate: a scalar or a schedule: of Adam's size, in the full weight.
+      learning_rate: a scalar or a schedule, of Adam's size in the full weight.
       x_mode: as for `lora_pro_sgd`.
       b1, b2, eps, weight_decay: as for `optax.adamw`; the decay is of the factors.
       others: for the leaves that are no LoRA parameters; AdamW with the same settings if None.
@@ -54,9 +54,6 @@ def lora_pro(
       >>> updates, _ = tx.update(jnp.ones((3, 2)), tx.init(params), params)
       >>> bool(jnp.allclose(oplora_jax.to_dense(optax.apply_updates(params, updates)), -0.1))
       True
-
-    References:
-      LoRA-Pro, https://arxiv.org/abs/2407.18242.
     """
     closest = partial(closest_gradients, x_mode=_check_x_mode(x_mode))
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
@@ -96,7 +93,7 @@ def lora_pro_sgd(
     factors (a R, R^-1 b) with orthogonal R, with x_mode="zero" with any invertible R.
 
     Args:
-      learning_rate: a scalar or a schedule: of SGD's size, in the full weight.
+      learning_rate: a scalar or a schedule, of SGD's size in the full weight.
       x_mode: "zero", X = 0, or "sylvester", the paper's choice, the X for which the pair is closest to the
         derivatives: :math:`a^\top a\, X + X\, b b^\top = -s^{-2}\, a^\top \partial a\, (b b^\top)^{-1}`.
       weight_decay: decoupled, of the factors, multiplied by the learning rate.
@@ -144,7 +141,5 @@ def _check_x_mode(x_mode: Any) -> XMode:
 
 
 def _decayed_step(learning_rate, weight_decay):
-    return optax.chain(
-        optax.identity() if is_zero(weight_decay) else optax.add_decayed_weights(weight_decay),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    decay = optax.identity() if is_zero(weight_decay) else optax.add_decayed_weights(weight_decay)
+    return optax.chain(decay, optax.scale_by_learning_rate(learning_rate))

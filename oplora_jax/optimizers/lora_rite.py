@@ -56,7 +56,7 @@ def lora_rite(
     increment s a b moves s times as far.
 
     Args:
-      learning_rate: eta, a scalar or a schedule: of Adam's size; about 3e-4 in the paper.
+      learning_rate: eta, a scalar or a schedule, of Adam's size; about 3e-4 in the paper.
       b1, b2: decays of the moments M and V.
       eps: added to the roots of the eigenvalues of V.
       skip_threshold: the root mean square above which a U counts as zero; none if None. A parameter whose
@@ -85,8 +85,7 @@ def lora_rite(
       LoRA Done RITE, https://arxiv.org/abs/2410.20625.
     """
 
-    def init(param, key):
-        del key
+    def init(param, _):
         dtype, r = compute_dtype(param.a, param.b), param.a.shape[-1]
         basis = jax.tree.map(lambda z: jnp.zeros_like(z, dtype), param)
         zero = jnp.sum(basis.a, axis=(-2, -1), keepdims=True)  # for its sharding
@@ -112,8 +111,8 @@ def lora_rite(
             new.append(from_wide(param, *(z - lr * (d + weight_decay * z) for z, d in factors)))
             # The basis that a side is measured in spans the other factor.
             basis = from_wide(param, pair[1].basis, pair[0].basis)
-            escaped = escaped if escaped_mass else None
-            after.append(LoRARITEState(from_wide(param, *momentum), basis, second, escaped))
+            moments = from_wide(param, *momentum), basis, second
+            after.append(LoRARITEState(*moments, escaped if escaped_mass else None))
         return new, after
 
     if others is None:

@@ -46,8 +46,7 @@ def mofasgd(
     Args:
       learning_rate: eta, a scalar or a schedule, the spectral norm of a step in the full weight.
       momentum: beta. The gradient enters whole, not with a share of 1 - beta.
-      others: for the leaves that are no LoRA parameters; `optax.adam` at the same learning rate if None,
-        whose steps do not depend on the gradient's size either.
+      others: for the leaves that are no LoRA parameters; `optax.adam` at the same learning rate if None.
 
     Returns:
       An Optax transformation for any kind of gradient; factor gradients (`jax.grad`) stand for their
@@ -69,8 +68,7 @@ def mofasgd(
       Low-rank momentum factorization (MoFaSGD), https://arxiv.org/abs/2507.08091.
     """
 
-    def init(param, key):
-        del key
+    def init(param, _):
         dtype = compute_dtype(param.a, param.b)
         left, right = jnp.zeros_like(param.a, dtype), jnp.zeros_like(param.b, dtype)
         return MoFaSGDState(left, left.sum(-2), right)
@@ -88,8 +86,7 @@ def mofasgd(
     return lora_optimizer(init, each(step), others=others, check=_fits)
 
 
-def _fits(param: LowRank, gradient: Matrix) -> str | None:
-    del gradient
+def _fits(param: LowRank, _: Matrix) -> str | None:
     r, smaller = param.a.shape[-1], min(param.shape[-2:])
     return f"rank is {r}; matrices of shape {param.shape} need 1 to {smaller}" if r > smaller else None
 

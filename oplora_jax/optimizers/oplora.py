@@ -1,6 +1,5 @@
 """OPLoRA: SGD with momentum on the full weight, with LoRSum in the place of addition."""
 
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -12,7 +11,7 @@ from oplora_jax.lorsum import lorsum
 from oplora_jax.matrix import LowRank, from_unit_scale, is_zero, left_product, times, transpose, transposed
 from oplora_jax.optimizers._factors import wide_at_unit_scale
 from oplora_jax.optimizers._facts import facts
-from oplora_jax.optimizers._lift import at_step, lora_optimizer
+from oplora_jax.optimizers._lift import at_step, each, lora_optimizer
 from oplora_jax.optimizers._momentum import heavy_ball, random_start
 from oplora_jax.optimizers._types import check_state_dtype
 from oplora_jax.solve import gram_inverse
@@ -53,7 +52,7 @@ def oplora(
     `LowRank` of factor gradients (`jax.grad`; the step is then the Riemannian one).
 
     Args:
-      learning_rate: eta, a scalar or a schedule: of SGD's size, in the full weight.
+      learning_rate: eta, a scalar or a schedule, of SGD's size in the full weight.
       momentum: mu. With 0 or None no momentum is kept.
       dampening: d.
       num_iters: alternating iterations of each LoRSum; 0 is the Jacobi step, preconditioned LoRA.
@@ -135,20 +134,16 @@ def oplora(
             settings["regularization"] = ridges[0]
             ahead = lambda z, state: lorsum([(1 + decay, z), (-decay, state.momentum)], **settings)
             return [*map(ahead, new, states)], [OPLoRAState(z) for z in new]
-        carry = partial(_projected, lr=lr, decay=decay, share=share, ridge=ridges[0])
-        pairs = [carry(*z) for z in zip(new, gradients, states, strict=True)]
-        return [z for z, _ in pairs], [state for _, state in pairs]
+        carry = lambda z, gradient, state, _: _projected(z, gradient, state, lr, decay, share, ridges[0])
+        return each(carry)(new, gradients, states, count)
 
     if others is None:
         others = _heavy_ball_of_arrays(learning_rate, momentum, dampening, weight_decay, state_dtype)
     return lora_optimizer(init, step, others=others, state_dtype=state_dtype, seed=seed)
 
 
-def _projected(z, gradient, state, *, lr, decay, share, ridge):
-    """The step along the projected momentum, from the new factors z, and the momentum there.
-
-    The buffers are the products of the gradients with the factors' pseudo-inverses, carried to z.
-    """
+def _projected(z, gradient, state, lr, decay, share, ridge):
+    """The step along the projected momentum, from the new factors z, and the momentum carried to them."""
     (at, b), (old_at, old_b) = wide_at_unit_scale(z), wide_at_unit_scale(state.previous)
     buffer_at, buffer_b = wide_at_unit_scale(state.momentum)
     to_a, to_b = times(gram_inverse(b, ridge), b), times(gram_inverse(at, ridge), at)
@@ -166,10 +161,9 @@ def _projected(z, gradient, state, *, lr, decay, share, ridge):
 def _heavy_ball_of_arrays(learning_rate, momentum, dampening, weight_decay, state_dtype):
     """SGD on plain arrays, with the same hyperparameters."""
     dtype = check_state_dtype(state_dtype)
-    parts = [
+    return optax.chain(
         optax.scale(1 - dampening),
         optax.identity() if is_zero(momentum) else optax.trace(momentum, accumulator_dtype=dtype),
         optax.identity() if is_zero(weight_decay) else optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
-    ]
-    return optax.chain(*parts)
+    )

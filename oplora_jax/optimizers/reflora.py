@@ -68,9 +68,7 @@ def reflora(
     if isinstance(warmup_steps, int) and warmup_steps < 0:
         raise ValueError(f"warmup_steps is {warmup_steps}; expected 0 or more")
 
-    def init_fn(params):
-        del params
-        return RefLoRAState(jnp.zeros((), jnp.int32))
+    init_fn = lambda _: RefLoRAState(jnp.zeros((), jnp.int32))
 
     def update_fn(updates, state, params=None):
         warm = state.count >= warmup_steps

@@ -35,7 +35,7 @@ def scaled_gd(
     With another scale the increment s a b takes the same path.
 
     Args:
-      learning_rate: eta, a scalar or a schedule: of SGD's size, in the full weight.
+      learning_rate: eta, a scalar or a schedule, of SGD's size in the full weight.
       momentum: of a heavy ball on the preconditioned gradients; none if None.
       regularization: lambda, of the solves. Unlike that of `oplora` it is not multiplied by eta.
       weight_decay: decoupled, of the factors, multiplied by the learning rate.
@@ -55,11 +55,9 @@ def scaled_gd(
     References:
       Riemannian preconditioned LoRA, https://arxiv.org/abs/2402.02347.
     """
-    plain = optax.chain(
-        optax.identity() if momentum is None else optax.trace(momentum),
-        optax.identity() if is_zero(weight_decay) else optax.add_decayed_weights(weight_decay),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    heavy_ball = optax.identity() if momentum is None else optax.trace(momentum)
+    decay = optax.identity() if is_zero(weight_decay) else optax.add_decayed_weights(weight_decay)
+    plain = optax.chain(heavy_ball, decay, optax.scale_by_learning_rate(learning_rate))
     return _preconditioned(plain, regularization, others)
 
 
@@ -77,7 +75,7 @@ def scaled_adamw(
     """Preconditioned LoRA with AdamW: AdamW on the gradients that `scaled_gd` steps along.
 
     Args:
-      learning_rate: a scalar or a schedule: of Adam's size, in the factors.
+      learning_rate: a scalar or a schedule, of Adam's size in the factors.
       b1, b2, eps, weight_decay: as for `optax.adamw`; the decay is of the factors.
       regularization: of the solves, as for `scaled_gd`.
       others: for the leaves that are no LoRA parameters; AdamW with the same settings if None.
@@ -92,9 +90,6 @@ def scaled_adamw(
       >>> updates, _ = tx.update(jnp.ones((3, 2)), tx.init(params), params)
       >>> bool(jnp.allclose(updates.a, -0.5))
       True
-
-    References:
-      Riemannian preconditioned LoRA, https://arxiv.org/abs/2402.02347.
     """
     plain = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
     return _preconditioned(plain, regularization, others)

@@ -8,15 +8,7 @@ import optax
 
 from oplora_jax.gradients.tangent import full_gradient
 from oplora_jax.matrix import DenseGradient, LowRank, OuterProduct, compute_dtype, is_zero
-from oplora_jax.metrics import (
-    KroneckerMetric,
-    Reduction,
-    Structure,
-    average,
-    kfac_moments,
-    powers,
-    shampoo_moments,
-)
+from oplora_jax.metrics import KroneckerMetric, Structure, average, kfac_moments, powers, shampoo_moments
 from oplora_jax.optimizers._facts import facts
 from oplora_jax.optimizers._lift import at_step, lora_optimizer
 from oplora_jax.optimizers._momentum import heavy_ball, random_start
@@ -44,7 +36,7 @@ def scaled_oplora(
     power: Any = 0.5,
     metric: Literal["kfac", "shampoo"] = "kfac",
     structure: Structure = "diagonal",
-    loss_reduction: Reduction = "mean",
+    loss_reduction: Literal["mean", "sum"] = "mean",
     metric_every: Any = 1,
     bias_correction: Any = False,
     state_dtype: Any = None,
@@ -65,7 +57,7 @@ def scaled_oplora(
     moments, started at 1 and taken on before use.
 
     Args:
-      learning_rate: eta, a scalar or a schedule: of a step in the full weight, preconditioned.
+      learning_rate: eta, a scalar or a schedule, of a step in the full weight, preconditioned.
       b1: decay of the momentum. With 0 none is kept.
       b2: decay of the second moments.
       num_iters: alternating iterations of each LoRSum; 0 is the Jacobi step, preconditioned LoRA.
@@ -82,10 +74,8 @@ def scaled_oplora(
       metric_every: the steps between two decompositions of a dense metric; its moments are averaged at
         every step all the same.
       bias_correction: whether the averages are those of the moments alone, without the start at 1.
-      state_dtype: of the momentum, as for `oplora`. The metric stays in float32 at least, for its averages
-        would hardly move in bfloat16.
-      others: for the leaves that are no LoRA parameters; AdamW with the same b1, b2 and state_dtype (of its
-        first moment) if None.
+      state_dtype: of the momentum, as for `oplora`; the metric stays in float32 at least.
+      others: for the leaves that are no LoRA parameters; AdamW with the same b1, b2 and state_dtype if None.
       others_learning_rate: of that AdamW, a scalar or a schedule.
       seed: of the random start of the momentum's left factor.
 

@@ -52,8 +52,7 @@ def svdlora(
     def update_fn(updates, state, params=None, **extra_args):
         dense = lambda param, gradient: to_dense(full_gradient(param, gradient)).astype(param.dtype)
         increments = mapped(to_dense, params)
-        gradients = mapped(dense, params, updates)
-        steps, state = dense_base.update(gradients, state, increments, **extra_args)
+        steps, state = dense_base.update(mapped(dense, params, updates), state, increments, **extra_args)
 
         def truncated(param, increment, step):
             r = param.a.shape[-1]
