@@ -10,7 +10,7 @@ import numpy as np
 
 from oplora_jax import matrix
 from oplora_jax.matrix import LowRank, Terms, is_zero, left_product, times, transpose, transposed
-from oplora_jax.metrics import KroneckerMetric, as_type, check_metric, powers, times_output
+from oplora_jax.metrics import KroneckerMetric, checked_metric, powers, times_output
 from oplora_jax.sharding import specs_of, under_auto_sharding
 from oplora_jax.solve import inverse
 from oplora_jax.together import together
@@ -32,16 +32,14 @@ def lorsum(
       a \leftarrow (\lambda a_0 + S b^\top)(b b^\top + \lambda I)^{-1}, \qquad
       b \leftarrow (a^\top a + \lambda I)^{-1} (\lambda b_0 + a^\top S).
 
-    S is never formed. Each iteration is one of block power iteration: without regularization the result
-    tends to the truncated SVD of S, and reaches S at once if its rank allows; a rank-deficient solve (b = 0,
-    LoRA's usual start) takes the solution closest to the anchor. With a metric D every term but the anchor is
-    preconditioned, :math:`D_{in}^{-1} T_i D_{out}^{-1}`, and S is approximated in the metric's norm.
+    S is never formed. Without regularization the result tends to the truncated SVD of S, and reaches S at
+    once if its rank allows; a rank-deficient solve (b = 0, LoRA's usual start) stays closest to the anchor.
+    In a metric the other terms are preconditioned, :math:`D_{in}^{-1} T_i D_{out}^{-1}`, and the norm is its.
 
     Args:
       terms: pairs of a coefficient (a scalar) and a matrix (`LowRank`, `OuterProduct` or array) of shape
         (*batch, n, m). The first matrix, the anchor, is a `LowRank`; its rank is that of the result.
-      num_iters: alternating iterations. 0 is the Jacobi step: both factors from the old ones, which
-        for terms (1, P), (-lr, G) is preconditioned LoRA.
+      num_iters: alternating iterations. 0 is the Jacobi step, preconditioned LoRA: both from the old factors.
       regularization: lambda, non-negative, in the units of the squared factors of the anchor at scale 1.
       metric: a `KroneckerMetric`; the Frobenius norm if None.
       first: the factor that is solved first.
@@ -55,8 +53,7 @@ def lorsum(
     Example:
       >>> import jax.numpy as jnp
       >>> from oplora_jax import LowRank, lorsum, to_dense
-      >>> anchor = LowRank(a=jnp.array([[1.0], [1.0]]), b=jnp.array([[1.0, 2.0]]))
-      >>> step = LowRank(a=jnp.array([[1.0], [1.0]]), b=jnp.array([[4.0, 0.0]]))
+      >>> anchor, step = (LowRank(jnp.ones((2, 1)), jnp.array([b])) for b in ([1.0, 2.0], [4.0, 0.0]))
       >>> jnp.round(to_dense(lorsum([(1.0, anchor), (-0.5, step)])), 4).tolist()
       [[-1.0, 2.0], [-1.0, 2.0]]
 
@@ -68,17 +65,13 @@ def lorsum(
     if first not in ("a", "b"):
         raise ValueError(f"first is {first!r}; expected 'a' or 'b'")
     shape = matrix.common_shape(terms)
-    if metric is not None:
-        check_metric(metric, shape)
+    metric = metric and checked_metric(metric, shape, matrix.compute_dtype(terms[0][1]))
 
     def solve(terms, regularization, metric):
-        if metric is not None:
-            metric = as_type(metric, matrix.compute_dtype(terms[0][1]))
-            metric = powers(metric, 1, batch_ndim=len(shape) - 2)
+        (weight, anchor), *rest = terms
+        sums = Sums([anchor], rest, metric and powers(metric, 1, batch_ndim=len(shape) - 2))
         settings = {"regularization": [regularization], "num_iters": num_iters, "first": first}
-        problem = Sums([terms[0][1]], terms[1:], metric)
-        [[total]] = lorsums([problem], [[terms[0][0]]], [1.0], **settings)
-        return total
+        return lorsums([sums], [[weight]], [1.0], **settings)[0][0]
 
     return under_auto_sharding(solve, lambda: specs_of(terms[0][1]), list(terms), regularization, metric)
 
@@ -110,20 +103,19 @@ def lorsums(
       (\langle X, X \rangle + \lambda I)^{-1}
       ([A \circ X X_0^\top - \langle X, X \rangle - \mu I]\, Y_0 + c X G).
 
-    The R x R algebra of all parameters is done together. What is as wide as a parameter stays with it, so
-    that its gradient is free once its own products are taken.
-
     A is the mixing, by sum and anchor. By sum are the rates c, the regularization lambda, which pulls to the
     anchor (where it is known to be 0 there are pseudo-inverses), and the shrinkage mu, which pulls to zero.
+    The R x R algebra of all parameters is done together. What is as wide as a parameter stays with it, so
+    that its gradient is free once its own products are taken.
     """
-    static = isinstance(num_iters, int)
-    if static and num_iters < 0:
+    if isinstance(num_iters, int) and num_iters < 0:
         raise ValueError(f"num_iters is {num_iters}; expected 0 (the Jacobi step) or more")
-    if any(isinstance(value, int | float) and value < 0 for value in regularization):
-        raise ValueError(f"regularization is {min(regularization)}; expected a non-negative number")
+    for value in regularization:
+        if isinstance(value, int | float) and value < 0:
+            raise ValueError(f"regularization is {value}; expected a non-negative number")
     ridges = [None if is_zero(value) else value for value in regularization]
     numbers = mixing, rates, ridges, shrinkage or [0.0] * len(rates)
-    return (_solve_static if static else _solve)(problems, numbers, num_iters, first)
+    return (_solve_static if isinstance(num_iters, int) else _solve)(problems, numbers, num_iters, first)
 
 
 def _solve(problems, numbers, num_iters, first):
@@ -170,7 +162,8 @@ def _grams(side, problem, start, change):
     if problem.metric is None:
         return inner(x, x), inner(x, change), None
     measured = _times_metric(x, problem, problem.metric[0][1 - side])
-    return inner(measured, x), inner(measured, change), inner(x, start[1 - side])
+    cross = None if len(problem.anchors) == 1 else inner(x, start[1 - side])
+    return inner(measured, x), inner(measured, change), cross
 
 
 def _step(ranks, mixing, rates, regularization, shrinkage, gram, drift, cross):

@@ -202,21 +202,15 @@ def as_wide(thin: Float[Array, "*batch k n"]) -> Float[Array, "*batch k n"]:
 
 def right_product(matrix: Matrix, right: Float[Array, "*#batch m k"]) -> Float[Array, "*batch n k"]:
     """matrix @ right, in float32 at least."""
-    if isinstance(matrix, LowRank):
-        return matrix.scale * matmul(matrix.a, matmul(matrix.b, right, HIGHEST), HIGHEST)
-    if isinstance(matrix, OuterProduct):
-        # A gradient is multiplied in its own precision: casting it up would copy all of it.
-        inner = matmul(matrix.dy, right.astype(matrix.dy.dtype))
-        return transpose(as_wide(matmul(transpose(inner.astype(matrix.x.dtype)), matrix.x)))
-    dense = to_dense(matrix)
-    return matmul(dense, right.astype(dense.dtype))
+    return transpose(as_wide(left_product(transpose(right), transposed(matrix))))
 
 
 def left_product(left: Float[Array, "*#batch k n"], matrix: Matrix) -> Float[Array, "*batch k m"]:
     """left @ matrix, in float32 at least."""
     if isinstance(matrix, LowRank):
-        return matrix.scale * matmul(matmul(left, matrix.a, HIGHEST), matrix.b, HIGHEST)
+        return matrix.scale * times(left, matrix.a, matrix.b)
     if isinstance(matrix, OuterProduct):
+        # A gradient is multiplied in its own precision: casting it up would copy all of it.
         inner = matmul(matrix.x, transpose(left).astype(matrix.x.dtype))
         return matmul(transpose(inner.astype(matrix.dy.dtype)), matrix.dy)
     dense = to_dense(matrix)
@@ -271,10 +265,8 @@ def common_shape(terms: Terms) -> tuple[int, ...]:
         if isinstance(term, LowRank):
             check_factors(term, f"term {index}")
         if term.shape != terms[0][1].shape:
-            raise ValueError(
-                f"the terms of a sum must have one shape; term {index} is {term.shape}, "
-                f"term 0 is {terms[0][1].shape}"
-            )
+            of_all = f"term {index} is {term.shape}, term 0 is {terms[0][1].shape}"
+            raise ValueError(f"the terms of a sum must have one shape; {of_all}")
     return terms[0][1].shape
 
 

@@ -128,8 +128,8 @@ def times_output(left: Float[Array, "*batch k m"], side: Array) -> Float[Array, 
     return times(left, side) if side.ndim == left.ndim else left * side[..., None, :]
 
 
-def check_metric(metric: KroneckerMetric, shape: tuple[int, ...]) -> None:
-    """Raises ValueError unless both sides fit matrices of a shape (*batch, n, m)."""
+def checked_metric(metric: KroneckerMetric, shape: tuple[int, ...], dtype: Any) -> KroneckerMetric:
+    """The metric in a type; raises ValueError unless both sides fit matrices of a shape (*batch, n, m)."""
     (*batch, n, m) = shape
     for name, side, size in (("input", metric.input, n), ("output", metric.output, m)):
         if jnp.shape(side) not in ((*batch, size), (*batch, size, size)):
@@ -137,8 +137,4 @@ def check_metric(metric: KroneckerMetric, shape: tuple[int, ...]) -> None:
                 f"the metric's {name} side has shape {jnp.shape(side)}; matrices of shape {shape} take "
                 f"{(*batch, size)} (diagonal) or {(*batch, size, size)} (dense)"
             )
-
-
-def as_type(metric: KroneckerMetric, dtype: Any) -> KroneckerMetric:
-    """Both sides in a type."""
-    return jax.tree.map(lambda side: side.astype(dtype), metric)
+    return jax.tree.map(lambda side: jnp.asarray(side, dtype), metric)

@@ -1,35 +1,27 @@
 """The small solves, floored, and every decomposition that the library takes.
 
-On CPU a stack is decomposed one matrix after the other: several *batched* decompositions side by side
-deadlock on machines with few cores, where XLA's thread pool waits for itself. (A program's own batched
-decompositions beside the library's can still hang in the same way: put them in `jax.lax.map`.)
+On CPU a stack is decomposed one matrix after the other: several batched decompositions side by side deadlock
+on machines with few cores, as XLA's thread pool waits for itself. (A program's own batched decompositions
+beside the library's can hang in the same way: put them in `jax.lax.map`.)
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from oplora_jax.matrix import gram, is_zero, times, transpose
-
-
-def gram_inverse(rows: Float[Array, "*batch r n"], regularization: Any = None) -> Float[Array, "*batch r r"]:
-    """(rows rows^T + regularization I)^-1, as `inverse`."""
-    return inverse(gram(rows), regularization)
+from oplora_jax.matrix import is_zero, times, transpose
 
 
 def inverse(gram: Float[Array, "*batch r r"], regularization: Any) -> Float[Array, "*batch r r"]:
     """(gram + regularization I)^-1 of a Gram matrix; the pseudo-inverse where that is known to be 0 or None.
 
-    Finite for every finite Gram matrix. Rounding leaves the small eigenvalues of a float32 Gram matrix
-    undetermined to eps times the largest, so directions below that are cut off (pseudo-inverse), or a pivot
-    counts as 8 r eps of its diagonal entry. A NaN stays one and is seen.
-
-    Args:
-      gram: symmetric and positive semidefinite.
-      regularization: a number, or `Float[Array, "r"]`, one for each row.
+    Finite for every finite Gram matrix: directions below the rounding error of its entries are cut off
+    (pseudo-inverse), or a pivot counts as 8 r eps of its diagonal entry. A NaN stays one and is seen. The
+    regularization is a number, or one for each row.
     """
     if is_zero(regularization):
         values, vectors = eigh(gram)
@@ -78,14 +70,10 @@ def by_cholesky(gram: Array, ridge: Float[Array, "*batch r"]) -> Array:
 def _of_stacks(decompose: Callable[[Array], Any]) -> Callable[[Array], Any]:
     """A decomposition of (*batch, n, m). LAPACK does not return from an infinity; a NaN makes NaNs."""
 
-    def one_by_one(stack: Array) -> Any:
-        parts = jax.lax.map(decompose, stack.reshape(-1, *stack.shape[-2:]))
-        return jax.tree.map(lambda z: z.reshape(*stack.shape[:-2], *z.shape[1:]), parts)
-
     def apply(stack: Array) -> Any:
-        stack = jnp.where(jnp.isfinite(stack), stack, jnp.nan)
-        if stack.ndim == 2:
-            return decompose(stack)
+        stack, one_by_one = jnp.where(jnp.isfinite(stack), stack, jnp.nan), decompose
+        for _ in stack.shape[:-2]:
+            one_by_one = partial(jax.lax.map, one_by_one)
         return jax.lax.platform_dependent(stack, cpu=one_by_one, default=decompose)
 
     return apply

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from oplora_jax.optimizers._facts import OPTIMIZERS
+from oplora_jax.optimizers._lift import at_step as at_step
 from oplora_jax.optimizers._lift import each as each
 from oplora_jax.optimizers._lift import lora_optimizer as lora_optimizer
 from oplora_jax.optimizers.altlora import altlora as altlora
@@ -23,4 +24,4 @@ from oplora_jax.optimizers.set_to_zero import set_to_zero as set_to_zero
 from oplora_jax.optimizers.svdlora import svdlora as svdlora
 
 if not TYPE_CHECKING:  # type checkers take the names above, and would take no list but a literal one
-    __all__ = [*OPTIMIZERS, "each", "lora_optimizer", "set_to_zero"]
+    __all__ = [*OPTIMIZERS, "at_step", "each", "lora_optimizer", "set_to_zero"]

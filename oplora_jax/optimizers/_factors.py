@@ -12,7 +12,15 @@ from jaxtyping import Array, Float
 
 from oplora_jax import solve
 from oplora_jax.gradients.tangent import factor_gradients
-from oplora_jax.matrix import LowRank, Matrix, compute_dtype, times, to_unit_scale, transpose
+from oplora_jax.matrix import (
+    LowRank,
+    Matrix,
+    compute_dtype,
+    gram,
+    times,
+    to_unit_scale,
+    transpose,
+)
 from oplora_jax.optimizers._trees import mapped
 
 Wide = Float[Array, "*batch r n"]
@@ -34,6 +42,11 @@ def wide_at_unit_scale(param: LowRank) -> Pair:
 def from_wide(like: LowRank, at: Array, b: Array) -> LowRank:
     """The node of a tree whose factors are a and b, in the types of `like`."""
     return like.with_factors(transpose(at).astype(like.a.dtype), b.astype(like.b.dtype))
+
+
+def gram_inverse(rows: Wide, regularization: Any = None) -> Square:
+    """(rows rows^T + regularization I)^-1, as `inverse`."""
+    return solve.inverse(gram(rows), regularization)
 
 
 def orthonormal(rows: Wide) -> tuple[Wide, Square]:

@@ -8,10 +8,9 @@ import optax
 
 from oplora_jax.gradients.tangent import factor_gradients
 from oplora_jax.matrix import compute_dtype, is_zero, times, transpose
-from oplora_jax.optimizers._factors import from_wide, wide
+from oplora_jax.optimizers._factors import from_wide, gram_inverse, wide
 from oplora_jax.optimizers._facts import facts
 from oplora_jax.optimizers._lift import at_step, each, lora_optimizer
-from oplora_jax.solve import gram_inverse
 
 
 class AltLoRAState(NamedTuple):

@@ -32,12 +32,10 @@ def value_and_update(
       has_aux: as for `value_and_grad`.
 
     Returns:
-      A function of (params, state, *args, **kwargs) that returns (value, updates, state), the value a pair
-        (loss, aux) with `has_aux`.
+      A function of (params, state, *args, **kwargs) that returns (value, updates, state).
 
     Raises:
-      ValueError: a state of another optimizer, or a LoRA parameter that is used several times, merged, or
-        cast to another type within the loss; the message names its path.
+      ValueError: another optimizer's state, or a LoRA parameter that the loss merges, casts or uses twice.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -73,8 +71,7 @@ def value_and_update(
             out = loss_fn(treedef.unflatten(at), *args, **kwargs)
             return out if has_aux else (out, None)
 
-        uses = lora_uses(lambda at: loss(at)[0], paths_and_nodes)
-        owner = owners(tx, state, params)
+        uses, owner = lora_uses(lambda at: loss(at)[0], paths_and_nodes), owners(tx, state, params)
         counters = [k for k, of in enumerate(owner) if of == -1]  # the last one counts skipped steps
         own = {i: [k for k, of in enumerate(owner) if of == i] for i, z in enumerate(uses) if z is not None}
 
@@ -85,12 +82,11 @@ def value_and_update(
                     f"{names[i]}: the loss casts this LoRA parameter to {a.dtype}; expected "
                     f"{nodes[i].a.dtype}. Cast x and the kernel alone, or use value_and_grad"
                 )
-            at, last = (0,) * (a.ndim - 2), counters[-1]
-            arrays = dict(zip([*own[i], *counters], held, strict=True))
+            at, arrays = (0,) * (a.ndim - 2), dict(zip([*own[i], *counters], held, strict=True))
             arrays |= {k: arrays[k][at] for k in counters}
-            chosen, gradients = {i: nodes[i].with_factors(a, b)}, {i: OuterProduct(x, dy)}
-            updates, new = update_part(tx, treedef, chosen, gradients, arrays, in_backward=True)
-            ran = jnp.ones(a.shape[:-2])
+            at_node = {i: nodes[i].with_factors(a, b)}, {i: OuterProduct(x, dy)}
+            updates, new = update_part(tx, treedef, *at_node, arrays, in_backward=True)
+            ran, last = jnp.ones(a.shape[:-2]), counters[-1]
             skipped = jnp.zeros_like(ran).at[at].set(new[last] - arrays[last])
             return updates[i].a, updates[i].b, *(new[k] for k in own[i]), ran, skipped
 
@@ -119,10 +115,10 @@ def value_and_update(
         arrays = {k: kept[k] for k, of in enumerate(owner) if of not in own}
         updates, new = update_part(tx, treedef, rest, {i: found[i] for i in rest}, arrays)
         for i, places in own.items():
-            a, b, *batch = nodes[i].a, nodes[i].b, *nodes[i].shape[:-2]
+            *batch, n, m = nodes[i].shape
             if not found[i]:  # of an unused parameter: one row of zeros
-                rows = (jnp.zeros((*batch, 1, size), a.dtype) for size in nodes[i].shape[-2:])
-                found[i] = rule(i, a, b, held[i], *rows)
+                rows = (jnp.zeros((*batch, 1, size), nodes[i].dtype) for size in (n, m))
+                found[i] = rule(i, nodes[i].a, nodes[i].b, held[i], *rows)
             da, db, *after, ran, skipped = found[i]
             updates[i] = nodes[i].with_factors(da, db)
             for k, z in zip(places, after, strict=True):

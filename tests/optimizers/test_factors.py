@@ -18,8 +18,7 @@ from oplora_jax import (
     reflora,
 )
 from oplora_jax.matrix import gram
-from oplora_jax.optimizers._factors import from_wide, orthonormal, pseudo_inverse, sylvester
-from oplora_jax.solve import gram_inverse
+from oplora_jax.optimizers._factors import from_wide, gram_inverse, orthonormal, pseudo_inverse, sylvester
 
 seeds = st.integers(0, 2**16)
 batches = st.sampled_from([(), (2,)])
