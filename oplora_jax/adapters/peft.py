@@ -67,8 +67,7 @@ def save_adapter(
       ValueError: no LoRA parameter, names that are missing, repeated or too few, factors that do not fit.
 
     Example:
-      >>> import tempfile
-      >>> import jax.numpy as jnp
+      >>> import tempfile, jax.numpy as jnp
       >>> from oplora_jax import LowRank
       >>> from oplora_jax.peft import load_adapter, save_adapter
       >>> lora = {"query/kernel": LowRank(jnp.ones((4, 2)), jnp.ones((2, 6)), scale=4.0)}
@@ -134,8 +133,7 @@ def load_adapter(folder: str | os.PathLike[str], *, names: Names | None = None) 
         do not fit, a module without a name, or layers of a stack that do not match.
 
     Example:
-      >>> import tempfile
-      >>> import jax.numpy as jnp
+      >>> import tempfile, jax.numpy as jnp
       >>> from oplora_jax import LowRank
       >>> from oplora_jax.peft import load_adapter, save_adapter
       >>> with tempfile.TemporaryDirectory() as folder:

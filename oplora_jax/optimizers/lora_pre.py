@@ -73,13 +73,11 @@ def lora_pre(
       >>> loss_fn = lambda p: jnp.sum((oplora_jax.to_dense(p) - jnp.outer(jnp.arange(3.0), jnp.ones(2))) ** 2)
       >>> params = oplora_jax.LowRank(jnp.ones((3, 1)), jnp.zeros((1, 2)))
       >>> tx = oplora_jax.lora_pre(0.1)
-      >>> @jax.jit
-      ... def step(params, state):
-      ...   updates, state = tx.update(oplora_jax.grad(loss_fn)(params), state, params)
-      ...   return optax.apply_updates(params, updates), state
+      >>> step = jax.jit(lambda state, params: tx.update(oplora_jax.grad(loss_fn)(params), state, params))
       >>> state = tx.init(params)
       >>> for _ in range(200):
-      ...   params, state = step(params, state)
+      ...   updates, state = step(state, params)
+      ...   params = optax.apply_updates(params, updates)
       >>> bool(loss_fn(params) < 1e-3)
       True
 

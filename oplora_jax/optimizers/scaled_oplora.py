@@ -93,14 +93,12 @@ def scaled_oplora(
       >>> loss_fn = lambda p: jnp.mean((oplora_jax.lora_dot(x, jnp.zeros((3, 2)), p) - y) ** 2)
       >>> params = oplora_jax.LowRank(jnp.ones((3, 1)), jnp.zeros((1, 2)))
       >>> tx = oplora_jax.scaled_oplora(0.3, b1=0.5)
-      >>> @jax.jit
-      ... def step(params, state):
-      ...   gradients = oplora_jax.grad(loss_fn, moments="diagonal")(params)
-      ...   updates, state = tx.update(gradients, state, params)
-      ...   return optax.apply_updates(params, updates), state
+      >>> grad_fn = oplora_jax.grad(loss_fn, moments="diagonal")
+      >>> step = jax.jit(lambda state, params: tx.update(grad_fn(params), state, params))
       >>> state = tx.init(params)
       >>> for _ in range(100):
-      ...   params, state = step(params, state)
+      ...   updates, state = step(state, params)
+      ...   params = optax.apply_updates(params, updates)
       >>> bool(loss_fn(params) < 1e-5)
       True
 
@@ -120,13 +118,13 @@ def scaled_oplora(
             f"metric_every is {metric_every} with structure={structure!r}; expected a positive number, and 1 "
             "for a diagonal metric, which is not decomposed"
         )
-    has_momentum, dense = not is_zero(b1), structure == "dense"
+    dense = structure == "dense"
     estimate = kfac_moments if metric == "kfac" else shampoo_moments
 
     def init(param, key):
         ones = _ones(param, structure)
         caches = (jax.tree.map(jnp.array, ones), jax.tree.map(jnp.array, ones)) if dense else ()
-        return ScaledOPLoRAState(random_start(param, key) if has_momentum else None, ones, *caches)
+        return ScaledOPLoRAState(None if is_zero(b1) else random_start(param, key), ones, *caches)
 
     def step(params, gradients, states, count):
         lr = at_step(learning_rate, count)
