@@ -6,18 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from oplora_jax.matrix import (
-    HIGHEST,
-    DenseGradient,
-    LowRank,
-    Matrix,
-    OuterProduct,
-    compute_dtype,
-    matmul,
-    thin_factors,
-    to_dense,
-    transpose,
-)
+from oplora_jax import matrix
+from oplora_jax.matrix import DenseGradient, LowRank, Matrix, OuterProduct, matmul, times, transpose
 from oplora_jax.solve import eigh
 
 Structure = Literal["diagonal", "dense"]
@@ -29,10 +19,10 @@ FLOOR = 1e-12  # of the entries or eigenvalues that are raised to a power
 class KroneckerMetric(NamedTuple):
     r"""The metric :math:`\|D_{in}^{1/2}\, T\, D_{out}^{1/2}\|_F` of n x m matrices T.
 
-    Each side is symmetric and positive, and either diagonal or dense. The sides may be of different sorts.
+    Each side is symmetric and positive, and by its shape either diagonal or dense.
 
     Args:
-      input: the diagonal of Din, `Float[Array, "*batch n"]`, or all of it, `Float[Array, "*batch n n"]`.
+      input: the diagonal of Din, (*batch, n), or all of it, (*batch, n, n).
       output: the diagonal of Dout, (*batch, m), or all of it, (*batch, m, m).
 
     Example:
@@ -44,24 +34,19 @@ class KroneckerMetric(NamedTuple):
       [[-0.5, -0.5], [-1.0, -1.0]]
     """
 
-    input: Any  # Float[Array, "*batch n"] | Float[Array, "*batch n n"]
-    output: Any  # Float[Array, "*batch m"] | Float[Array, "*batch m m"]
+    input: Any
+    output: Any
 
 
 def kfac_moments(
     gradient: OuterProduct | DenseGradient, structure: Structure, loss_reduction: Reduction
 ) -> KroneckerMetric:
-    """The second moments of K-FAC: of the inputs, and of the gradients at the outputs of one token's loss.
+    """K-FAC's second moments: x^T x / N, and N dy^T dy of a mean loss over N tokens or dy^T dy / N of a sum.
 
-    x^T x / N, and N dy^T dy of a loss that is a mean over its N tokens or dy^T dy / N of a sum.
-
-    Args:
-      gradient: an `OuterProduct`, or a `DenseGradient` with moments of this structure or dense ones.
-      structure: of the result.
-      loss_reduction: of the loss over tokens.
+    A `DenseGradient` has moments of this structure or dense ones.
     """
     if isinstance(gradient, OuterProduct):
-        x, dy = (_moment(z, z, structure) for z in (gradient.x, gradient.dy))
+        x, dy = (second_moment(z, structure) for z in (gradient.x, gradient.dy))
         tokens = gradient.x.shape[-2]
     else:
         x, dy = gradient.x_moment, gradient.dy_moment
@@ -72,22 +57,19 @@ def kfac_moments(
 
 
 def shampoo_moments(gradient: Matrix, structure: Structure, loss_reduction: Reduction) -> KroneckerMetric:
-    """The second moments of Shampoo: c G G^T and c G^T G, c = N of a mean loss and 1 / N of a summed one.
+    """Shampoo's second moments: c G G^T and c G^T G, c = N of a mean loss over N tokens and 1 / N of a sum.
 
-    Args:
-      gradient: any matrix. Of a plain array and of a `LowRank` N is not known, and c is 1.
-      structure: of the result.
-      loss_reduction: of the loss over tokens.
+    Of a plain array and of a `LowRank` N is not known, and c is 1.
     """
     n, m = gradient.shape[-2:]
-    factors = thin_factors(gradient) if isinstance(gradient, LowRank | OuterProduct) else None
+    factors = matrix.thin_factors(gradient) if isinstance(gradient, LowRank | OuterProduct) else None
     if factors is not None and factors[0].shape[-2] * (n + m) <= n * m:  # the smaller not to form
-        (left, right), grams = factors, [matmul(z, transpose(z), HIGHEST) for z in factors]
-        first = _moment(left, matmul(grams[1], left), structure)
-        second = _moment(right, matmul(grams[0], right), structure)
+        left, right = factors
+        first = second_moment(left, structure, matmul(matrix.gram(right), left))
+        second = second_moment(right, structure, matmul(matrix.gram(left), right))
     else:
-        dense = to_dense(gradient)
-        first, second = (_moment(z, z, structure) for z in (transpose(dense), dense))
+        dense = matrix.to_dense(gradient)
+        first, second = (second_moment(z, structure) for z in (transpose(dense), dense))
     if isinstance(gradient, OuterProduct):
         tokens = gradient.x.shape[-2]
     elif isinstance(gradient, DenseGradient):
@@ -103,17 +85,13 @@ def _per_batch_entry(tokens: Array, like: Array) -> Array:
     return jnp.maximum(tokens, 1).reshape(tokens.shape + (1,) * (like.ndim - tokens.ndim))
 
 
-def _moment(rows: Array, weighted: Array, structure: Structure) -> Array:
-    """rows^T weighted over rows of tokens, or its diagonal, in float32 at least."""
+def second_moment(rows: Float[Array, "*batch N n"], structure: Structure, other: Any = None) -> Array:
+    """rows^T rows, (*batch, n, n), or rows^T other; or its diagonal, (*batch, n). In float32 at least."""
+    other = rows if other is None else other
     if structure == "dense":
-        return matmul(transpose(rows), weighted.astype(rows.dtype))
-    dtype = compute_dtype(rows)
-    return jnp.sum(rows.astype(dtype) * weighted.astype(dtype), axis=-2)
-
-
-def second_moment(rows: Float[Array, "*batch N n"], structure: Structure) -> Array:
-    """The sum of the squares over tokens, (*batch, n), or rows^T rows, (*batch, n, n)."""
-    return _moment(rows, rows, structure)
+        return matmul(transpose(rows), other.astype(rows.dtype))
+    dtype = matrix.compute_dtype(rows)
+    return jnp.sum(rows.astype(dtype) * other.astype(dtype), axis=-2)
 
 
 def average(old: Array, new: Array, weight: Any) -> Array:
@@ -126,15 +104,8 @@ def powers(
 ) -> tuple[KroneckerMetric, KroneckerMetric]:
     """(D + damping)^power of both sides, and the inverse of that.
 
-    A diagonal side is raised elementwise, a dense one through its eigenvalues. Entries and eigenvalues
-    below 1e-12 count as 1e-12, and those of a dense side that rounding leaves undetermined as n eps of its
-    largest.
-
-    Args:
-      metric: two positive semi-definite sides.
-      power: any real number.
-      damping: non-negative, added to the diagonals.
-      batch_ndim: the number of batch axes.
+    Entries and eigenvalues below 1e-12 count as 1e-12, and those of a dense side that rounding leaves
+    undetermined as n eps of its largest.
     """
     pairs = [_powers(side, power, damping, dense=side.ndim == batch_ndim + 2) for side in metric]
     return tuple(KroneckerMetric(*column) for column in zip(*pairs, strict=True))
@@ -148,18 +119,13 @@ def _powers(side: Array, power: Any, damping: Any, *, dense: bool) -> tuple[Arra
     values = values + damping
     floor = side.shape[-1] * jnp.finfo(values.dtype).eps * values[..., -1:]
     values = jnp.maximum(values, jnp.maximum(floor, FLOOR))
-    form = lambda z: matmul(vectors * z[..., None, :], transpose(vectors), HIGHEST)
+    form = lambda z: times(vectors * z[..., None, :], transpose(vectors))
     return form(values**power), form(values**-power)
-
-
-def times_input(side: Array, right: Float[Array, "*batch n k"]) -> Float[Array, "*batch n k"]:
-    """D @ right for a side of a metric."""
-    return matmul(side, right, HIGHEST) if side.ndim == right.ndim else side[..., :, None] * right
 
 
 def times_output(left: Float[Array, "*batch k m"], side: Array) -> Float[Array, "*batch k m"]:
     """left @ D for a side of a metric."""
-    return matmul(left, side, HIGHEST) if side.ndim == left.ndim else left * side[..., None, :]
+    return times(left, side) if side.ndim == left.ndim else left * side[..., None, :]
 
 
 def checked_metric(metric: KroneckerMetric, shape: tuple[int, ...], dtype: Any) -> KroneckerMetric:

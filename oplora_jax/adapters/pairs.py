@@ -13,13 +13,10 @@ from jaxtyping import Array
 from oplora_jax.adapters.paths import leaf_name
 from oplora_jax.matrix import LowRank, is_matrix, transpose
 
-Scale = float | int | Callable[[str], float | int]
-
 # How the paths of a and b end: flax.nnx.LoRA and Qwix (kernel_lora_a), and PyTorch's habit; as arrays, or
 # as dense layers of their own.
 _TAILS = ("", "/kernel", "/weight", ".weight")
 _ENDINGS = tuple((f"lora_{a}{tail}", f"lora_{b}{tail}") for a, b in ("ab", "AB") for tail in _TAILS)
-_SEPARATORS = ("/", ".", "_")
 
 
 class _Pair(NamedTuple):
@@ -45,7 +42,7 @@ class _Tree(NamedTuple):
 def pair_factors(
     tx: optax.GradientTransformation,
     *,
-    scale: Scale = 1.0,
+    scale: float | int | Callable[[str], float | int] = 1.0,
     pattern: tuple[str, str] | None = None,
     transposed: bool = False,
     batch_axes: int | None = None,
@@ -53,11 +50,9 @@ def pair_factors(
     r"""A LoRA optimizer for parameters of other libraries, whose factors a and b are two separate leaves.
 
     The leaves are paired by path. The optimizer sees a tree {"paired": {name: `LowRank`}, "rest": {path:
-    leaf}}, of parameters and of gradients; its updates go back to the leaves they belong to. `LowRank`
-    parameters and all other leaves are in "rest" as they are. The state is the optimizer's own.
-
-    At such parameters `jax.grad` gives the gradients of the factors, and OPLoRA takes its Riemannian step;
-    the exact full gradient needs `LowRank` parameters and `oplora_jax.value_and_grad`.
+    leaf}}, with `LowRank` parameters and all other leaves in "rest", and the state is the optimizer's own.
+    Gradients are those of the factors (`jax.grad`), so that OPLoRA takes its Riemannian step; the exact one
+    needs `LowRank` parameters and `oplora_jax.value_and_grad`.
 
     Recognised without a pattern are the names of `flax.nnx.LoRA` (lora_a, lora_b), Qwix (kernel_lora_a,
     kernel_lora_b) and PyTorch (lora_A, lora_B), also with "/kernel" or "/weight" behind them. A factor may
@@ -78,8 +73,7 @@ def pair_factors(
         do not fit or leave the batch axes open, and for gradients of another shape.
 
     Example:
-      >>> import jax, jax.numpy as jnp, optax
-      >>> import oplora_jax
+      >>> import jax, jax.numpy as jnp, optax, oplora_jax
       >>> params = {"lora_a": jnp.ones((4, 2)), "lora_b": jnp.zeros((2, 3))}
       >>> tx = oplora_jax.pair_factors(oplora_jax.oplora(0.1))
       >>> loss_fn = lambda p: jnp.mean((jnp.ones((5, 4)) @ p["lora_a"] @ p["lora_b"] - 1) ** 2)
@@ -88,8 +82,7 @@ def pair_factors(
       True
     """
     tx = optax.with_extra_args_support(tx)
-    layout = dict(scale=scale, pattern=pattern, transposed=transposed, batch_axes=batch_axes)
-    take_apart = lambda tree: _take_apart(tree, **layout)
+    take_apart = lambda tree: _take_apart(tree, scale, pattern, transposed, batch_axes)
 
     def init_fn(params):
         tree = take_apart(params)
@@ -117,8 +110,6 @@ def pair_factors(
 def to_low_rank(tree: Any, **layout: Any) -> dict[str, LowRank]:
     """The LoRA parameters of a tree in which the two factors are separate leaves.
 
-    What `pair_factors` shows its optimizer, by path as `init_lora` returns them.
-
     Args:
       tree: parameters as for `pair_factors`.
       **layout: `scale`, `pattern`, `transposed` and `batch_axes`, as for `pair_factors`.
@@ -127,8 +118,7 @@ def to_low_rank(tree: Any, **layout: Any) -> dict[str, LowRank]:
       A dict from the pairs' names to `LowRank` parameters, a (*batch, n, r) and b (*batch, r, m).
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import oplora_jax
+      >>> import jax.numpy as jnp, oplora_jax
       >>> params = {"query": {"kernel_lora_a": jnp.ones((4, 2)), "kernel_lora_b": jnp.ones((2, 3, 5))}}
       >>> {name: p.shape for name, p in oplora_jax.to_low_rank(params, scale=2.0).items()}
       {'query/kernel': (4, 15)}
@@ -140,8 +130,7 @@ def to_low_rank(tree: Any, **layout: Any) -> dict[str, LowRank]:
 def from_low_rank(lora: dict[str, LowRank], tree: Any, **layout: Any) -> Any:
     """The tree with other LoRA parameters in it: the inverse of `to_low_rank`.
 
-    Where a parameter's scale is not the tree's, its factors are multiplied by the square root of the
-    quotient, so that the matrix stays the same.
+    Where a parameter's scale is not the tree's, its factors are rescaled, so that the matrix is the same.
 
     Args:
       lora: LoRA parameters by the pairs' names; pairs that it lacks stay as they are.
@@ -154,8 +143,7 @@ def from_low_rank(lora: dict[str, LowRank], tree: Any, **layout: Any) -> Any:
       ValueError: as `pair_factors`, and for a name that the tree lacks, or factors of other shapes.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import oplora_jax
+      >>> import jax.numpy as jnp, oplora_jax
       >>> params = {"query": {"lora_a": jnp.zeros((4, 2)), "lora_b": jnp.zeros((2, 3))}}
       >>> lora = {"query": oplora_jax.LowRank(jnp.ones((4, 2)), jnp.ones((2, 3)))}
       >>> oplora_jax.from_low_rank(lora, params)["query"]["lora_b"].tolist()
@@ -180,7 +168,7 @@ def from_low_rank(lora: dict[str, LowRank], tree: Any, **layout: Any) -> Any:
 
 
 def _take_apart(
-    tree: Any, *, scale: Any = 1.0, pattern: Any = None, transposed: bool = False, batch_axes: Any = None
+    tree: Any, scale: Any = 1.0, pattern: Any = None, transposed: bool = False, batch_axes: Any = None
 ) -> _Tree:
     """Finds the pairs among the leaves of a tree."""
     paths_and_leaves, treedef = jax.tree.flatten_with_path(tree, is_leaf=is_matrix)
@@ -222,7 +210,7 @@ def _factor(name: str, endings: tuple[tuple[str, str], ...]) -> tuple[str, tuple
     for ending in endings:
         for which, end in enumerate(ending):
             stem = name.removesuffix(end)
-            if stem != name and (not stem or stem.endswith(_SEPARATORS)):
+            if stem != name and (not stem or stem.endswith(("/", ".", "_"))):
                 return stem, ending, which
     return None
 

@@ -51,14 +51,12 @@ def save_adapter(
 ) -> None:
     """Writes LoRA parameters as a PEFT adapter, which `peft.PeftModel.from_pretrained` loads.
 
-    The factors are written in their types, bit for bit; the `roles` of a kernel's axes are not. Ranks and
-    scales may differ between parameters.
+    The factors are written bit for bit; the `roles` of a kernel's axes are not.
 
     Args:
-      folder: made if need be; its adapter_model.safetensors and adapter_config.json are replaced, each as a
-        whole.
+      folder: made if need be; its adapter_model.safetensors and adapter_config.json are replaced.
       lora: LoRA parameters by path, as `init_lora` and `to_low_rank` return them, or any tree with `LowRank`
-        nodes. Other leaves are no part of an adapter and are not written.
+        nodes, of any ranks and scales. Other leaves are not written.
       names: the PyTorch module of each path, a dict or a function of the path: "layer_0/query/kernel" may be
         "bert.encoder.layer.0.attention.self.query". For a parameter of stacked layers, (layers, n, m), one
         name per layer. By default "a/b/kernel" is the module "a.b".
@@ -69,18 +67,16 @@ def save_adapter(
       ValueError: no LoRA parameter, names that are missing, repeated or too few, factors that do not fit.
 
     Example:
-      >>> import tempfile
-      >>> import jax, jax.numpy as jnp
-      >>> import oplora_jax
+      >>> import tempfile, jax.numpy as jnp
+      >>> from oplora_jax import LowRank
       >>> from oplora_jax.peft import load_adapter, save_adapter
-      >>> params = {"query": {"kernel": jnp.ones((4, 6))}}
-      >>> lora = oplora_jax.init_lora(jax.random.key(0), params, rank=2, targets="query/kernel", alpha=8)
+      >>> lora = {"query/kernel": LowRank(jnp.ones((4, 2)), jnp.ones((2, 6)), scale=4.0)}
       >>> names = {"query/kernel": "model.layers.0.self_attn.q_proj"}
       >>> with tempfile.TemporaryDirectory() as folder:
       ...   save_adapter(folder, lora, names=names, task_type="CAUSAL_LM")
-      ...   loaded = load_adapter(folder, names=names)
-      >>> bool((loaded["query/kernel"].a == lora["query/kernel"].a).all()), loaded["query/kernel"].scale
-      (True, 4.0)
+      ...   loaded = load_adapter(folder, names=names)["query/kernel"]
+      >>> loaded.shape, loaded.scale
+      ((4, 6), 4.0)
     """
     modules: dict[str, LowRank] = {}
     for path, node in jax.tree.leaves_with_path(lora, is_leaf=is_low_rank):
@@ -123,9 +119,9 @@ def load_adapter(folder: str | os.PathLike[str], *, names: Names | None = None) 
 
     Args:
       folder: with adapter_model.safetensors and adapter_config.json.
-      names: as for `save_adapter` if a dict; a function takes the PyTorch module's name instead, and returns
-        the path. By default the module "a.b" is the path "a/b/kernel". Names that the adapter lacks are
-        ignored. Where a path has several names, their layers are stacked.
+      names: as for `save_adapter` if a dict, in which names that the adapter lacks are ignored; a function
+        takes the PyTorch module's name instead, and returns the path. By default the module "a.b" is the
+        path "a/b/kernel". Where a path has several names, their layers are stacked.
 
     Returns:
       A dict from paths to `LowRank` parameters in the file's types, whose scale is lora_alpha / r, or
@@ -137,8 +133,7 @@ def load_adapter(folder: str | os.PathLike[str], *, names: Names | None = None) 
         do not fit, a module without a name, or layers of a stack that do not match.
 
     Example:
-      >>> import tempfile
-      >>> import jax.numpy as jnp
+      >>> import tempfile, jax.numpy as jnp
       >>> from oplora_jax import LowRank
       >>> from oplora_jax.peft import load_adapter, save_adapter
       >>> with tempfile.TemporaryDirectory() as folder:
@@ -199,10 +194,7 @@ def _ranks_and_alphas(modules: dict[str, LowRank]) -> dict[str, Any]:
 
 
 def _alpha(scale: float | int, rank: int) -> float | int:
-    """lora_alpha, for which lora_alpha / rank is the scale: a whole number if there is one.
-
-    Every scale that is such a quotient comes back exactly; another one may be a unit in the last place off.
-    """
+    """lora_alpha, for which lora_alpha / rank is the scale, exactly if any is; a whole number if one is."""
     product = scale * rank
     near = [round(product), product, math.nextafter(product, 0), math.nextafter(product, math.inf)]
     return min(near, key=lambda alpha: abs(alpha / rank - scale))

@@ -32,7 +32,7 @@ def altlora(
     weight_decay: Any = 0.0,
     others: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""AltLoRA: alternating projections of the gradient, and of the momentum, on the factors.
+    r"""AltLoRA: projections of the gradient, and of the momentum, on one factor after the other.
 
     With :math:`C = (b b^\top + \delta I)^{-1}`, and then :math:`D = (a^\top a + \delta I)^{-1}` of the new a,
 
@@ -43,45 +43,33 @@ def altlora(
       b \leftarrow b - \eta\, (m_b / (1 - \beta_1^t) + w b),
 
     where a' and b' are the factors that stood in D and C a step before: a momentum is carried over to the
-    factor it now multiplies. Without regularization a b does not depend on how it is split into factors
-    (a R, R^-1 b); with it, on orthogonal R neither.
-
-    The derivatives are those of `jax.grad`, the scale s in them, as in the authors' code: at scale s the
-    increment s a b moves s^2 times as far as at scale 1. Without momentum and regularization a takes the
-    step of `scaled_gd` at the rate :math:`s^2 \eta`.
-
-    The state is twice the size of the LoRA parameters.
+    factor it now multiplies. The path of a b is the same for every split into factors (a R, R^-1 b) with
+    orthogonal R, and without regularization with any R.
 
     Args:
-      learning_rate: eta, a scalar or a schedule.
+      learning_rate: eta, a scalar or a schedule, of SGD's size in the full weight, but at scale s of the LoRA
+        parameter the increment s a b moves s^2 times as far.
       b1: decay of the momentum.
       regularization: delta, of the solves, in the units of the squared factors.
       weight_decay: w, decoupled, of the factors, multiplied by the learning rate.
-      others: for the leaves that are no LoRA parameters; if None, steps along the bias-corrected average of
-        the gradients with the same settings.
+      others: for the leaves that are no LoRA parameters; SGD on `optax.ema` with the same settings if None.
 
     Returns:
-      An Optax transformation for any kind of gradient.
+      An Optax transformation for any kind of gradient; its state is twice the size of the LoRA parameters.
 
     Example:
-      >>> import jax, jax.numpy as jnp, optax
-      >>> import oplora_jax
+      >>> import jax.numpy as jnp, oplora_jax
       >>> params = oplora_jax.LowRank(jnp.ones((3, 1)), jnp.zeros((1, 2)))
       >>> tx = oplora_jax.altlora(0.5, regularization=0.0)
-      >>> state = tx.init(params)
-      >>> gradients = jax.grad(lambda p: oplora_jax.to_dense(p).sum())(params)
-      >>> updates, state = tx.update(gradients, state, params)
+      >>> updates, state = tx.update(jnp.ones((3, 2)), tx.init(params), params)
       >>> bool(jnp.allclose(updates.a, 0) and jnp.allclose(updates.b, -0.5))  # b is zero: a waits
       True
 
     References:
       AltLoRA, https://arxiv.org/abs/2505.12455.
     """
-    plain = optax.chain(
-        optax.ema(b1),
-        optax.identity() if is_zero(weight_decay) else optax.add_decayed_weights(weight_decay),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    decay = optax.identity() if is_zero(weight_decay) else optax.add_decayed_weights(weight_decay)
+    plain = optax.chain(optax.ema(b1), decay, optax.scale_by_learning_rate(learning_rate))
     init, step = _alternating(learning_rate, b1, regularization, weight_decay)
     return lora_optimizer(init, step, others=plain if others is None else others)
 
@@ -103,40 +91,26 @@ def altlora_plus(
       v_a \leftarrow \beta_2\, v_a + (1 - \beta_2)\, (\partial a\, C)^2, \qquad
       a \leftarrow a - \eta\, \left(\frac{m_a}{(1 - \beta_1^t)(\sqrt{v_a} + \epsilon)} + w a\right),
 
-    with the momentum of `altlora`, and the same for b. The second moment is not bias-corrected: the first
-    step is :math:`1 / \sqrt{1 - \beta_2}` times as long as Adam's. A step depends on how a b is split.
-
-    The authors' code steps along the carried momentum but keeps the average without the carrying, so that
-    what is older than a step belongs to factors that are gone. Here, as in `altlora`, the carried momentum
-    is kept.
-
-    The scale cancels in the step, but for eps and the regularization. The state is three times the size of
-    the LoRA parameters.
+    with C and m_a of `altlora` (the authors' code carries m_a over for one step only), and b likewise. v is
+    not bias-corrected: the first step is :math:`1 / \sqrt{1 - \beta_2}` times as long as Adam's.
 
     Args:
-      learning_rate: eta, a scalar or a schedule.
-      b1: decay of the momentum.
-      b2: decay of the second moment.
+      learning_rate: eta, a scalar or a schedule, of Adam's size in the factors.
+      b1, b2: decays of the momentum and of the second moment.
       eps: added to the root of the second moment.
-      regularization: delta, of the solves, in the units of the squared factors.
-      weight_decay: w, decoupled, of the factors, multiplied by the learning rate.
+      regularization, weight_decay: as for `altlora`.
       others: for the leaves that are no LoRA parameters; AdamW with the same settings if None.
 
     Returns:
-      An Optax transformation for any kind of gradient.
+      An Optax transformation for any kind of gradient; its state is three times the LoRA parameters' size.
 
     Example:
-      >>> import jax, jax.numpy as jnp, optax
-      >>> import oplora_jax
+      >>> import jax.numpy as jnp, oplora_jax
       >>> params = oplora_jax.LowRank(jnp.ones((3, 1)), jnp.ones((1, 2)))
       >>> tx = oplora_jax.altlora_plus(0.1, b2=0.0)
-      >>> gradients = jax.grad(lambda p: oplora_jax.to_dense(p).sum())(params)
-      >>> updates, state = tx.update(gradients, tx.init(params), params)
+      >>> updates, state = tx.update(jnp.ones((3, 2)), tx.init(params), params)
       >>> bool(jnp.allclose(updates.a, -0.1))
       True
-
-    References:
-      AltLoRA, https://arxiv.org/abs/2505.12455.
     """
     plain = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
     init, step = _alternating(learning_rate, b1, regularization, weight_decay, adaptive=(b2, eps))
@@ -146,8 +120,7 @@ def altlora_plus(
 def _alternating(learning_rate, b1, regularization, weight_decay, adaptive=None):
     """(init, step) of both optimizers; `adaptive` is the (b2, eps) of a second moment."""
 
-    def init(param, key):
-        del key
+    def init(param, _):
         zeros = jax.tree.map(jnp.zeros_like, param)
         # An average with a decay of 0.999 would not move in bfloat16.
         wide_zeros = jax.tree.map(lambda z: jnp.zeros_like(z, compute_dtype(z)), param)
@@ -175,8 +148,7 @@ def _alternating(learning_rate, b1, regularization, weight_decay, adaptive=None)
         new_at, mat, vat = side(at, dat, b, old_b, mat, vat)
         new_b, mb, vb = side(b, db, new_at, old_at, mb, vb)
         of = lambda *rows: from_wide(param, *rows)
-        return of(new_at, new_b), AltLoRAState(
-            of(mat, mb), of(new_at, b), None if adaptive is None else of(vat, vb)
-        )
+        second = None if adaptive is None else of(vat, vb)
+        return of(new_at, new_b), AltLoRAState(of(mat, mb), of(new_at, b), second)
 
     return init, each(step)

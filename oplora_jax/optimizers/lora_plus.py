@@ -23,14 +23,11 @@ def lora_plus(
     .. math::
       a \leftarrow a + \mathrm{base}(\eta), \qquad b \leftarrow b + \mathrm{base}(\rho\,\eta).
 
-    The base optimizer is built twice, with a learning rate each, and keeps its state for one factor. So the
-    ratio is one of learning rates and of nothing else, whatever the base makes of its own: a decay that is
-    multiplied by the learning rate is multiplied by the ratio too, as in a parameter group of PyTorch, and
-    one that is not, is not. Scaling the updates of b would scale both, and be wrong for a base whose step is
-    not linear in its learning rate.
+    The base optimizer is built twice, with a learning rate and a state for each factor. What it multiplies by
+    its learning rate, such as a weight decay, is multiplied by the ratio too.
 
     Args:
-      learning_rate: eta, of a and of the other leaves, a scalar or a schedule.
+      learning_rate: eta, of a and of the other leaves, a scalar or a schedule, of the base's size.
       ratio: rho, at least 1. With 1 it is the base optimizer on both factors.
       base: a function of a learning rate that returns an optimizer of plain arrays, such as
         ``functools.partial(optax.adamw, weight_decay=0.01)``; `optax.adam` if None. It sees one factor
@@ -39,18 +36,16 @@ def lora_plus(
       others: for the leaves that are no LoRA parameters; base(learning_rate) if None.
 
     Returns:
-      An Optax transformation for any kind of gradient; an exact one is multiplied by the factors first.
+      An Optax transformation for any kind of gradient.
 
     Raises:
       ValueError: a ratio below 1.
 
     Example:
-      >>> import jax, jax.numpy as jnp
-      >>> import oplora_jax
+      >>> import jax.numpy as jnp, oplora_jax
       >>> params = oplora_jax.LowRank(jnp.ones((3, 1)), jnp.ones((1, 2)))
       >>> tx = oplora_jax.lora_plus(0.01, ratio=16)
-      >>> gradients = jax.grad(lambda p: oplora_jax.to_dense(p).sum())(params)
-      >>> updates, _ = tx.update(gradients, tx.init(params), params)
+      >>> updates, _ = tx.update(jnp.ones((3, 2)), tx.init(params), params)
       >>> round(float(updates.a[0, 0]), 4), round(float(updates.b[0, 0]), 4)
       (-0.01, -0.16)
 
@@ -60,10 +55,8 @@ def lora_plus(
     if isinstance(ratio, int | float) and not ratio >= 1:
         raise ValueError(f"ratio is {ratio}; expected 1 or more, the learning rate of b by that of a")
     make = optax.adam if base is None else base
-    if callable(learning_rate):
-        faster = lambda count: ratio * learning_rate(count)
-    else:
-        faster = ratio * learning_rate
-    factors = on_factor(make(learning_rate), "a"), on_factor(make(faster), "b")
+    rate = learning_rate
+    faster = (lambda count: ratio * rate(count)) if callable(rate) else ratio * rate
+    factors = on_factor(make(rate), "a"), on_factor(make(faster), "b")
     lora = optax.chain(preconditioned(plain_gradient), *factors)
-    return lora_transformation(lora, others=make(learning_rate) if others is None else others)
+    return lora_transformation(lora, others=make(rate) if others is None else others)

@@ -2,28 +2,18 @@
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
 from oplora_jax.gradients.tangent import full_gradient
 from oplora_jax.lorsum import lorsum
-from oplora_jax.matrix import (
-    LowRank,
-    compute_dtype,
-    from_unit_scale,
-    is_zero,
-    left_product,
-    times,
-    to_dense,
-    transpose,
-    transposed,
-)
+from oplora_jax.matrix import LowRank, from_unit_scale, is_zero, left_product, times, to_dense, transpose
 from oplora_jax.optimizers._factors import gram_inverse, orthonormal, wide_at_unit_scale
 from oplora_jax.optimizers._facts import facts
 from oplora_jax.optimizers._lift import at_step, each, lora_optimizer
 from oplora_jax.optimizers._momentum import random_start
+from oplora_jax.optimizers._types import cast_up
 
 
 class LoRAPreState(NamedTuple):
@@ -49,59 +39,45 @@ def lora_pre(
     r"""LoRA-Pre: Adam's step in the full weight, from low-rank moments, brought back to rank r by `lorsum`.
 
     With G the gradient of the full weight, the moment M = a b of rank r is an average of it by one online
-    least-squares step on the factors, :math:`\gamma = 1 - \beta_1^{1/2}`:
+    least-squares step of each factor, a with the new b, :math:`\gamma = 1 - \beta_1^{1/2}`:
 
     .. math::
-      b &\leftarrow (1 - \gamma)\,b + \gamma\,(a^\top a)^{-1} a^\top G \\
-      a &\leftarrow (1 - \gamma)\,a + \gamma\,G b^\top (b b^\top)^{-1}.
+      b \leftarrow (1 - \gamma)\,b + \gamma\,(a^\top a)^{-1} a^\top G, \qquad
+      a \leftarrow (1 - \gamma)\,a + \gamma\,G b^\top (b b^\top)^{-1}.
 
-    The factors are updated in sequence, a with the new b: M becomes :math:`\beta_1 M` plus projections of G.
-    (Of simultaneous updates the product has one more term, of second order in G and without a bound.) A
-    second matrix N averages |G| likewise, with :math:`\gamma = 1 - \beta_2^{1/4}`; its elementwise square is
-    Adam's second moment. At step t Adam's rule is
+    N averages |G| likewise, with :math:`\gamma = 1 - \beta_2^{1/4}`, and its elementwise square is Adam's
+    second moment. At step t
 
     .. math::
-      P \leftarrow \mathrm{LoRSum}\Big[(1, P), \Big(-\eta,
+      P \leftarrow \mathrm{LoRSum}\Big[(1 - \eta w, P), \Big(-\eta,
       \frac{M / (1 - \beta_1^t)}{|N| / (1 - \beta_2^{t/2}) + \epsilon}\Big)\Big].
 
-    N decays by :math:`\beta_2^{1/2}` a step, and that is the bias corrected for: by Adam's correction of
-    the square, :math:`1 - \beta_2^t`, the first step would be 63 times as long for the default b2. M starts
-    at zero, with a random a; so does N, with an a of positive entries, as |G| has.
-
-    G and the step are formed, n m numbers for one parameter at a time; the state is two low-rank matrices.
-
     Args:
-      learning_rate: eta, a scalar or a schedule: of Adam's size, in the full weight.
-      b1: decay of the first moment.
-      b2: decay of the second moment.
+      learning_rate: eta, a scalar or a schedule, of Adam's size in the full weight.
+      b1, b2: decays of the first and the second moment.
       eps: added to the root of the second moment. N, of rank r, may be near zero where |G| is not, and there
         the step has no bound: if training diverges, take a tenth of the size of the gradient's entries.
       num_iters: alternating iterations of the LoRSum; 0 is the Jacobi step.
       regularization: of the LoRSum's solves; multiplied by the learning rate.
-      weight_decay: decoupled, multiplied by the learning rate: the anchor's coefficient is 1 - eta * decay.
+      weight_decay: w, decoupled, multiplied by the learning rate.
       others: for the leaves that are no LoRA parameters; AdamW with the same settings if None.
       seed: of the random start of the moments' left factors.
 
     Returns:
-      An Optax transformation for any kind of gradient; the `LowRank` of factor gradients (`jax.grad`) stands
-      for its projection on the tangent space. Its state has a field `momentum`, a tree with a `LowRank` at
-      each LoRA parameter.
+      An Optax transformation for any kind of gradient; factor gradients (`jax.grad`) stand for their
+      projection on the tangent space. The state is two low-rank matrices, `momentum` and `magnitude`; G and
+      the step are formed, n m numbers for one parameter at a time.
 
     Example:
-      >>> import jax, jax.numpy as jnp, optax
-      >>> import oplora_jax
-      >>> target = jnp.outer(jnp.arange(3.0), jnp.ones(2))
+      >>> import jax, jax.numpy as jnp, optax, oplora_jax
+      >>> loss_fn = lambda p: jnp.sum((oplora_jax.to_dense(p) - jnp.outer(jnp.arange(3.0), jnp.ones(2))) ** 2)
       >>> params = oplora_jax.LowRank(jnp.ones((3, 1)), jnp.zeros((1, 2)))
       >>> tx = oplora_jax.lora_pre(0.1)
-      >>> def loss_fn(params):
-      ...   return jnp.sum((oplora_jax.to_dense(params) - target) ** 2)
-      >>> @jax.jit
-      ... def step(params, state):
-      ...   updates, state = tx.update(oplora_jax.grad(loss_fn)(params), state, params)
-      ...   return optax.apply_updates(params, updates), state
+      >>> step = jax.jit(lambda state, params: tx.update(oplora_jax.grad(loss_fn)(params), state, params))
       >>> state = tx.init(params)
       >>> for _ in range(200):
-      ...   params, state = step(params, state)
+      ...   updates, state = step(state, params)
+      ...   params = optax.apply_updates(params, updates)
       >>> bool(loss_fn(params) < 1e-3)
       True
 
@@ -110,11 +86,12 @@ def lora_pre(
     """
 
     def init(param, key):
-        start = random_start(jax.tree.map(lambda z: z.astype(compute_dtype(z)), param), key)
+        start = random_start(cast_up(param, jnp.float32), key)
         return LoRAPreState(start, start.with_factors(jnp.abs(start.a), jnp.zeros_like(start.b)))
 
     def step(param, gradient, state, count):
         lr = at_step(learning_rate, count)
+        # N decays by b2**0.5 a step; Adam's 1 - b2**t would make the first step 63 times as long.
         unbiased, unbiased_root = 1 - b1 ** (count + 1), 1 - (b2**0.5) ** (count + 1)
         gradient = to_dense(full_gradient(param, gradient)).astype(state.momentum.dtype)
         first = _average(state.momentum, gradient, 1 - b1**0.5)
@@ -130,11 +107,14 @@ def lora_pre(
 
 
 def _average(moment: LowRank, target: Array, rate: Any) -> LowRank:
-    """One online least-squares step of both factors towards a matrix."""
+    """One online least-squares step of both factors towards a matrix.
+
+    a steps with the new b: of simultaneous steps the product has one more term, without a bound.
+    """
     at, b = wide_at_unit_scale(moment)
     # The product does not depend on which basis of its columns a is. With an orthonormal one no direction
     # dies out: not those that the target lacks for a while, and not all of them while it is zero.
     basis, triangle = orthonormal(at)
     b = (1 - rate) * times(transpose(triangle), b) + rate * left_product(basis, target)
-    fit = times(gram_inverse(b), left_product(b, transposed(target)))
+    fit = times(gram_inverse(b), left_product(b, transpose(target)))
     return from_unit_scale(LowRank(transpose((1 - rate) * basis + rate * fit), b), moment)

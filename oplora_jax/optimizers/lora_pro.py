@@ -31,40 +31,28 @@ def lora_pro(
 
     The equivalent gradient :math:`\tilde G = P_a G + G P_b - P_a G P_b` is as much of the full gradient as a
     step of both factors can follow. Dense Adam makes a step of it, and the factors follow that step as they
-    follow the gradient in `lora_pro_sgd`. Weight decay is of the factors.
-
-    The increment s a b takes the same path for every split of the scale, and with x_mode="zero" for every
-    split into factors (a R, R^-1 b); with "sylvester" for orthogonal R.
-
-    The state is Adam's on the full weight, 2 n m numbers for each LoRA parameter in float32 at least.
+    follow the gradient in `lora_pro_sgd`, with the same invariance.
 
     Args:
-      learning_rate: a scalar or a schedule.
+      learning_rate: a scalar or a schedule, of Adam's size in the full weight.
       x_mode: as for `lora_pro_sgd`.
-      b1: decay of the first moment.
-      b2: decay of the second moment.
-      eps: added to the root of the second moment.
-      weight_decay: decoupled, of the factors, multiplied by the learning rate.
+      b1, b2, eps, weight_decay: as for `optax.adamw`; the decay is of the factors.
       others: for the leaves that are no LoRA parameters; AdamW with the same settings if None.
 
     Returns:
-      An Optax transformation for any kind of gradient; all kinds give the same step.
+      An Optax transformation for any kind of gradient; all kinds give the same step. The state is Adam's on
+      the full weight, 2 n m numbers for each LoRA parameter in float32 at least.
 
     Raises:
       ValueError: an unknown x_mode.
 
     Example:
-      >>> import jax, jax.numpy as jnp, optax
-      >>> import oplora_jax
+      >>> import jax.numpy as jnp, optax, oplora_jax
       >>> params = oplora_jax.LowRank(jnp.ones((3, 1)), jnp.zeros((1, 2)))
       >>> tx = oplora_jax.lora_pro(0.1)
-      >>> gradients = jax.grad(lambda p: oplora_jax.to_dense(p).sum())(params)
-      >>> updates, _ = tx.update(gradients, tx.init(params), params)
+      >>> updates, _ = tx.update(jnp.ones((3, 2)), tx.init(params), params)
       >>> bool(jnp.allclose(oplora_jax.to_dense(optax.apply_updates(params, updates)), -0.1))
       True
-
-    References:
-      LoRA-Pro, https://arxiv.org/abs/2407.18242.
     """
     closest = partial(closest_gradients, x_mode=_check_x_mode(x_mode))
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
@@ -76,9 +64,8 @@ def lora_pro(
         return mapped(closest, params, steps), state
 
     init_fn = lambda params: adam.init(mapped(dense_like, params))
-    lora = optax.chain(
-        optax.GradientTransformation(init_fn, update_fn), _decayed_step(learning_rate, weight_decay)
-    )
+    on_full_weight = optax.GradientTransformation(init_fn, update_fn)
+    lora = optax.chain(on_full_weight, _decayed_step(learning_rate, weight_decay))
     if others is None:
         others = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
     return lora_transformation(lora, others=others)
@@ -100,37 +87,28 @@ def lora_pro_sgd(
       P_b = b^\top (b b^\top)^{-1} b.
 
     Whatever X, the increment moves along the projection of the gradient on the tangent space,
-    :math:`s\,(g_a b + a g_b) = P_a G + G P_b - P_a G P_b`. With x_mode="sylvester" X is the one for which
-    the pair is closest to the derivatives (da, db),
-
-    .. math::
-      a^\top a\, X + X\, b b^\top = -s^{-2}\, a^\top \partial a\, (b b^\top)^{-1}.
-
-    The inverses are pseudo-inverses: where b is zero, a waits. The increment s a b takes the same path for
-    every split of the scale, and with x_mode="zero" for every split into factors (a R, R^-1 b); with
-    "sylvester" for orthogonal R.
-
-    No state is kept.
+    :math:`s\,(g_a b + a g_b) = P_a G + G P_b - P_a G P_b`. The inverses are pseudo-inverses: where b is zero,
+    a waits. The increment s a b takes the same path for every split of the scale, and for every split into
+    factors (a R, R^-1 b) with orthogonal R, with x_mode="zero" with any invertible R.
 
     Args:
-      learning_rate: a scalar or a schedule.
-      x_mode: "sylvester", the paper's choice, or "zero", X = 0.
+      learning_rate: a scalar or a schedule, of SGD's size in the full weight.
+      x_mode: "zero", X = 0, or "sylvester", the paper's choice, the X for which the pair is closest to the
+        derivatives: :math:`a^\top a\, X + X\, b b^\top = -s^{-2}\, a^\top \partial a\, (b b^\top)^{-1}`.
       weight_decay: decoupled, of the factors, multiplied by the learning rate.
       others: for the leaves that are no LoRA parameters; SGD with the same settings if None.
 
     Returns:
-      An Optax transformation for any kind of gradient; all kinds give the same step.
+      An Optax transformation for any kind of gradient, without state; all kinds give the same step.
 
     Raises:
       ValueError: an unknown x_mode.
 
     Example:
-      >>> import jax, jax.numpy as jnp, optax
-      >>> import oplora_jax
+      >>> import jax.numpy as jnp, optax, oplora_jax
       >>> params = oplora_jax.LowRank(jnp.ones((3, 1)), jnp.zeros((1, 2)))
       >>> tx = oplora_jax.lora_pro_sgd(0.1)
-      >>> gradients = jax.grad(lambda p: oplora_jax.to_dense(p).sum())(params)
-      >>> updates, _ = tx.update(gradients, tx.init(params), params)
+      >>> updates, _ = tx.update(jnp.ones((3, 2)), tx.init(params), params)
       >>> bool(jnp.allclose(oplora_jax.to_dense(optax.apply_updates(params, updates)), -0.1))
       True
 
@@ -162,7 +140,5 @@ def _check_x_mode(x_mode: Any) -> XMode:
 
 
 def _decayed_step(learning_rate, weight_decay):
-    return optax.chain(
-        optax.identity() if is_zero(weight_decay) else optax.add_decayed_weights(weight_decay),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    decay = optax.identity() if is_zero(weight_decay) else optax.add_decayed_weights(weight_decay)
+    return optax.chain(decay, optax.scale_by_learning_rate(learning_rate))

@@ -37,7 +37,7 @@ def lora_rite(
     weight_decay: Any = 0.0,
     others: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""LoRA-RITE: robust invariant transformation equilibration.
+    r"""LoRA-RITE: Adam with a matrix second moment, the same for every split of a b into factors.
 
     For a, with the decomposition :math:`b^\top = Q R` (and for b likewise with that of a, both of the old
     factors):
@@ -49,42 +49,33 @@ def lora_rite(
       a &\leftarrow a - \eta\, (M R^{-\top} + w a),
 
     with the bias correction in the decays, :math:`\beta(t) = \beta\, (1 - \beta^{t-1}) / (1 - \beta^t)`. U is
-    the gradient without the magnitude of b. Before it enters, it is zeroed where the root of its mean square
-    exceeds `skip_threshold`, and all U of a tree are scaled so that their joint norm is at most `max_norm`.
-    A parameter whose gradient stays above the threshold does not move: scale the loss, or pass None.
+    the gradient without the magnitude of b. The inverse is a pseudo-inverse: where b is zero, a waits.
 
-    Without weight decay a b does not depend on how it is split into factors (a R, R^-1 b, any invertible R):
-    another split turns Q and the moments by an orthogonal matrix. A triangle that is not invertible has its
-    pseudo-inverse: where b is zero, a waits. A gradient that is not finite does not count in the joint norm,
-    so that other parameters step as if that one were zero.
-
-    The scale s is in U, where it cancels but for eps, `skip_threshold` and `max_norm`. A step of a is then
-    that of scale 1, and the increment s a b moves s times as far.
-
-    The state is twice the size of the LoRA parameters and 2 r^2 for each.
+    The scale s cancels but for eps, `skip_threshold` and `max_norm`: the factors step as at scale 1, and the
+    increment s a b moves s times as far.
 
     Args:
-      learning_rate: eta, a scalar or a schedule; about 3e-4 in the paper.
-      b1: decay of the first moment M.
-      b2: decay of the second moment V.
+      learning_rate: eta, a scalar or a schedule, of Adam's size; about 3e-4 in the paper.
+      b1, b2: decays of the moments M and V.
       eps: added to the roots of the eigenvalues of V.
-      skip_threshold: of the root mean square of U, for each factor; none if None.
-      max_norm: of all U together; none if None.
-      escaped_mass: whether to make up for what of V is lost when a basis turns, the smaller of the largest
-        drop of an eigenvalue and the drop of the trace, by adding an average of it to the eigenvalues.
+      skip_threshold: the root mean square above which a U counts as zero; none if None. A parameter whose
+        gradient stays above it does not move: scale the loss, or pass None.
+      max_norm: to which the joint norm of all U is scaled down; none if None. A gradient that is not finite
+        does not count in it.
+      escaped_mass: whether to make up for what V loses when a basis turns, by adding an average of it to the
+        eigenvalues: the smaller of the largest drop of an eigenvalue and the drop of the trace.
       weight_decay: w, decoupled, of the factors, multiplied by the learning rate.
       others: for the leaves that are no LoRA parameters; AdamW with the same settings if None.
 
     Returns:
-      An Optax transformation for any kind of gradient.
+      An Optax transformation for any kind of gradient; its state is twice the size of the LoRA parameters,
+      and 2 r^2 numbers for each.
 
     Example:
-      >>> import jax, jax.numpy as jnp, optax
-      >>> import oplora_jax
+      >>> import jax.numpy as jnp, oplora_jax
       >>> params = oplora_jax.LowRank(jnp.full((3, 1), 5.0), jnp.ones((1, 2)))
       >>> tx = oplora_jax.lora_rite(0.1)
-      >>> gradients = jax.grad(lambda p: oplora_jax.to_dense(p).mean())(params)
-      >>> updates, _ = tx.update(gradients, tx.init(params), params)
+      >>> updates, _ = tx.update(jnp.full((3, 2), 1 / 6), tx.init(params), params)
       >>> step = oplora_jax.LowRank(updates.a, params.b)  # lr times a matrix of orthonormal rows and columns
       >>> round(float(oplora_jax.frobenius_norm(step)), 3)  # 0.1 sqrt(n)
       0.173
@@ -93,16 +84,14 @@ def lora_rite(
       LoRA Done RITE, https://arxiv.org/abs/2410.20625.
     """
 
-    def init(param, key):
-        del key
+    def init(param, _):
         dtype, r = compute_dtype(param.a, param.b), param.a.shape[-1]
         basis = jax.tree.map(lambda z: jnp.zeros_like(z, dtype), param)
         zero = jnp.sum(basis.a, axis=(-2, -1), keepdims=True)  # for its sharding
         square = zero + jnp.zeros((*zero.shape[:-2], r, r), dtype)
         escaped = (zero, jnp.zeros_like(zero)) if escaped_mass else None
-        return LoRARITEState(
-            jax.tree.map(jnp.zeros_like, param), basis, (square, jnp.zeros_like(square)), escaped
-        )
+        momentum = jax.tree.map(jnp.zeros_like, param)
+        return LoRARITEState(momentum, basis, (square, jnp.zeros_like(square)), escaped)
 
     def step(params, gradients, states, count):
         lr = at_step(learning_rate, count)
@@ -121,8 +110,8 @@ def lora_rite(
             new.append(from_wide(param, *(z - lr * (d + weight_decay * z) for z, d in factors)))
             # The basis that a side is measured in spans the other factor.
             basis = from_wide(param, pair[1].basis, pair[0].basis)
-            escaped = escaped if escaped_mass else None
-            after.append(LoRARITEState(from_wide(param, *momentum), basis, second, escaped))
+            moments = from_wide(param, *momentum), basis, second
+            after.append(LoRARITEState(*moments, escaped if escaped_mass else None))
         return new, after
 
     if others is None:

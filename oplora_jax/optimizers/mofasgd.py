@@ -31,7 +31,7 @@ def mofasgd(
     momentum: Any = 0.95,
     others: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""MoFaSGD: a momentum M = U S V^T of rank r, and steps along U V^T.
+    r"""MoFaSGD: a momentum M = U S V^T of rank r, and steps of spectral norm eta along U V^T.
 
     With G the gradient of the full weight, :math:`P_U = U U^\top` and :math:`P_V = V V^\top`,
 
@@ -39,39 +39,27 @@ def mofasgd(
       M &\leftarrow \mathrm{SVD}_r[\beta M + P_U G + G P_V - P_U G P_V] \\
       P &\leftarrow \mathrm{SVD}_r[P - \eta\, U V^\top].
 
-    The first line goes through a QR of [U, G V] and of [V, G^T U] and the SVD of a 2r x 2r core, which
-    represent the sum exactly before it is truncated; of G it needs two products with r columns, and nothing
-    n x m is formed. The step is spectrally normalised: every direction of the momentum moves by eta, and
-    those whose singular value is rounding error by nothing.
-
-    The full weight may take such a step as it is. A LoRA parameter is brought back to its rank by the SVD
-    of both matrices' factors, exact where `lorsum` would approximate: the decomposition is one of 2r columns,
-    as large as the momentum's. After a step the factors are balanced, a^T a = b b^T.
-
-    While the momentum is zero, U and V are found from the gradient by block power iteration: V spans the rows
-    of a^T G, and U the columns of G V. So the first momentum is the gradient, if its rank is at most r, and
-    close to its truncated SVD otherwise. The `LowRank` of factor gradients (`jax.grad`) stands for the
-    projection on the tangent space at P.
+    Both sums are exact before they are truncated, and nothing n x m is formed. Every direction of the
+    momentum moves by eta, and those whose singular value is rounding error by nothing. The first momentum is
+    the gradient, of rank r at most or close to its truncated SVD.
 
     Args:
-      learning_rate: eta, a scalar or a schedule: the spectral norm of a step in the full weight.
+      learning_rate: eta, a scalar or a schedule, the spectral norm of a step in the full weight.
       momentum: beta. The gradient enters whole, not with a share of 1 - beta.
-      others: for the leaves that are no LoRA parameters; `optax.adam` at the same learning rate if None,
-        whose steps do not depend on the gradient's size either.
+      others: for the leaves that are no LoRA parameters; `optax.adam` at the same learning rate if None.
 
     Returns:
-      An Optax transformation for any kind of gradient.
+      An Optax transformation for any kind of gradient; factor gradients (`jax.grad`) stand for their
+      projection on the tangent space. Its state is U, S and V. After a step a^T a = b b^T.
 
     Raises:
       ValueError: at the first update, a parameter whose rank is larger than n or m.
 
     Example:
-      >>> import jax, jax.numpy as jnp, optax
-      >>> import oplora_jax
+      >>> import jax.numpy as jnp, optax, oplora_jax
       >>> params = oplora_jax.LowRank(jnp.ones((3, 1)), jnp.zeros((1, 2)))
       >>> tx = oplora_jax.mofasgd(0.1)
-      >>> gradients = jax.grad(lambda p: oplora_jax.to_dense(p).sum())(params)
-      >>> updates, _ = tx.update(gradients, tx.init(params), params)
+      >>> updates, _ = tx.update(jnp.ones((3, 2)), tx.init(params), params)
       >>> step = oplora_jax.to_dense(optax.apply_updates(params, updates))
       >>> round(float(jnp.linalg.norm(step, 2)), 4)  # the largest singular value
       0.1
@@ -80,8 +68,7 @@ def mofasgd(
       Low-rank momentum factorization (MoFaSGD), https://arxiv.org/abs/2507.08091.
     """
 
-    def init(param, key):
-        del key
+    def init(param, _):
         dtype = compute_dtype(param.a, param.b)
         left, right = jnp.zeros_like(param.a, dtype), jnp.zeros_like(param.b, dtype)
         return MoFaSGDState(left, left.sum(-2), right)
@@ -99,8 +86,7 @@ def mofasgd(
     return lora_optimizer(init, each(step), others=others, check=_fits)
 
 
-def _fits(param: LowRank, gradient: Matrix) -> str | None:
-    del gradient
+def _fits(param: LowRank, _: Matrix) -> str | None:
     r, smaller = param.a.shape[-1], min(param.shape[-2:])
     return f"rank is {r}; matrices of shape {param.shape} need 1 to {smaller}" if r > smaller else None
 
@@ -119,13 +105,8 @@ def _start(param: LowRank, gradient: Matrix, state: MoFaSGDState) -> tuple[Array
     return jax.lax.cond(jnp.any(fresh), find, lambda: (left, right))
 
 
-def _add(
-    left: Array, values: Array, right: Array, gradient: Matrix, decay: Any
-) -> tuple[Array, Array, Array]:
-    """The truncated SVD of decay * M plus the gradient's projection on the tangent space at M.
-
-    All of U^T, the diagonal of S, and V^T.
-    """
+def _add(left: Array, values: Array, right: Array, gradient: Matrix, decay: Any) -> tuple[Array, ...]:
+    """(U^T, S, V^T) of decay * M plus the gradient's projection on the tangent space at M, truncated."""
     dtype, r = left.dtype, left.shape[-2]
     columns = left_product(right, transposed(gradient)).astype(dtype)  # (G V)^T
     rows = left_product(left, gradient).astype(dtype)  # U^T G

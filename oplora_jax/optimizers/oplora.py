@@ -1,6 +1,5 @@
 """OPLoRA: SGD with momentum on the full weight, with LoRSum in the place of addition."""
 
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -8,11 +7,11 @@ import jax.numpy as jnp
 import optax
 
 from oplora_jax.gradients.tangent import full_gradient
-from oplora_jax.lorsum import Sums, lorsum, lorsums
+from oplora_jax.lorsum import lorsum
 from oplora_jax.matrix import LowRank, from_unit_scale, is_zero, left_product, times, transpose, transposed
 from oplora_jax.optimizers._factors import gram_inverse, wide_at_unit_scale
 from oplora_jax.optimizers._facts import facts
-from oplora_jax.optimizers._lift import at_step, lora_optimizer
+from oplora_jax.optimizers._lift import at_step, each, lora_optimizer
 from oplora_jax.optimizers._momentum import heavy_ball, random_start
 from oplora_jax.optimizers._types import check_state_dtype
 
@@ -45,15 +44,14 @@ def oplora(
     With P = s a b the increment, G the gradient of the full weight and M the low-rank momentum,
 
     .. math::
-      P &\leftarrow \mathrm{LoRSum}[(1, P), (-\eta (1 - d), G), (-\eta \mu, M)] \\
+      P &\leftarrow \mathrm{LoRSum}[(1 - \eta w, P), (-\eta (1 - d), G), (-\eta \mu, M)] \\
       M &\leftarrow \mathrm{LoRSum}[(\mu, M), (1 - d, G)],
 
-    both in one pass over G. The state is one more low-rank matrix per parameter. G is taken from whatever
-    stands at the parameter in the updates: an `OuterProduct` or an array (`oplora_jax.value_and_grad`,
-    exact), or the `LowRank` of factor gradients (`jax.grad`; the step is then the Riemannian one).
+    both in one pass over G: an `OuterProduct` or an array (`oplora_jax.value_and_grad`, exact), or the
+    `LowRank` of factor gradients (`jax.grad`; the step is then the Riemannian one).
 
     Args:
-      learning_rate: eta, a scalar or a schedule. It is a step in the full weight: of SGD's size.
+      learning_rate: eta, a scalar or a schedule, of SGD's size in the full weight.
       momentum: mu. With 0 or None no momentum is kept.
       dampening: d.
       num_iters: alternating iterations of each LoRSum; 0 is the Jacobi step, preconditioned LoRA.
@@ -62,37 +60,32 @@ def oplora(
       momentum_rank: k, the rank of the momentum; the parameter's if None.
       momentum_kind: "low_rank" as above; "projected" keeps the products of the gradients with the factors'
         pseudo-inverses and carries them from one pair of factors to the next; "extrapolated" is
-        heavy-ball extrapolation, Z = LoRSum[(1, P), (-eta (1 - d), G)] and then
+        heavy-ball extrapolation, Z = LoRSum[(1 - eta w, P), (-eta (1 - d), G)] and then
         P = LoRSum[(1 + mu, Z), (-mu, Z_old)].
-      weight_decay: decoupled, multiplied by the learning rate: the anchor's coefficient is 1 - eta * decay.
+      weight_decay: w, decoupled, multiplied by the learning rate.
       state_dtype: of the momentum; the parameters' if None. float32 for bfloat16 parameters computes the
         step in float32 and rounds it once; bfloat16 for float32 parameters halves the state. "extrapolated"
         keeps the last weights there, which a type narrower than the parameters' would round at every step.
-      others: for the leaves that are no LoRA parameters; by default the plain counterpart, SGD with the
-        same learning rate, momentum, dampening, decay and state_dtype. `optax.set_to_zero()` freezes them.
+      others: for the leaves that are no LoRA parameters; SGD with the same settings if None.
+        `optax.set_to_zero()` freezes them.
       seed: of the random start of the momentum's left factor.
 
     Returns:
-      An Optax transformation. Its state has a field `momentum`, a tree with a `LowRank` at each LoRA
-      parameter, for `optax.tree.get` and `optax.tree.set`. (Under `optax.inject_hyperparams` a
-      hyperparameter has the same name: pass static_args="momentum", and "momentum_rank" and "state_dtype"
-      if they are given.)
+      An Optax transformation, whose state is a `LowRank` at each LoRA parameter, `momentum` for
+      `optax.tree.get` and `optax.tree.set`. (Under `optax.inject_hyperparams` a hyperparameter has the same
+      name: pass static_args="momentum", and "momentum_rank" and "state_dtype" if they are given.)
 
     Raises:
       ValueError: an argument out of range.
 
     Example:
-      >>> import jax, jax.numpy as jnp, optax
-      >>> import oplora_jax
-      >>> target = jnp.outer(jnp.arange(3.0), jnp.ones(2))
+      >>> import jax.numpy as jnp, optax, oplora_jax
+      >>> loss_fn = lambda p: jnp.sum((oplora_jax.to_dense(p) - jnp.outer(jnp.arange(3.0), jnp.ones(2))) ** 2)
       >>> params = oplora_jax.LowRank(jnp.ones((3, 1)), jnp.zeros((1, 2)))
       >>> tx = oplora_jax.oplora(0.1, momentum=0.5)
       >>> state = tx.init(params)
-      >>> def loss_fn(params):
-      ...   return jnp.sum((oplora_jax.to_dense(params) - target) ** 2)
       >>> for _ in range(50):
-      ...   gradients = oplora_jax.grad(loss_fn)(params)
-      ...   updates, state = tx.update(gradients, state, params)
+      ...   updates, state = tx.update(oplora_jax.grad(loss_fn)(params), state, params)
       ...   params = optax.apply_updates(params, updates)
       >>> bool(loss_fn(params) < 1e-6)
       True
@@ -127,40 +120,29 @@ def oplora(
         lr = at_step(learning_rate, count)
         given = regularization if momentum_regularization is None else momentum_regularization
         ridges = tuple(0.0 if is_zero(value) else lr * value for value in (regularization, given))
-        settings = {"weight": 1 - lr * weight_decay, "num_iters": num_iters}
         gradients = [full_gradient(*z) for z in zip(params, gradients, strict=True)]
+        momenta = [state.momentum if kind == "low_rank" else None for state in states]
+        rates = {"learning_rate": lr, "decay": decay, "share": share, "weight": 1 - lr * weight_decay}
+        settings = {"regularization": ridges, "num_iters": num_iters}
+        found = heavy_ball(params, momenta, gradients, [None] * len(params), **rates, **settings)
+        new = [z for z, _ in found]
         if kind in ("none", "low_rank"):
-            momenta, settings["learning_rate"] = [state.momentum for state in states], lr
-            settings |= {"decay": decay, "share": share, "regularization": ridges}
-            found = heavy_ball(params, momenta, gradients, [None] * len(params), **settings)
-            return [new for new, _ in found], [OPLoRAState(moment) for _, moment in found]
-        # The plain step, and then what the momentum adds.
-        found = lorsums(
-            [Sums([p], [(1.0, g)]) for p, g in zip(params, gradients, strict=True)],
-            [[settings["weight"]]],
-            [-lr * share],
-            regularization=ridges[:1],
-            num_iters=num_iters,
-        )
+            return new, [OPLoRAState(moment) for _, moment in found]
+        # These add their momentum to the plain step.
         if kind == "extrapolated":
-            settings = {"num_iters": num_iters, "regularization": ridges[0]}
+            settings["regularization"] = ridges[0]
             ahead = lambda z, state: lorsum([(1 + decay, z), (-decay, state.momentum)], **settings)
-            pairs = [(ahead(z, state), OPLoRAState(z)) for [z], state in zip(found, states, strict=True)]
-        else:
-            carry = partial(_projected, lr=lr, decay=decay, share=share, ridge=ridges[0])
-            pairs = [carry(*z) for z in zip([z for [z] in found], gradients, states, strict=True)]
-        return [new for new, _ in pairs], [state for _, state in pairs]
+            return [*map(ahead, new, states)], [OPLoRAState(z) for z in new]
+        carry = lambda z, gradient, state, _: _projected(z, gradient, state, lr, decay, share, ridges[0])
+        return each(carry)(new, gradients, states, count)
 
     if others is None:
         others = _heavy_ball_of_arrays(learning_rate, momentum, dampening, weight_decay, state_dtype)
     return lora_optimizer(init, step, others=others, state_dtype=state_dtype, seed=seed)
 
 
-def _projected(z, gradient, state, *, lr, decay, share, ridge):
-    """The step along the projected momentum, from the new factors z, and the momentum there.
-
-    The buffers are the products of the gradients with the factors' pseudo-inverses, carried to z.
-    """
+def _projected(z, gradient, state, lr, decay, share, ridge):
+    """The step along the projected momentum, from the new factors z, and the momentum carried to them."""
     (at, b), (old_at, old_b) = wide_at_unit_scale(z), wide_at_unit_scale(state.previous)
     buffer_at, buffer_b = wide_at_unit_scale(state.momentum)
     to_a, to_b = times(gram_inverse(b, ridge), b), times(gram_inverse(at, ridge), at)
@@ -178,10 +160,9 @@ def _projected(z, gradient, state, *, lr, decay, share, ridge):
 def _heavy_ball_of_arrays(learning_rate, momentum, dampening, weight_decay, state_dtype):
     """SGD on plain arrays, with the same hyperparameters."""
     dtype = check_state_dtype(state_dtype)
-    parts = [
+    return optax.chain(
         optax.scale(1 - dampening),
         optax.identity() if is_zero(momentum) else optax.trace(momentum, accumulator_dtype=dtype),
         optax.identity() if is_zero(weight_decay) else optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
-    ]
-    return optax.chain(*parts)
+    )

@@ -29,7 +29,7 @@ def reflora(
     warmup_steps: Any = 100,
     others: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""RefLoRA: refactored low-rank adaptation, any optimizer on rebalanced factor gradients.
+    r"""RefLoRA: any optimizer, on factor gradients that are rebalanced between the factors.
 
     With S the symmetric positive solution of :math:`S\, a^\top a\, S = b b^\top`, the base is given
 
@@ -40,31 +40,25 @@ def reflora(
     equally large in every direction, taken back to (a, b). With SGD as the base the increment s a b
     therefore does not depend on how it is split into factors; an elementwise base such as Adam does.
 
-    The derivatives are those of `jax.grad`, the scale s in them; S does not depend on s. Where a or b has
-    not full rank (b = 0, LoRA's usual start) there is no S, and the derivatives pass unchanged, as they do in
-    the first `warmup_steps` steps.
-
-    Beside the state of the base there is a counter.
+    The derivatives are those of `jax.grad`, the scale s in them. Where a or b has not full rank, as at LoRA's
+    start, there is no S, and they pass unchanged.
 
     Args:
-      base: any Optax transformation of factor gradients, learning rate included, such as
-        `optax.adamw(1e-4)`.
-      warmup_steps: the first steps, without S; an integer, not negative.
+      base: any Optax transformation of factor gradients, learning rate included: `optax.adamw(1e-4)`.
+      warmup_steps: in how many steps the derivatives pass unchanged at first; an integer, not negative.
       others: for the leaves that are no LoRA parameters; `base` if None.
 
     Returns:
-      An Optax transformation for any kind of gradient.
+      An Optax transformation for any kind of gradient, with the state of the base and a counter.
 
     Raises:
       ValueError: a negative warmup_steps.
 
     Example:
-      >>> import jax, jax.numpy as jnp, optax
-      >>> import oplora_jax
+      >>> import jax.numpy as jnp, optax, oplora_jax
       >>> params = oplora_jax.LowRank(jnp.ones((2, 1)), jnp.full((1, 2), 4.0))  # S = 4
-      >>> gradients = jax.grad(lambda p: oplora_jax.to_dense(p).sum())(params)
       >>> tx = oplora_jax.reflora(optax.sgd(0.1), warmup_steps=0)
-      >>> updates, _ = tx.update(gradients, tx.init(params), params)
+      >>> updates, _ = tx.update(jnp.ones((2, 2)), tx.init(params), params)
       >>> bool(jnp.allclose(updates.a, -0.2) and jnp.allclose(updates.b, -0.8))  # not -0.8 and -0.2
       True
 
@@ -74,9 +68,7 @@ def reflora(
     if isinstance(warmup_steps, int) and warmup_steps < 0:
         raise ValueError(f"warmup_steps is {warmup_steps}; expected 0 or more")
 
-    def init_fn(params):
-        del params
-        return RefLoRAState(jnp.zeros((), jnp.int32))
+    init_fn = lambda _: RefLoRAState(jnp.zeros((), jnp.int32))
 
     def update_fn(updates, state, params=None):
         warm = state.count >= warmup_steps
@@ -85,9 +77,8 @@ def reflora(
             dat, db = wide(factor_gradients(param, gradient))
             s, inverse, exists = refactoring(*wide(param))
             used = exists & warm
-            return from_wide(
-                param, jnp.where(used, times(inverse, dat), dat), jnp.where(used, times(s, db), db)
-            )
+            dat, db = jnp.where(used, times(inverse, dat), dat), jnp.where(used, times(s, db), db)
+            return from_wide(param, dat, db)
 
         return mapped(refactored, params, updates), RefLoRAState(optax.safe_increment(state.count))
 

@@ -23,41 +23,40 @@ def scaled_gd(
     weight_decay: Any = 0.0,
     others: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""ScaledGD, preconditioned LoRA with SGD.
+    r"""ScaledGD, preconditioned LoRA with SGD: `oplora` with num_iters=0 and no momentum.
 
-    Both factors step from the old ones,
-    :math:`a \leftarrow a - \eta\,G b^\top (b b^\top + \lambda I)^{-1}` and
-    :math:`b \leftarrow b - \eta\,(a^\top a + \lambda I)^{-1} a^\top G`, written for scale 1: with another
-    scale the increment s a b takes the same path. It is `oplora` with num_iters=0 and no momentum.
+    Both factors step from the old ones, written for scale 1,
+
+    .. math::
+      a \leftarrow a - \eta\,G b^\top (b b^\top + \lambda I)^{-1}, \qquad
+      b \leftarrow b - \eta\,(a^\top a + \lambda I)^{-1} a^\top G.
+
+    With another scale the increment s a b takes the same path.
 
     Args:
-      learning_rate: eta, a scalar or a schedule.
+      learning_rate: eta, a scalar or a schedule, of SGD's size in the full weight.
       momentum: of a heavy ball on the preconditioned gradients; none if None.
       regularization: lambda, of the solves. Unlike that of `oplora` it is not multiplied by eta.
       weight_decay: decoupled, of the factors, multiplied by the learning rate.
       others: for the leaves that are no LoRA parameters; SGD with the same settings if None.
 
     Returns:
-      An Optax transformation for any kind of gradient.
+      An Optax transformation for any kind of gradient, without state if there is no momentum.
 
     Example:
-      >>> import jax, jax.numpy as jnp, optax
-      >>> import oplora_jax
+      >>> import jax.numpy as jnp, oplora_jax
       >>> params = oplora_jax.LowRank(jnp.ones((3, 1)), jnp.ones((1, 2)))
       >>> tx = oplora_jax.scaled_gd(0.1, regularization=0.0)
-      >>> gradients = jax.grad(lambda p: oplora_jax.to_dense(p).sum())(params)
-      >>> updates, _ = tx.update(gradients, tx.init(params), params)
+      >>> updates, _ = tx.update(jnp.ones((3, 2)), tx.init(params), params)
       >>> bool(jnp.allclose(updates.a, -0.1))
       True
 
     References:
       Riemannian preconditioned LoRA, https://arxiv.org/abs/2402.02347.
     """
-    plain = optax.chain(
-        optax.identity() if momentum is None else optax.trace(momentum),
-        optax.identity() if is_zero(weight_decay) else optax.add_decayed_weights(weight_decay),
-        optax.scale_by_learning_rate(learning_rate),
-    )
+    heavy_ball = optax.identity() if momentum is None else optax.trace(momentum)
+    decay = optax.identity() if is_zero(weight_decay) else optax.add_decayed_weights(weight_decay)
+    plain = optax.chain(heavy_ball, decay, optax.scale_by_learning_rate(learning_rate))
     return _preconditioned(plain, regularization, others)
 
 
@@ -74,32 +73,22 @@ def scaled_adamw(
 ) -> optax.GradientTransformationExtraArgs:
     """Preconditioned LoRA with AdamW: AdamW on the gradients that `scaled_gd` steps along.
 
-    Both gradients are preconditioned with the old factors (the Jacobi form).
-
     Args:
-      learning_rate: a scalar or a schedule.
-      b1: decay of the first moment.
-      b2: decay of the second moment.
-      eps: added to the root of the second moment.
-      regularization: of the solves.
-      weight_decay: decoupled, of the factors, multiplied by the learning rate.
+      learning_rate: a scalar or a schedule, of Adam's size in the factors.
+      b1, b2, eps, weight_decay: as for `optax.adamw`; the decay is of the factors.
+      regularization: of the solves, as for `scaled_gd`.
       others: for the leaves that are no LoRA parameters; AdamW with the same settings if None.
 
     Returns:
-      An Optax transformation for any kind of gradient.
+      An Optax transformation for any kind of gradient, with AdamW's state.
 
     Example:
-      >>> import jax, jax.numpy as jnp
-      >>> import oplora_jax
+      >>> import jax.numpy as jnp, oplora_jax
       >>> params = oplora_jax.LowRank(jnp.ones((3, 1)), jnp.ones((1, 2)))
       >>> tx = oplora_jax.scaled_adamw(0.5)
-      >>> gradients = jax.grad(lambda p: oplora_jax.to_dense(p).sum())(params)
-      >>> updates, _ = tx.update(gradients, tx.init(params), params)
+      >>> updates, _ = tx.update(jnp.ones((3, 2)), tx.init(params), params)
       >>> bool(jnp.allclose(updates.a, -0.5))
       True
-
-    References:
-      Riemannian preconditioned LoRA, https://arxiv.org/abs/2402.02347.
     """
     plain = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
     return _preconditioned(plain, regularization, others)

@@ -8,15 +8,7 @@ import optax
 
 from oplora_jax.gradients.tangent import full_gradient
 from oplora_jax.matrix import DenseGradient, LowRank, OuterProduct, compute_dtype, is_zero
-from oplora_jax.metrics import (
-    KroneckerMetric,
-    Reduction,
-    Structure,
-    average,
-    kfac_moments,
-    powers,
-    shampoo_moments,
-)
+from oplora_jax.metrics import KroneckerMetric, Structure, average, kfac_moments, powers, shampoo_moments
 from oplora_jax.optimizers._facts import facts
 from oplora_jax.optimizers._lift import at_step, lora_optimizer
 from oplora_jax.optimizers._momentum import heavy_ball, random_start
@@ -44,7 +36,7 @@ def scaled_oplora(
     power: Any = 0.5,
     metric: Literal["kfac", "shampoo"] = "kfac",
     structure: Structure = "diagonal",
-    loss_reduction: Reduction = "mean",
+    loss_reduction: Literal["mean", "sum"] = "mean",
     metric_every: Any = 1,
     bias_correction: Any = False,
     state_dtype: Any = None,
@@ -64,11 +56,8 @@ def scaled_oplora(
     sides: the full step is :math:`-\eta D_{in}^{-1} G D_{out}^{-1}`. E is an exponential average of second
     moments, started at 1 and taken on before use.
 
-    Next to the momentum the state holds n + m numbers a parameter for a diagonal metric and, with the cached
-    powers, 3 (n^2 + m^2) for a dense one.
-
     Args:
-      learning_rate: eta, a scalar or a schedule.
+      learning_rate: eta, a scalar or a schedule, of a step in the full weight, preconditioned.
       b1: decay of the momentum. With 0 none is kept.
       b2: decay of the second moments.
       num_iters: alternating iterations of each LoRSum; 0 is the Jacobi step, preconditioned LoRA.
@@ -77,58 +66,50 @@ def scaled_oplora(
       power: p. 0 is the Frobenius norm, and 1 the whole preconditioner.
       metric: the second moments. "kfac", x^T x / N and N dy^T dy over the N tokens, needs them in the
         gradient: an `OuterProduct`, or a `DenseGradient` (`value_and_grad(..., moments=structure)`).
-        "shampoo", N G G^T and N G^T G, takes any gradient; a plain array does not tell N, and the
-        `LowRank` of factor gradients stands for its tangent gradient: there N counts as 1.
+        "shampoo", N G G^T and N G^T G, takes any gradient; a plain array does not tell N, and factor
+        gradients (`jax.grad`) stand for their projection on the tangent space: for both N counts as 1.
       structure: of the metric: the diagonals of both moments, or the whole matrices.
       loss_reduction: of the loss over tokens. "mean" as written above; of a summed loss, dy^T dy / N,
         G G^T / N and G^T G / N.
       metric_every: the steps between two decompositions of a dense metric; its moments are averaged at
         every step all the same.
       bias_correction: whether the averages are those of the moments alone, without the start at 1.
-      state_dtype: of the momentum; the parameters' if None. float32 for bfloat16 parameters computes the
-        step in float32 and rounds it once; bfloat16 for float32 parameters halves the momentum. The second
-        moments and their powers stay in float32 at least, for their averages would hardly move in bfloat16.
-      others: for the leaves that are no LoRA parameters; AdamW with the same b1, b2 and state_dtype (of its
-        first moment) if None.
+      state_dtype: of the momentum, as for `oplora`; the metric stays in float32 at least.
+      others: for the leaves that are no LoRA parameters; AdamW with the same b1, b2 and state_dtype if None.
       others_learning_rate: of that AdamW, a scalar or a schedule.
       seed: of the random start of the momentum's left factor.
 
     Returns:
-      An Optax transformation. Its state has a field `momentum`, a tree with a `LowRank` at each LoRA
-      parameter.
+      An Optax transformation. Its state is a low-rank matrix a parameter, `momentum`, and beside it n + m
+      numbers for a diagonal metric or 3 (n^2 + m^2) for a dense one.
 
     Raises:
       ValueError: an unknown name, metric_every with a diagonal metric or below 1; at the first update, a
         gradient whose second moments are not known, with the parameter's path.
 
     Example:
-      >>> import jax, jax.numpy as jnp, optax
-      >>> import oplora_jax
+      >>> import jax, jax.numpy as jnp, optax, oplora_jax
       >>> x, y = jnp.eye(3), jnp.outer(jnp.arange(3.0), jnp.ones(2))
+      >>> loss_fn = lambda p: jnp.mean((oplora_jax.lora_dot(x, jnp.zeros((3, 2)), p) - y) ** 2)
       >>> params = oplora_jax.LowRank(jnp.ones((3, 1)), jnp.zeros((1, 2)))
       >>> tx = oplora_jax.scaled_oplora(0.3, b1=0.5)
+      >>> grad_fn = oplora_jax.grad(loss_fn, moments="diagonal")
+      >>> step = jax.jit(lambda state, params: tx.update(grad_fn(params), state, params))
       >>> state = tx.init(params)
-      >>> def loss_fn(params):
-      ...   return jnp.mean((oplora_jax.lora_dot(x, jnp.zeros((3, 2)), params) - y) ** 2)
-      >>> @jax.jit
-      ... def step(params, state):
-      ...   gradients = oplora_jax.grad(loss_fn, moments="diagonal")(params)
-      ...   updates, state = tx.update(gradients, state, params)
-      ...   return optax.apply_updates(params, updates), state
       >>> for _ in range(100):
-      ...   params, state = step(params, state)
+      ...   updates, state = step(state, params)
+      ...   params = optax.apply_updates(params, updates)
       >>> bool(loss_fn(params) < 1e-5)
       True
 
     References:
       PSI-LoRA, https://arxiv.org/abs/2602.16456.
     """
-    names = {
-        "metric": (metric, ("kfac", "shampoo")),
-        "structure": (structure, ("diagonal", "dense")),
-        "loss_reduction": (loss_reduction, ("mean", "sum")),
-    }
-    for name, (value, known) in names.items():
+    for name, value, *known in (
+        ("metric", metric, "kfac", "shampoo"),
+        ("structure", structure, "diagonal", "dense"),
+        ("loss_reduction", loss_reduction, "mean", "sum"),
+    ):
         if value not in known:
             raise ValueError(f"{name} is {value!r}; expected {known[0]!r} or {known[1]!r}")
     always = isinstance(metric_every, int) and metric_every == 1
@@ -137,13 +118,13 @@ def scaled_oplora(
             f"metric_every is {metric_every} with structure={structure!r}; expected a positive number, and 1 "
             "for a diagonal metric, which is not decomposed"
         )
-    has_momentum, dense = not is_zero(b1), structure == "dense"
+    dense = structure == "dense"
     estimate = kfac_moments if metric == "kfac" else shampoo_moments
 
     def init(param, key):
         ones = _ones(param, structure)
         caches = (jax.tree.map(jnp.array, ones), jax.tree.map(jnp.array, ones)) if dense else ()
-        return ScaledOPLoRAState(random_start(param, key) if has_momentum else None, ones, *caches)
+        return ScaledOPLoRAState(None if is_zero(b1) else random_start(param, key), ones, *caches)
 
     def step(params, gradients, states, count):
         lr = at_step(learning_rate, count)
@@ -157,27 +138,17 @@ def scaled_oplora(
             return jax.tree.map(lambda x, y: average(x, y, weight), state.moments, new)
 
         moments = [measured(*z) for z in zip(gradients, states, strict=True)]
-        batch = [param.a.ndim - 2 for param in params]
-        decompose = lambda: [
-            powers(z, power, damping, batch_ndim=b) for z, b in zip(moments, batch, strict=True)
-        ]
+        of_one = lambda z, param: powers(z, power, damping, batch_ndim=param.a.ndim - 2)
+        decompose = lambda: [*map(of_one, moments, params)]
         if dense and not always:
             kept = lambda: [(state.metric, state.inverse_metric) for state in states]
             metrics = jax.lax.cond(count % metric_every == 0, decompose, kept)
         else:
             metrics = decompose()
-        found = heavy_ball(
-            params,
-            [state.momentum for state in states],
-            gradients,
-            metrics,
-            learning_rate=lr,
-            decay=b1,
-            share=1 - b1,
-            weight=1.0,
-            regularization=(ridge, ridge),
-            num_iters=num_iters,
-        )
+        momenta = [state.momentum for state in states]
+        rates = {"learning_rate": lr, "decay": b1, "share": 1 - b1, "weight": 1.0}
+        settings = {"regularization": (ridge, ridge), "num_iters": num_iters}
+        found = heavy_ball(params, momenta, gradients, metrics, **rates, **settings)
         after = zip(found, moments, metrics, strict=True)
         states = [ScaledOPLoRAState(m, z, *(d if dense else ())) for (_, m), z, d in after]
         return [new for new, _ in found], states

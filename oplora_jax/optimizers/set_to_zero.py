@@ -12,8 +12,7 @@ def set_to_zero() -> optax.GradientTransformationExtraArgs:
     increments of the factors.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> import oplora_jax
+      >>> import jax.numpy as jnp, oplora_jax
       >>> params = oplora_jax.LowRank(jnp.ones((3, 1)), jnp.ones((1, 2)))
       >>> tx = oplora_jax.set_to_zero()
       >>> updates, _ = tx.update(jnp.ones((3, 2)), tx.init(params), params)

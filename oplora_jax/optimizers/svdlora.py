@@ -22,30 +22,27 @@ def svdlora(
 ) -> optax.GradientTransformationExtraArgs:
     """SVDLoRA: steps of any optimizer on the dense increment, truncated by an SVD after each.
 
-    It forms every n x m matrix, decomposes it, and keeps the dense state of the base optimizer: for
-    comparison, not for large models.
+    It forms every n x m matrix and decomposes it: for comparison, not for large models.
 
     Args:
       base: the full step, such as `optax.sgd(0.1, momentum=0.9)`, learning rate included.
-      rank: the rank after each step; that of each parameter if None. At most that of the parameter.
+      rank: the rank after each step, at most that of the parameter; the parameter's if None.
       others: for the leaves that are no LoRA parameters; `base` if None.
 
     Returns:
-      An Optax transformation. After a step the factors are balanced, a^T a = b b^T.
+      An Optax transformation for any kind of gradient, with the dense state of the base. After a step the
+      factors are balanced, a^T a = b b^T.
 
     Raises:
       ValueError: a rank larger than a parameter's.
 
     Example:
-      >>> import jax.numpy as jnp, optax
-      >>> import oplora_jax
+      >>> import jax.numpy as jnp, optax, oplora_jax
       >>> params = oplora_jax.LowRank(jnp.ones((3, 1)), jnp.zeros((1, 2)))
       >>> tx = oplora_jax.svdlora(optax.sgd(1.0))
-      >>> state = tx.init(params)
-      >>> updates, state = tx.update(-jnp.ones((3, 2)), state, params)
-      >>> new = optax.apply_updates(params, updates)
-      >>> jnp.round(oplora_jax.to_dense(new), 4).tolist()
-      [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
+      >>> updates, state = tx.update(-jnp.ones((3, 2)), tx.init(params), params)
+      >>> bool(jnp.allclose(oplora_jax.to_dense(optax.apply_updates(params, updates)), 1, atol=1e-5))
+      True
 
     References:
       OPLoRA, https://arxiv.org/abs/2509.19977, section 2.
@@ -55,8 +52,7 @@ def svdlora(
     def update_fn(updates, state, params=None, **extra_args):
         dense = lambda param, gradient: to_dense(full_gradient(param, gradient)).astype(param.dtype)
         increments = mapped(to_dense, params)
-        gradients = mapped(dense, params, updates)
-        steps, state = dense_base.update(gradients, state, increments, **extra_args)
+        steps, state = dense_base.update(mapped(dense, params, updates), state, increments, **extra_args)
 
         def truncated(param, increment, step):
             r = param.a.shape[-1]
