@@ -12,6 +12,7 @@ import oplora_jax
 from oplora_jax import LowRank, lora_dot, scaled_oplora
 from oplora_jax.optimizers import OPTIMIZERS
 from tests.arrays import normals
+from tests.optimizers.toy import toy
 
 KINDS = ("outer", "dense", "factors")
 
@@ -23,8 +24,9 @@ def _scaled_oplora(learning_rate, **settings):
 
 
 # Of a learning rate and the settings; `others` if ours.
+PLAIN = {"sgd": optax.sgd, "adamw": optax.adamw}
 FACTORIES = {name: facts.factory for name, facts in OPTIMIZERS.items()}
-FACTORIES |= {"scaled_oplora": _scaled_oplora, "sgd": optax.sgd, "adamw": optax.adamw}
+FACTORIES |= {"scaled_oplora": _scaled_oplora, "toy": toy, **PLAIN}
 
 
 class Case(NamedTuple):
@@ -41,7 +43,7 @@ class Case(NamedTuple):
     @property
     def ours(self) -> bool:
         """Whether it takes full gradients, and skips non-finite ones."""
-        return self.of in OPTIMIZERS
+        return self.of not in PLAIN
 
     @property
     def factory(self) -> Callable[..., optax.GradientTransformation]:
@@ -94,6 +96,8 @@ CASES = {
     "lora_plus": Case("lora_plus", {"ratio": 4.0}, 0.03),
     "lora_pre": Case("lora_pre", {"b2": 0.99}, 0.03, wide=True),
     "mofasgd": Case("mofasgd", {"momentum": 0.5}, 0.08, mirrors=False, wide=True),
+    # Through the public `lora_optimizer` alone.
+    "toy": Case("toy", {}, 0.05, mirrors=False, wide=True),
     # Plain optimizers of the factors, which check the properties themselves.
     "sgd": Case("sgd", {"momentum": 0.5}, 0.1),
     "adamw": Case("adamw", {"weight_decay": 0.0}, 0.03),
