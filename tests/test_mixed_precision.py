@@ -55,10 +55,7 @@ def gradient_in(kind, dtype):
     }[kind]
 
 
-# LoRA+ and the toy solve nothing.
-@pytest.mark.parametrize(
-    "name, kind", [pair for pair in OURS_AND_KINDS if pair[0] not in ("lora_plus", "toy")]
-)
+@pytest.mark.parametrize("name, kind", [pair for pair in OURS_AND_KINDS if CASES[pair[0]].solves])
 def test_solves_are_in_float32(name, kind):
     """Of bfloat16 parameters and gradients: each product with an axis of the rank, each decomposition.
 
