@@ -19,6 +19,8 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jaxtyping.install_import_hook("oplora_jax", "beartype.beartype")
+# Before pytest imports one of its modules for the examples in it, which would make a second one of that.
+import oplora_jax  # noqa: F401
 
 # Every new shape is compiled: few examples, no deadline, and the same ones each time.
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_examples=25)

@@ -195,7 +195,7 @@ def test_from_one_device_to_explicit_axes(manager):
 X, Y = jnp.asarray(np.random.default_rng(0).standard_normal((2, 8, 4)), jnp.float32)
 
 
-@pytest.mark.parametrize("name", ["oplora_projected", "scaled_oplora", "scaled_adamw"])
+@pytest.mark.parametrize("name", ["oplora_projected", "scaled_oplora", "scaled_adamw", "toy"])
 def test_nnx(name, manager):
     """The LoRA parameters and the optimizer alone: the base model is the same, made from the same seed."""
 

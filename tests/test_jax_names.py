@@ -3,7 +3,6 @@
 A version of JAX that moves a name fails here, by the name.
 """
 
-import ast
 import importlib
 import pathlib
 
@@ -16,20 +15,10 @@ from jax.sharding import PartitionSpec
 
 import oplora_jax
 from oplora_jax import LowRank, _jax, lora_dot
+from tests.sources import uses
 
 PACKAGE = pathlib.Path(oplora_jax.__file__).parent
 NOT_PUBLIC = ("jax.core", "jax.extend", "jax.interpreters", "jax._src")
-
-
-def imports(path):
-    """The pairs (module, name) that a file imports, or reads as an attribute of a module."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            yield from ((node.module or "", alias.name) for alias in node.names)
-        elif isinstance(node, ast.Import):
-            yield from ((alias.name, "") for alias in node.names)
-        elif isinstance(node, ast.Attribute):
-            yield ast.unparse(node.value), node.attr
 
 
 def is_private(module, name):
@@ -37,7 +26,7 @@ def is_private(module, name):
     return any(full == private or full.startswith(f"{private}.") for private in NOT_PUBLIC)
 
 
-NAMES = sorted({z for z in imports(PACKAGE / "_jax.py") if is_private(*z)})
+NAMES = sorted({z for z in uses(PACKAGE / "_jax.py") if is_private(*z)})
 
 
 @pytest.mark.parametrize("module, name", NAMES)
@@ -50,7 +39,7 @@ def test_the_name_is_there(module, name):
 def test_they_are_imported_in_one_place():
     assert NAMES
     paths = [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "_jax.py"]
-    found = {(path.name, *z) for path in paths for z in imports(path)}
+    found = {(path.name, *z) for path in paths for z in uses(path)}
     assert ("tap.py", "_jax", "Primitive") in found  # attributes are seen
     assert {z for z in found if is_private(*z[1:])} == set()
 

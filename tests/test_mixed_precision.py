@@ -19,7 +19,9 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
 WITH_STATE = [
-    name for name in CASES if name.startswith(("oplora", "scaled_oplora")) and name != "oplora_no_momentum"
+    name
+    for name in CASES
+    if name.startswith(("oplora", "scaled_oplora", "toy")) and name != "oplora_no_momentum"
 ]
 
 
@@ -53,8 +55,7 @@ def gradient_in(kind, dtype):
     }[kind]
 
 
-# LoRA+ solves nothing.
-@pytest.mark.parametrize("name, kind", [pair for pair in OURS_AND_KINDS if pair[0] != "lora_plus"])
+@pytest.mark.parametrize("name, kind", [pair for pair in OURS_AND_KINDS if CASES[pair[0]].solves])
 def test_solves_are_in_float32(name, kind):
     """Of bfloat16 parameters and gradients: each product with an axis of the rank, each decomposition.
 
@@ -99,7 +100,9 @@ def test_state_dtype(name, state_dtype, dtype):
     assert signature(updates) == signature(jax.eval_shape(lambda: params))
     momenta = [getattr(state.lora, field, None) for field in ("momentum", "previous")]
     assert {z.dtype for z in jax.tree.leaves(momenta)} == {jnp.dtype(state_dtype)}
-    for z in jax.tree.leaves([getattr(state.lora, field, None) for field in ("moments", "metric")]):
+    for z in jax.tree.leaves(
+        [getattr(state.lora, field, None) for field in ("moments", "metric", "squares")]
+    ):
         assert z.dtype == F32
     # The default transformation of the other leaves follows: the heavy ball, the first moment of Adam.
     [others] = optax.tree.get_all_with_path(state.others, "mu" if "scaled" in name else "trace")

@@ -49,13 +49,14 @@ def lora_optimizer(
     and is counted in `skipped`; meshes, and containers that take states apart.
 
     Args:
-      init: (param, key) -> state, a NamedTuple of arrays, of `LowRank` matrices and of None. Its arrays begin
-        with the batch axes of the parameter, (*batch, ...). What is made from the parameter's own arrays, by
-        `jnp.zeros_like` for example, is sharded as they are.
+      init: (param, key) -> state, a NamedTuple of arrays, of `LowRank` matrices and of None: the same for
+        every parameter, as one of shape (1, 1) shows. Its arrays begin with the batch axes of the parameter,
+        (*batch, ...). What is made from the parameter's own arrays, by `jnp.zeros_like` for example, is
+        sharded as they are.
       step: (params, gradients, states, count) -> (new params, new states), lists with one entry for each LoRA
         parameter; `each` makes it from a step of one. A gradient is what stands at the parameter in the
         updates: `full_gradient` and `factor_gradients` make of any kind what a formula needs. count is the
-        number of steps before this one, int32; `at_step` evaluates a schedule at it.
+        number of steps before this one, int32, which schedules are evaluated at.
       others: for the leaves that are no LoRA parameters.
       state_dtype: that the `LowRank` matrices of the states are kept in; as `init` makes them if None. Steps,
         of `others` too, are computed in this type if it is wider than the parameters'.
@@ -108,6 +109,8 @@ def lora_optimizer(
         probe = LowRank(jnp.zeros((1, 1)), jnp.zeros((1, 1)))
         shapes = jax.eval_shape(lambda: init(probe, jax.random.key(0)))
         structure = jax.tree.structure(shapes, is_leaf=is_node)
+        for name, node, state in zip(names(params), nodes, states, strict=True):
+            _check_start(name, node, state, structure == jax.tree.structure(state, is_leaf=is_node))
         rows = [map(keep, structure.flatten_up_to(state)) for state in states]
         columns = zip(*rows, strict=True) if rows else [()] * structure.num_leaves
         return structure.unflatten(map(spread, columns))
@@ -127,7 +130,10 @@ def lora_optimizer(
         old = [structure.unflatten(row) for row in rows] if columns else [trees] * len(nodes)
         wide = [widest(node, jnp.float32, *([] if stored is None else [stored])) for node in nodes]
         at, before = ([cast_up(z, d) for z, d in zip(some, wide, strict=True)] for some in (nodes, old))
-        results = zip(nodes, at, old, *step(at, gradients, before, count), strict=True)
+        new, after = step(at, gradients, before, count)
+        _check_results("parameter", names(params), new, at)
+        _check_results("state", names(params), after, old)
+        results = zip(nodes, at, old, new, after, strict=True)
         changes, states, finite = zip(*(_guarded(*z) for z in results), strict=True)
         rows = [structure.flatten_up_to(state) for state in states]
         trees = structure.unflatten(spread(column) for column in zip(*rows, strict=True))
@@ -256,6 +262,26 @@ def _skip_nonfinite(tx: Any, updates: Any, state: Any, old: Any) -> tuple[Any, A
     ]
     skipped = jnp.sum(~jnp.asarray(finite, bool), dtype=jnp.int32)
     return treedef.unflatten(updates), structure.unflatten(kept), skipped
+
+
+def _check_start(name: str, param: LowRank, state: Any, as_others: bool) -> None:
+    batch = param.shape[:-2]
+    fits = lambda z: hasattr(z, "shape") and z.shape[: len(batch)] == batch
+    if not as_others or not all(map(fits, jax.tree.leaves(state))):
+        raise ValueError(
+            f"{name}: init returns {jax.tree.map(jnp.shape, state)}; expected the same structure for every "
+            f"parameter, and arrays that begin with its batch axes {batch}"
+        )
+
+
+def _check_results(what: str, names: Sequence[str], found: Sequence[Any], expected: Sequence[Any]) -> None:
+    if len(found) != len(names):
+        raise ValueError(f"the step returns {len(found)} {what}s; expected a list of {len(names)}")
+    form = lambda tree: (jax.tree.structure(tree), [jnp.shape(z) for z in jax.tree.leaves(tree)])
+    for name, z, like in zip(names, found, expected, strict=True):
+        if form(z) != form(like):
+            shapes, needed = (jax.tree.map(jnp.shape, tree) for tree in (z, like))
+            raise ValueError(f"{name}: the step returns a {what} {shapes}; expected {needed}")
 
 
 def _guarded(param: LowRank, at: LowRank, old: Any, new: LowRank, after: Any) -> tuple[Any, Any, Array]:

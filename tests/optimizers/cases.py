@@ -12,6 +12,7 @@ import oplora_jax
 from oplora_jax import LowRank, lora_dot, scaled_oplora
 from oplora_jax.optimizers import OPTIMIZERS
 from tests.arrays import normals
+from tests.optimizers.toy import toy
 
 KINDS = ("outer", "dense", "factors")
 
@@ -23,8 +24,9 @@ def _scaled_oplora(learning_rate, **settings):
 
 
 # Of a learning rate and the settings; `others` if ours.
+PLAIN = {"sgd": optax.sgd, "adamw": optax.adamw}
 FACTORIES = {name: facts.factory for name, facts in OPTIMIZERS.items()}
-FACTORIES |= {"scaled_oplora": _scaled_oplora, "sgd": optax.sgd, "adamw": optax.adamw}
+FACTORIES |= {"scaled_oplora": _scaled_oplora, "toy": toy, **PLAIN}
 
 
 class Case(NamedTuple):
@@ -37,11 +39,13 @@ class Case(NamedTuple):
     mirrors: bool = True  # the state at a LoRA parameter has the parameter's structure
     wide: bool = False  # the state is in float32 at least
     trains_a: bool = True
+    solves: bool = True  # systems of r equations, or decomposes
+    forms: bool = False  # matrices as large as the weight's
 
     @property
     def ours(self) -> bool:
         """Whether it takes full gradients, and skips non-finite ones."""
-        return self.of in OPTIMIZERS
+        return self.of not in PLAIN
 
     @property
     def factory(self) -> Callable[..., optax.GradientTransformation]:
@@ -58,7 +62,7 @@ CASES = {
     "oplora_extrapolated": Case("oplora", {"momentum": 0.5, "momentum_kind": "extrapolated"}, 0.2),
     "oplora_no_momentum": Case("oplora", {"momentum": 0}, 0.3),
     "oplora_two_iterations": Case("oplora", {"momentum": 0.5, "num_iters": 2, "momentum_rank": 4}, 0.2),
-    "svdlora": Case("svdlora", {}, 0.2, mirrors=False),
+    "svdlora": Case("svdlora", {}, 0.2, mirrors=False, forms=True),
     "scaled_gd": Case("scaled_gd", {"momentum": 0.5}, 0.2),
     "scaled_adamw": Case("scaled_adamw", {}, 0.03),
     "scaled_oplora": Case(
@@ -87,13 +91,15 @@ CASES = {
     "altlora": Case("altlora", {}, 0.05),
     "altlora_plus": Case("altlora_plus", {"b2": 0.99}, 0.03, wide=True),
     "lora_rite": Case("lora_rite", UNCLIPPED | {"b2": 0.9}, 0.03, mirrors=False, wide=True),
-    "lora_pro": Case("lora_pro", {}, 0.03, mirrors=False, wide=True),
+    "lora_pro": Case("lora_pro", {}, 0.03, mirrors=False, wide=True, forms=True),
     "lora_pro_sgd": Case("lora_pro_sgd", {}, 0.2),
     "reflora": Case("reflora", {"warmup_steps": 2}, 0.03),
     "lora_fa": Case("lora_fa", {}, 0.05, trains_a=False),
-    "lora_plus": Case("lora_plus", {"ratio": 4.0}, 0.03),
+    "lora_plus": Case("lora_plus", {"ratio": 4.0}, 0.03, solves=False),
     "lora_pre": Case("lora_pre", {"b2": 0.99}, 0.03, wide=True),
     "mofasgd": Case("mofasgd", {"momentum": 0.5}, 0.08, mirrors=False, wide=True),
+    # Through the public `lora_optimizer` alone.
+    "toy": Case("toy", {}, 0.05, mirrors=False, wide=True, solves=False),
     # Plain optimizers of the factors, which check the properties themselves.
     "sgd": Case("sgd", {"momentum": 0.5}, 0.1),
     "adamw": Case("adamw", {"weight_decay": 0.0}, 0.03),

@@ -195,8 +195,8 @@ def test_sharding_is_stable_on_a_mesh_of_explicit_axes(name):
     check_sharding(name, "stacked", AxisType.Explicit)
 
 
-# These form matrices whose rows and columns would be spread over the same devices.
-@pytest.mark.parametrize("name", [name for name in OURS if name not in ("svdlora", "lora_pro")])
+# The rows and columns of a matrix would be spread over the same devices.
+@pytest.mark.parametrize("name", [name for name in OURS if not CASES[name].forms])
 def test_explicit_axes_that_a_step_contracts(name):
     check_sharding(name, "rows_and_columns", AxisType.Explicit)
 

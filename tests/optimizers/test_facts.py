@@ -20,7 +20,7 @@ def written_optimizers():
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.FunctionDef) and node.returns and not node.name.startswith("_"):
                 returned = ast.unparse(node.returns) == "optax.GradientTransformationExtraArgs"
-                if returned and node.args.args[0].arg in ("learning_rate", "base"):
+                if returned and {z.arg for z in node.args.args[:1]} & {"learning_rate", "base"}:
                     yield node.name
 
 
