@@ -50,9 +50,9 @@ def lora_optimizer(
 
     Args:
       init: (param, key) -> state, a NamedTuple of arrays, of `LowRank` matrices and of None: the same for
-        every parameter, as one of shape (1, 1) shows. Its arrays begin with the batch axes of the parameter,
-        (*batch, ...). What is made from the parameter's own arrays, by `jnp.zeros_like` for example, is
-        sharded as they are.
+        every parameter, as one of shape (1, 1) shows. For `value_and_update` its arrays begin with the batch
+        axes of the parameter, (*batch, ...). What is made from the parameter's own arrays, by `zeros_like`
+        for example, is sharded as they are.
       step: (params, gradients, states, count) -> (new params, new states), lists with one entry for each LoRA
         parameter; `each` makes it from a step of one. A gradient is what stands at the parameter in the
         updates: `full_gradient` and `factor_gradients` make of any kind what a formula needs. count is the
@@ -109,8 +109,12 @@ def lora_optimizer(
         probe = LowRank(jnp.zeros((1, 1)), jnp.zeros((1, 1)))
         shapes = jax.eval_shape(lambda: init(probe, jax.random.key(0)))
         structure = jax.tree.structure(shapes, is_leaf=is_node)
-        for name, node, state in zip(names(params), nodes, states, strict=True):
-            _check_start(name, node, state, structure == jax.tree.structure(state, is_leaf=is_node))
+        for name, state in zip(names(params), states, strict=True):
+            arrays = all(hasattr(z, "shape") for z in jax.tree.leaves(state))
+            if not arrays or structure != jax.tree.structure(state, is_leaf=is_node):
+                raise ValueError(
+                    f"{name}: init returns {state}; expected arrays in one structure for all parameters"
+                )
         rows = [map(keep, structure.flatten_up_to(state)) for state in states]
         columns = zip(*rows, strict=True) if rows else [()] * structure.num_leaves
         return structure.unflatten(map(spread, columns))
@@ -262,16 +266,6 @@ def _skip_nonfinite(tx: Any, updates: Any, state: Any, old: Any) -> tuple[Any, A
     ]
     skipped = jnp.sum(~jnp.asarray(finite, bool), dtype=jnp.int32)
     return treedef.unflatten(updates), structure.unflatten(kept), skipped
-
-
-def _check_start(name: str, param: LowRank, state: Any, as_others: bool) -> None:
-    batch = param.shape[:-2]
-    fits = lambda z: hasattr(z, "shape") and z.shape[: len(batch)] == batch
-    if not as_others or not all(map(fits, jax.tree.leaves(state))):
-        raise ValueError(
-            f"{name}: init returns {jax.tree.map(jnp.shape, state)}; expected the same structure for every "
-            f"parameter, and arrays that begin with its batch axes {batch}"
-        )
 
 
 def _check_results(what: str, names: Sequence[str], found: Sequence[Any], expected: Sequence[Any]) -> None:

@@ -27,9 +27,8 @@ def value_and_update(
     backward pass does not reach, as in a branch that is not taken, is left alone.
 
     Args:
-      loss_fn: as for `value_and_grad`. It uses each LoRA parameter once, through `lora_dot`.
+      loss_fn, has_aux: as for `value_and_grad`. The loss uses each LoRA parameter once, through `lora_dot`.
       tx: one of this package's optimizers, or of `lora_optimizer`, by itself.
-      has_aux: as for `value_and_grad`.
 
     Returns:
       A function of (params, state, *args, **kwargs) that returns (value, updates, state).
@@ -38,8 +37,7 @@ def value_and_update(
       ValueError: another optimizer's state, or a LoRA parameter that the loss merges, casts or uses twice.
 
     Example:
-      >>> import jax, jax.numpy as jnp, optax
-      >>> import oplora_jax
+      >>> import jax, jax.numpy as jnp, optax, oplora_jax
       >>> kernels = jnp.ones((5, 4, 4)) / 4
       >>> layers = oplora_jax.LowRank(jnp.ones((5, 4, 1)), jnp.zeros((5, 1, 4)))
       >>> layer = lambda x, at: (oplora_jax.lora_dot(x, *at), None)
@@ -57,7 +55,7 @@ def value_and_update(
 
     def value_and_update_fn(params: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
         paths_and_nodes, treedef = jax.tree.flatten_with_path(params, is_leaf=is_low_rank)
-        names, nodes = zip(*((name_of(path), z) for path, z in paths_and_nodes), strict=True)
+        names, nodes = [name_of(path) for path, _ in paths_and_nodes], [node for _, node in paths_and_nodes]
         kept, structure = jax.tree.flatten(state)
         expected = jax.tree.structure(jax.eval_shape(tx.init, params))
         if not isinstance(state, LoRAState) or structure != expected:
@@ -98,6 +96,8 @@ def value_and_update(
                     f"lora_dot, but this LoRA parameter is {uses[i]}. Use value_and_grad"
                 )
             batch, arrays = nodes[i].shape[:-2], [kept[k] for k in places]
+            if any(z.shape[: len(batch)] != batch for z in arrays):
+                raise ValueError(f"{names[i]}: its state's arrays must begin with its batch axes {batch}")
             # Counters for each entry of the batch axes: a scan takes them along.
             held[i] = (*arrays, *(jnp.broadcast_to(kept[k], (*batch, *kept[k].shape)) for k in counters))
             like = nodes[i].a, nodes[i].b, *arrays, jnp.zeros(batch), jnp.zeros(batch)

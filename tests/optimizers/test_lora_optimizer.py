@@ -206,16 +206,24 @@ INITS = {
 
 @pytest.mark.parametrize("init", INITS.values(), ids=INITS.keys())
 def test_states_that_do_not_fit(init):
-    with pytest.raises(ValueError, match=r"^\['second'\]: init returns Momentum.*; expected the same struct"):
+    with pytest.raises(
+        ValueError, match=r"^\['second'\]: init returns Momentum.*; expected arrays in one structure"
+    ):
         optimizer(init=init).init(PARAMS)
 
 
-def test_states_begin_with_the_batch_axes():
-    """As a scan over layers takes a step of each."""
-    layers = {"layers": LowRank(jnp.ones((5, 4, 2)), jnp.ones((5, 2, 3)))}
-    optimizer(init=lambda param, key: Momentum(param.a[..., 0, 0])).init(layers)
-    with pytest.raises(ValueError, match=r"\['layers'\]: init returns .*\(2,\).* batch axes \(5,\)"):
-        optimizer(init=lambda param, key: Momentum(jnp.zeros(param.a.shape[-1]))).init(layers)
+def test_states_in_the_backward_pass_begin_with_the_batch_axes():
+    """As a scan over layers takes a step of each. Elsewhere one number may be that of all layers."""
+    layers = {"layers": LowRank(jnp.ones((5, 3, 2)), jnp.ones((5, 2, 3)))}
+    kernels, x = jnp.zeros((5, 3, 3)), jnp.ones((4, 3))
+    layer = lambda x, at: (lora_dot(x, *at), None)
+    loss_fn = lambda p: jnp.sum(jax.lax.scan(layer, x, (kernels, p["layers"]))[0])
+    one = optimizer(init=lambda param, key: Momentum(param.a[..., 0, 0]))
+    all_layers = optimizer(init=lambda param, key: Momentum(jnp.zeros(())))
+    oplora_jax.value_and_update(loss_fn, one)(layers, one.init(layers))
+    take_step(all_layers, layers, {"layers": jnp.ones((5, 3, 3))})
+    with pytest.raises(ValueError, match=r"^\['layers'\]: its state's arrays must begin .* \(5,\)$"):
+        oplora_jax.value_and_update(loss_fn, all_layers)(layers, all_layers.init(layers))
 
 
 def test_what_is_wrong_comes_with_the_path():
