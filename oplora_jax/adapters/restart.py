@@ -22,18 +22,18 @@ def merge_and_restart(
     of the kernels' type (a bfloat16 kernel takes on nothing below 1/512 of its entries), and the next
     increment may lie in other directions. After k rounds the weights have moved by rank up to k r.
 
-    The result has the structure and the types of the arguments, for `jax.lax.cond`. The optimizer's state is
-    the caller's: ``tx.init(lora)`` begins anew, its schedule and its counters with it, as Chain of LoRA does
-    (https://arxiv.org/abs/2401.04151); or it is kept, which suits a momentum of the full weight, such as that
-    of `oplora`. To unload a share f alone, as PeriodicLoRA (https://arxiv.org/abs/2402.16141) offers,
-    ``merge(params, ...)`` the increments with f b and keep (1 - f) b.
+    The optimizer's state is the caller's: ``tx.init(lora)`` begins anew, its schedule too, as Chain of LoRA
+    does (https://arxiv.org/abs/2401.04151); kept, it suits a momentum of the full weight, such as `oplora`'s.
 
     Args:
       key: a random key, another one for each restart, such as `jax.random.fold_in(key, step)`.
       params, lora: the model's parameters and the LoRA parameters by path, as for `merge`.
 
     Returns:
-      The merged params, and the fresh LoRA parameters.
+      The merged params and the fresh LoRA parameters, of the arguments' structure and types (`jax.lax.cond`).
+
+    Raises:
+      ValueError: as for `merge`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -45,11 +45,9 @@ def merge_and_restart(
       ...   params, lora = oplora_jax.merge_and_restart(key, params, lora)
       ...   return params, lora, tx.init(lora)
       >>> @jax.jit
-      ... def after_step(step, params, lora, state):
-      ...   key = jax.random.fold_in(jax.random.key(0), step)
-      ...   keep = lambda key, *trees: trees
-      ...   return jax.lax.cond(step % 1000 == 0, restart, keep, key, params, lora, state)
-      >>> params, lora, state = after_step(1000, params, lora, tx.init(lora))
+      ... def after_step(step, key, *trees):
+      ...   return jax.lax.cond(step % 1000 == 0, restart, lambda key, *trees: trees, key, *trees)
+      >>> params, lora, state = after_step(1000, jax.random.key(0), params, lora, tx.init(lora))
       >>> float(params["dense"]["kernel"][0, 0]), float(lora["dense/kernel"].b[0, 0])
       (2.0, 0.0)
     """
@@ -66,7 +64,7 @@ def merge_and_restart_layers(key: PRNGKeyArray, params: Any) -> Any:
 
     Args:
       key: a random key, another one for each restart.
-      params: a tree with kernels and LoRA parameters, and whatever else; the result is like it.
+      params: a tree with kernels, LoRA parameters and whatever else; the result is like it.
 
     Raises:
       ValueError: no LoRA parameter, one without a kernel of its size beside it, or one of a ResLoRA layer.
