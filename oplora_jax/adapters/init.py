@@ -59,6 +59,8 @@ def init_lora(
       >>> lora = oplora_jax.init_lora(jax.random.key(0), params, rank=2, targets="dense/kernel")
       >>> {path: p.shape for path, p in lora.items()}
       {'dense/kernel': (4, 6)}
+      >>> bool((oplora_jax.merge(params, lora)["dense"]["kernel"] == params["dense"]["kernel"]).all())
+      True
     """
     is_kernel = lambda leaf: jnp.ndim(leaf) >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
     kernels = {path_name(path): z for path, z in jax.tree.leaves_with_path(params) if is_kernel(z)}

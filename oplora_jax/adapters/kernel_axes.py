@@ -84,14 +84,14 @@ def kernel_roles(equation: str, ndim: int) -> str:
             raise ValueError(f"the einsum {equation!r} repeats an axis in {operand!r}; LoRA needs a product")
     if len(kernel) != ndim:
         raise ValueError(f"the kernel of the einsum {equation!r} has {ndim} axes")
-    roles = {(True, True): "b", (True, False): "i", (False, True): "o"}
-    unknown = [c for c in kernel if c not in inputs and c not in outputs]
-    if unknown or not set(kernel) & set(inputs) - set(outputs):
+    names = {(True, True): "b", (True, False): "i", (False, True): "o", (False, False): "?"}
+    roles = "".join(names[c in inputs, c in outputs] for c in kernel)
+    if "?" in roles or "i" not in roles:
         raise ValueError(
             f"the einsum {equation!r} is no matrix product of its inputs and its kernel: LoRA needs a kernel "
             "whose axes are in the inputs or in the outputs, and at least one that is in the inputs alone"
         )
-    return "".join(roles[c in inputs, c in outputs] for c in kernel)
+    return roles
 
 
 def _operands(equation: str, inputs_ndim: int | None, kernel_ndim: int) -> list[str]:
@@ -113,8 +113,7 @@ def add_einsum_increment(
 ) -> Array:
     """y + einsum(equation, x, the increment of the kernel), in the type of y and with its sharding.
 
-    The equation is an explicit einsum of two operands, the inputs and the kernel. The increment is multiplied
-    in the type of x, at a precision as for `jnp.einsum`; one of another matrix raises ValueError.
+    The einsum is explicit and of two operands. The increment is multiplied in the type of x.
     """
     roles = kernel_roles(equation, len(kernel_shape))
     matrix = matrix_shape(kernel_shape, roles)

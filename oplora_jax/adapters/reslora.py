@@ -40,26 +40,17 @@ def block_shortcut(
     Example:
       >>> import jax.numpy as jnp
       >>> from oplora_jax import LowRank
-      >>> from oplora_jax.reslora import block_shortcut
-      >>> lora = LowRank(jnp.ones((3, 1)), jnp.ones((1, 3)))
-      >>> block_shortcut(jnp.ones((1, 3)), jnp.eye(3), [lora, lora]).tolist()
-      [[7.0, 7.0, 7.0]]
+      >>> from oplora_jax.reslora import block_shortcut, merge_block
+      >>> x, kernel, lora = jnp.ones((1, 3)), jnp.eye(3), LowRank(jnp.ones((3, 1)), jnp.ones((1, 3)))
+      >>> block_shortcut(x, kernel, [lora, lora]).tolist(), (x @ merge_block(kernel, [lora, lora])).tolist()
+      ([[7.0, 7.0, 7.0]], [[7.0, 7.0, 7.0]])
     """
     check(jnp.shape(kernel), loras)
     return add_increments(lora_dot(x, kernel, loras[-1]), x, loras[:-1])
 
 
 def merge_block(kernel: Float[Array, "*batch n m"], loras: Sequence[LowRank]) -> Float[Array, "*batch n m"]:
-    """The kernel of the plain layer that computes what `block_shortcut` with the same arguments does.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from oplora_jax import LowRank
-      >>> from oplora_jax.reslora import merge_block
-      >>> lora = LowRank(jnp.ones((2, 1)), jnp.ones((1, 2)))
-      >>> merge_block(jnp.eye(2), [lora, lora]).tolist()
-      [[3.0, 2.0], [2.0, 3.0]]
-    """
+    """The kernel of the plain layer that computes what `block_shortcut` with the same arguments does."""
     check(jnp.shape(kernel), loras)
     return (kernel + sum(map(to_dense, loras))).astype(kernel.dtype)
 

@@ -45,7 +45,6 @@ def clip_by_global_norm(max_norm: Any) -> optax.GradientTransformationExtraArgs:
     """
 
     def clip(updates, params):
-        del params
         norm = global_norm(updates)
         factor = jnp.where(norm < max_norm, 1.0, max_norm / norm)
 

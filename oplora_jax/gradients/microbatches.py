@@ -55,11 +55,10 @@ def accumulate(differentiate: Callable[..., Any], microbatches: int) -> Callable
 def split(args: Any, microbatches: int) -> tuple[Any, Callable[[Any], Any]]:
     """A tree's arrays in k parts, (k, size / k, ...), and a function that puts one part in their places."""
     is_array = lambda leaf: isinstance(leaf, jax.Array | np.ndarray)
-    sizes = {
-        _name(path): leaf.shape[0] if leaf.ndim else None
-        for path, leaf in jax.tree.leaves_with_path(args)
-        if is_array(leaf)
-    }
+    # The parameters are argument 0.
+    name = lambda path: f"argument {path[0].idx + 1}{jax.tree_util.keystr(path[1:])}"
+    arrays = [(name(path), leaf) for path, leaf in jax.tree.leaves_with_path(args) if is_array(leaf)]
+    sizes = {name: leaf.shape[0] if leaf.ndim else None for name, leaf in arrays}
     listed = ", ".join(f"{name}: {size or 'no axis'}" for name, size in sizes.items())
     batch = "the arrays in the positional arguments behind the parameters"
     whole = "pass what is no part of the batch by keyword, it is not split"
@@ -74,11 +73,6 @@ def split(args: Any, microbatches: int) -> tuple[Any, Callable[[Any], Any]]:
         raise ValueError(f"microbatches={microbatches}{error}")
     parts = jax.tree.map(lambda z: _parts(jnp.asarray(z), microbatches) if is_array(z) else None, args)
     return parts, lambda part: jax.tree.map(lambda z, one: z if one is None else one, args, part)
-
-
-def _name(path: Any) -> str:
-    """A path in the positional arguments, counted from that of the parameters."""
-    return f"argument {path[0].idx + 1}{jax.tree_util.keystr(path[1:])}"
 
 
 def _parts(array: Array, microbatches: int) -> Array:

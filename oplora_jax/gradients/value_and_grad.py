@@ -165,9 +165,8 @@ def lora_uses(loss: Callable[..., Any], paths_and_nodes: list[Any]) -> list[Uses
         if uses.elsewhere:
             raise ValueError(
                 f"{name_of(paths_and_nodes[i][0])}: the loss depends on the factors a and b of this LoRA "
-                "parameter in a way whose full gradient cannot be taken. Multiply by it through lora_dot, "
-                "merge or to_dense alone (and wrap statistics of the factors in jax.lax.stop_gradient), or "
-                "use jax.grad for factor gradients"
+                "parameter in a way whose full gradient cannot be taken. Multiply through lora_dot, merge or "
+                "to_dense alone, with statistics of a and b in jax.lax.stop_gradient, or use jax.grad"
             )
     return [found.get(i) for i in range(len(nodes))]
 
@@ -184,9 +183,8 @@ def _tap(
     places, once = uses.places, uses.once
     if gradient == "outer" and not once:
         raise ValueError(
-            f"{name}: gradient='outer' needs one use per forward pass, through lora_dot, but this LoRA "
-            f"parameter of shape {node.shape} is {uses}. Use gradient='dense' or 'auto', or concatenate the "
-            "inputs and multiply once"
+            f"{name}: gradient='outer' needs one use per forward pass, through lora_dot, but this is {uses}. "
+            "Use gradient='dense' or 'auto', or concatenate the inputs and multiply once"
         )
     # Of an unused parameter: one row of zeros.
     use = places[0] if once and places else Use("dot", 0, 1, (node.a.dtype, node.b.dtype), (None,) * 3)
