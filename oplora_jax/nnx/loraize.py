@@ -30,7 +30,7 @@ def loraize(
     dtype: Any = None,
     rngs: nnx.Rngs,
 ) -> list[str]:
-    """Gives the layers of a model whose path matches a pattern a LoRA increment, in place; returns their paths.
+    """Gives the layers whose path matches a pattern a LoRA increment, in place, and returns their paths.
 
     Each chosen `nnx.Linear`, `nnx.LinearGeneral`, `nnx.Einsum`, `nnx.Conv` or `nnx.ConvTranspose` becomes the
     LoRA layer of that name: the same object, with its kernel, its bias and all its options, and a `lora`
