@@ -28,7 +28,7 @@ def init_lora(
 ) -> dict[str, LowRank]:
     """LoRA parameters for the kernels of a model whose path matches a pattern.
 
-    The left factor is uniform as in He's initialisation, the right one zero: training starts at the model.
+    The factor a is uniform as in He's initialisation and b is zero: training starts at the model as it is.
 
     Args:
       key: a random key.

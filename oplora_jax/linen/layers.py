@@ -25,13 +25,12 @@ class _Layer(WithLoRA, kw_only=True):
 class LoRADense(_Layer, nn.Dense):
     """`flax.linen.Dense` with a LoRA increment: y = x (kernel + alpha / rank * a b) + bias.
 
-    Its parameters are `kernel` (n, m), `bias` (m,) and `lora`, a `LowRank` of shape (n, m). Nothing is
-    frozen: which of them train is the optimizer's business, see `optax.partition`.
+    Its parameters are `kernel` (n, m), `bias` (m,) and `lora`, a `LowRank` of shape (n, m). Which of them
+    train is the optimizer's business, see `optax.partition`. Attributes besides these two are Flax's.
 
     Attributes:
       rank: r, from 1 to min(n, m); others raise ValueError when the layer is initialised.
       alpha: the scale is alpha / rank; 1 when alpha is None.
-      others: those of `flax.linen.Dense`.
 
     Example:
       >>> import jax, jax.numpy as jnp

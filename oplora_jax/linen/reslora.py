@@ -26,7 +26,7 @@ class BlockShortcutDense(WithLoRA, nn.Dense, kw_only=True):
     Their exact gradient, which adds up over layers, is dense.
 
     Attributes:
-      rank, alpha, others: as for `LoRADense`.
+      rank, alpha: as for `LoRADense`.
       previous: the layers whose increments it shares, of shape (n, m), called before it in the same model: at
         layer l of a stack, with shortcuts over k layers, ``layers[max(0, l - k + 1) : l]``.
 
