@@ -4,15 +4,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from oplora_jax.matrix import (
-    HIGHEST,
     LowRank,
     Matrix,
     OuterProduct,
     compute_dtype,
+    gram,
     left_product,
     matmul,
     matrix_entries,
     thin_factors,
+    times,
     to_dense,
     transpose,
 )
@@ -23,13 +24,11 @@ from oplora_jax.solve import triangle
 def inner_product(first: Matrix, second: Matrix) -> Float[Array, "*batch"]:
     """The Frobenius inner product of two matrices, one number a batch entry, without forming either.
 
-    The rounding error is relative to the product of the factors' norms. Nothing better is promised for
-    matrices that nearly cancel: the distance of two nearly equal matrices, computed as
-    <A, A> - 2 <A, B> + <B, B>, is lost below sqrt(eps) |A|, which is 3e-4 |A| in float32.
+    The rounding error is relative to the product of the factors' norms: of two nearly equal matrices a
+    distance <A, A> - 2 <A, B> + <B, B> is lost below sqrt(eps) |A|, which is 3e-4 |A| in float32.
 
     Args:
-      first: a `LowRank`, an `OuterProduct` or an array, of shape (*batch, n, m).
-      second: another of the same shape.
+      first, second: a `LowRank`, an `OuterProduct` or an array each, of one shape (*batch, n, m).
 
     Example:
       >>> import jax.numpy as jnp
@@ -58,9 +57,8 @@ def _sum_of_products(x: Array, y: Array) -> Array:
 def frobenius_norm(matrix: Matrix) -> Float[Array, "*batch"]:
     """The Frobenius norm, one number a batch entry.
 
-    A low-rank matrix goes through the triangular factors of a and b, so its error is eps |a| |b| even where
-    its rank-one parts nearly cancel. An outer product of few tokens goes through its N x N Gram matrices,
-    whose error in the square is eps |x|^2 |dy|^2; of many tokens, N (n + m) > n m, it is the smaller to form.
+    The error of a low-rank matrix's is eps |a| |b|, even where its rank-one parts nearly cancel; that of the
+    square of an outer product's of few tokens, N (n + m) <= n m, is eps |x|^2 |dy|^2.
 
     Args:
       matrix: a `LowRank`, an `OuterProduct`, a `DenseGradient` or an array, of shape (*batch, n, m).
@@ -77,14 +75,12 @@ def frobenius_norm(matrix: Matrix) -> Float[Array, "*batch"]:
 def _frobenius_norm(matrix: Matrix) -> Array:
     if isinstance(matrix, LowRank):
         dtype = compute_dtype(matrix.a, matrix.b)
-        left = triangle(matrix.a.astype(dtype))
-        right = triangle(transpose(matrix.b.astype(dtype)))
-        dense = matrix.scale * matmul(left, transpose(right), HIGHEST)
+        left, right = (triangle(z.astype(dtype)) for z in (matrix.a, transpose(matrix.b)))
+        dense = matrix.scale * times(left, transpose(right))
     elif isinstance(matrix, OuterProduct):
         tokens, (n, m) = matrix.x.shape[-2], matrix.shape[-2:]
         if tokens * (n + m) <= n * m:
-            grams = (matmul(z, transpose(z), HIGHEST) for z in (matrix.x, matrix.dy))
-            return jnp.sqrt(jnp.maximum(_sum_of_products(*grams), 0.0))
+            return jnp.sqrt(jnp.maximum(_sum_of_products(gram(matrix.x), gram(matrix.dy)), 0.0))
         dense = matmul(transpose(matrix.x), matrix.dy)
     else:
         dense = to_dense(matrix)

@@ -1,7 +1,6 @@
 """Meshes with explicit axes, where a product over a sharded axis must be told how its result is sharded.
 
-Such products run with the compiler in charge, and their results get the sharding of what they belong to.
-On meshes with automatic axes, and on none, nothing here does anything.
+Such products run with the compiler in charge. On other meshes, and on none, nothing here does anything.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,13 +38,11 @@ def merged(some: Sequence[Entry]) -> Entry:
 
 def partition(*some: Entry) -> PartitionSpec:
     """A specification of these entries. An axis of the mesh that comes twice counts where it comes first."""
-    taken: set[str] = set()
-    out = []
+    out: list[tuple[str, ...]] = []
     for entry in some:
-        names = tuple(name for name in _names(entry) if name not in taken)
-        taken.update(names)
-        out.append(names if len(names) > 1 else names[0] if names else None)
-    while out and out[-1] is None:  # as compiled programs return it
+        taken = merged(out) or ()
+        out.append(tuple(name for name in _names(entry) if name not in taken))
+    while out and not out[-1]:  # as compiled programs return it
         out.pop()
     return PartitionSpec(*out)
 
@@ -57,12 +54,9 @@ def _names(entry: Entry) -> tuple[str, ...]:
 
 
 def under_auto_sharding(function: Callable[..., Any], specs: Callable[[], Any], *arguments: Any) -> Any:
-    """Calls a function with the compiler in charge of sharding.
+    """Calls a function of trees of arrays, in which Python's numbers stay such, with the compiler in charge.
 
-    Args:
-      function: of the arguments, trees of arrays. Python's numbers in them stay what they are.
-      specs: returns the specifications of the function's results, a tree like them. Called on meshes with
-        explicit axes alone.
+    On meshes with explicit axes `specs` is called for the specifications of its results, a tree like them.
     """
     mesh = explicit_mesh(arguments)
     if mesh is None:

@@ -28,22 +28,22 @@ def init_lora(
 ) -> dict[str, LowRank]:
     """LoRA parameters for the kernels of a model whose path matches a pattern.
 
-    A path is written like "encoder/layer_0/query/kernel". The left factor is uniform as in He's
-    initialisation, the right one zero: training starts at the model as it is.
+    The factor a is uniform as in He's initialisation and b is zero: training starts at the model as it is.
 
     Args:
       key: a random key.
       params: any tree; considered are floating-point arrays of two or more axes. A kernel of more than two,
-        such as a convolution's (height, width, inputs, outputs), is the matrix of all its leading axes by
-        its last, unless the next arguments say otherwise.
+        such as a convolution's, is the matrix of all its leading axes by its last, unless the arguments
+        batch_axes and output_axes say otherwise.
       rank: r, at most either side of every kernel chosen.
-      targets: one pattern or several: a glob for the whole path, or a regular expression found in it.
+      targets: one pattern or several, for paths such as "encoder/layer_0/query/kernel": a glob for the whole
+        path, or a regular expression found in it.
       alpha: the scale is alpha / rank; 1 when alpha is None.
       batch_axes: how many of the first axes of the kernels stack layers, each with its own factors.
       output_axes: how many of the last axes of the kernels are outputs: 2 for the query kernel
         (inputs, heads, size of a head) of an attention, 1 for its output kernel.
       dtype: the parameters' type; that of each kernel if None. Take float32 over a bfloat16 model: bfloat16
-        rounds away steps of less than 2^-9 of a number, and the LoRA parameters are small.
+        rounds away steps of less than 2^-9 of a number.
 
     Returns:
       A dict from the chosen kernels' paths to their `LowRank` parameters. On a mesh a is sharded as the
@@ -59,20 +59,16 @@ def init_lora(
       >>> lora = oplora_jax.init_lora(jax.random.key(0), params, rank=2, targets="dense/kernel")
       >>> {path: p.shape for path, p in lora.items()}
       {'dense/kernel': (4, 6)}
-      >>> oplora_jax.merge(params, lora)["dense"]["kernel"].tolist() == params["dense"]["kernel"].tolist()
+      >>> bool((oplora_jax.merge(params, lora)["dense"]["kernel"] == params["dense"]["kernel"]).all())
       True
     """
-    kernels = {
-        path_name(path): leaf
-        for path, leaf in jax.tree.leaves_with_path(params)
-        if jnp.ndim(leaf) >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
-    }
+    is_kernel = lambda leaf: jnp.ndim(leaf) >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
+    kernels = {path_name(path): z for path, z in jax.tree.leaves_with_path(params) if is_kernel(z)}
     chosen = {path: kernel for path, kernel in kernels.items() if matches(path, targets)}
     if not chosen:
         raise ValueError(f"no kernel matches {targets!r}; the paths are: {', '.join(kernels) or 'none'}")
     lora = {}
-    for path, one_key in zip(chosen, jax.random.split(key, len(chosen)), strict=True):
-        kernel = chosen[path]
+    for (path, kernel), one_key in zip(chosen.items(), jax.random.split(key, len(chosen)), strict=True):
         inputs = kernel.ndim - batch_axes - output_axes
         try:
             if min(batch_axes, inputs - 1, output_axes - 1) < 0:
@@ -114,6 +110,5 @@ def beside(kernel: Any, lora: LowRank) -> LowRank:
     roles = axes_of(kernel.shape, lora)
     batch, rows, columns = ([e for e, r in zip(spec, roles, strict=True) if r == role] for role in "bio")
     put = jax.sharding.reshard if traced else jax.device_put
-    place = lambda factor, *some: put(factor, NamedSharding(sharding.mesh, partition(*some)))
-    a = place(lora.a, *batch, merged(tuple(rows)), None)
-    return lora.with_factors(a, place(lora.b, *batch, None, merged(tuple(columns))))
+    place = lambda factor, *some: put(factor, NamedSharding(sharding.mesh, partition(*batch, *some)))
+    return lora.with_factors(place(lora.a, merged(rows), None), place(lora.b, None, merged(columns)))

@@ -1,9 +1,8 @@
 """Kernels of any number of axes, as the matrices that LoRA parameters are increments of.
 
 Each axis of a kernel has a *role*, one letter: "b", a batch axis; "i", contracted with the inputs; "o", kept
-in the outputs. A dense layer's kernel is "io", a convolution's "iiio", the kernel of the einsum
-"btd,dnh->btnh" is "ioo". Its matrix is (*batch, n, m), n the product of the "i" axes and m of the "o" axes.
-A LoRA parameter keeps the roles of its kernel where they are not in this order, as in "oio".
+in the outputs. A dense layer's kernel is "io", a convolution's "iiio". Its matrix is (*batch, n, m), n the
+product of the "i" axes and m of the "o" axes. A LoRA parameter keeps roles that are in another order.
 """
 
 import math
@@ -27,17 +26,7 @@ def matrix_shape(shape: Sequence[int], roles: str) -> tuple[int, ...]:
 
 
 def axes_of(shape: Sequence[int], lora: LowRank) -> str:
-    """The roles of a kernel's axes, from its LoRA parameter; ValueError if that does not fit.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from oplora_jax import LowRank
-      >>> from oplora_jax.adapters.kernel_axes import axes_of
-      >>> axes_of((12, 64, 8, 16), LowRank(jnp.ones((12, 64, 2)), jnp.ones((12, 2, 128))))
-      'bioo'
-      >>> axes_of((12, 16, 64), LowRank(jnp.ones((12, 64, 2)), jnp.ones((12, 2, 16)), roles="oi"))
-      'boi'
-    """
+    """The roles of a kernel's axes, from its LoRA parameter; ValueError if that does not fit."""
     batch, ndim = len(lora.shape) - 2, len(shape)
     counts = [(batch, inputs, ndim - batch - inputs) for inputs in range(1, ndim - batch)]
     in_order = ["b" * b + "i" * i + "o" * o for b, i, o in counts]
@@ -74,8 +63,7 @@ def kept_roles(roles: str) -> str | None:
 def dense_equation(ndim: int, axes: Sequence[int], num_batch: int, num_features: int) -> str:
     """The einsum of a dense layer that contracts some axes of its inputs, of which the first are batch axes.
 
-    For inputs of 4 axes of which the last two are contracted, a batch axis and two axes of features it is
-    "abcd,acdef->abef".
+    Of 4 axes, the last two contracted, with one batch axis and two of features, it is "abcd,acdef->abef".
     """
     letters = string.ascii_letters[: ndim + num_features]
     inputs, features = letters[:ndim], letters[ndim:]
@@ -87,13 +75,8 @@ def dense_equation(ndim: int, axes: Sequence[int], num_batch: int, num_features:
 def kernel_roles(equation: str, ndim: int) -> str:
     """The roles of the axes of a kernel with ndim axes, the second operand of an einsum.
 
-    What an ellipsis stands for in the kernel are batch axes. An einsum that is not the product of its inputs
-    with a matrix raises ValueError.
-
-    Example:
-      >>> from oplora_jax.adapters.kernel_axes import kernel_roles
-      >>> kernel_roles("btd,ndh->btnh", 3)
-      'oio'
+    They are "oio" for "btd,ndh->btnh"; what an ellipsis stands for are batch axes. An einsum that is not the
+    product of its inputs with a matrix raises ValueError.
     """
     inputs, kernel, outputs = _operands(equation, None, ndim)
     for operand in (inputs, kernel, outputs):
@@ -101,14 +84,14 @@ def kernel_roles(equation: str, ndim: int) -> str:
             raise ValueError(f"the einsum {equation!r} repeats an axis in {operand!r}; LoRA needs a product")
     if len(kernel) != ndim:
         raise ValueError(f"the kernel of the einsum {equation!r} has {ndim} axes")
-    roles = {(True, True): "b", (True, False): "i", (False, True): "o"}
-    unknown = [c for c in kernel if c not in inputs and c not in outputs]
-    if unknown or not set(kernel) & set(inputs) - set(outputs):
+    names = {(True, True): "b", (True, False): "i", (False, True): "o", (False, False): "?"}
+    roles = "".join(names[c in inputs, c in outputs] for c in kernel)
+    if "?" in roles or "i" not in roles:
         raise ValueError(
             f"the einsum {equation!r} is no matrix product of its inputs and its kernel: LoRA needs a kernel "
             "whose axes are in the inputs or in the outputs, and at least one that is in the inputs alone"
         )
-    return "".join(roles[c in inputs, c in outputs] for c in kernel)
+    return roles
 
 
 def _operands(equation: str, inputs_ndim: int | None, kernel_ndim: int) -> list[str]:
@@ -121,10 +104,8 @@ def _operands(equation: str, inputs_ndim: int | None, kernel_ndim: int) -> list[
     in_inputs = in_inputs if "..." in operands[0] else 0
     width = max(in_inputs, in_kernel)
     counts = (in_inputs, in_kernel, width)  # aligned at their right ends
-    return [
-        operand.replace("...", "".join(hidden[width - count : width]))
-        for operand, count in zip(operands, counts, strict=True)
-    ]
+    ellipses = ["".join(hidden[width - count : width]) for count in counts]
+    return [operand.replace("...", hid) for operand, hid in zip(operands, ellipses, strict=True)]
 
 
 def add_einsum_increment(
@@ -132,8 +113,7 @@ def add_einsum_increment(
 ) -> Array:
     """y + einsum(equation, x, the increment of the kernel), in the type of y and with its sharding.
 
-    The equation is an explicit einsum of two operands, the inputs and the kernel. The increment is multiplied
-    in the type of x, at a precision as for `jnp.einsum`; one of another matrix raises ValueError.
+    The einsum is explicit and of two operands. The increment is multiplied in the type of x.
     """
     roles = kernel_roles(equation, len(kernel_shape))
     matrix = matrix_shape(kernel_shape, roles)
@@ -141,9 +121,8 @@ def add_einsum_increment(
         taken = f"the einsum {equation!r} takes the kernel {tuple(kernel_shape)} for a matrix {matrix}"
         raise ValueError(f"{taken}, but its LoRA parameter is {lora.shape}")
     inputs, kernel, outputs = _operands(equation, jnp.ndim(x), len(kernel_shape))
-    batch, contracted, features = (
-        "".join(c for c, r in zip(kernel, roles, strict=True) if r == role) for role in "bio"
-    )
+    with_role = lambda role: "".join(c for c, r in zip(kernel, roles, strict=True) if r == role)
+    batch, contracted, features = map(with_role, "bio")
     tokens = "".join(c for c in inputs if c in outputs and c not in kernel)
     sizes = {**dict(zip(inputs, x.shape, strict=True)), **dict(zip(kernel, kernel_shape, strict=True))}
     shape = lambda letters: tuple(sizes[c] for c in letters)

@@ -17,8 +17,7 @@ def merge(params: Any, lora: dict[str, LowRank]) -> Any:
 
     Args:
       params: the tree that `init_lora` was given, or one with the same paths; the result is like it.
-      lora: LoRA parameters by path, of shape (*batch, n, m): n is the product of the axes of the kernel next
-        to its batch axes, m that of the rest, or as their `roles` say.
+      lora: LoRA parameters by path, each a matrix of its kernel's axes as `init_lora` makes them.
 
     Raises:
       ValueError: a path that params lacks, or a kernel of another size.

@@ -14,7 +14,7 @@ from oplora_jax.gradients.matmul_order import dot
 from oplora_jax.matrix import LowRank, check_factors, to_dense
 from oplora_jax.sharding import shard_like
 
-# What layers call increments that are more than an addition to the kernel beside them, with why.
+# The names of increments that are more than an addition to the kernel beside them, and why.
 SHORTCUTS = {
     "block_lora": "other layers' increments belong to this kernel too; use oplora_jax.linen.merge_shortcuts",
     "input_lora": "an input shortcut has no merged form, as it sees the previous layer's inputs; keep it",
@@ -24,52 +24,35 @@ SHORTCUTS = {
 def block_shortcut(
     x: Float[Array, "*tokens n"], kernel: Float[Array, "*batch n m"], loras: Sequence[LowRank]
 ) -> Float[Array, "*tokens m"]:
-    r"""A dense layer with its own LoRA increment and those of the layers before it, on the same inputs.
+    r"""A layer with its own LoRA increment and those before it, :math:`y = x W + \sum_i s_i (x a_i) b_i`.
 
-    .. math::
-      y = x W + \sum_i s_i (x a_i) b_i.
-
-    `merge_block` adds the sum to the kernel. An increment is used by several layers, so that the exact
-    gradient that `value_and_grad` takes at it adds up over them: it is dense, and "outer" is refused.
+    The gradient that `value_and_grad` takes at an increment adds up over the layers that use it: it is dense.
 
     Args:
-      x: the layer's inputs, as for `lora_dot`.
+      x: the layer's inputs, as for `lora_dot`; the outputs are in the promoted type of x and the kernel.
       kernel: the frozen weight W.
       loras: the increments, all of the kernel's shape: at layer l of a stack, with shortcuts over k layers,
         ``loras[max(0, l - k + 1) : l + 1]``.
 
-    Returns:
-      The outputs, in the promoted type of x and the kernel. No increments, or shapes that do not fit, raise
-        ValueError.
+    Raises:
+      ValueError: no increments, or shapes that do not fit.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from oplora_jax import LowRank
-      >>> from oplora_jax.reslora import block_shortcut
-      >>> lora = LowRank(jnp.ones((3, 1)), jnp.ones((1, 3)))
-      >>> block_shortcut(jnp.ones((1, 3)), jnp.eye(3), [lora, lora]).tolist()
-      [[7.0, 7.0, 7.0]]
+      >>> from oplora_jax.reslora import block_shortcut, merge_block
+      >>> x, kernel, lora = jnp.ones((1, 3)), jnp.eye(3), LowRank(jnp.ones((3, 1)), jnp.ones((1, 3)))
+      >>> block_shortcut(x, kernel, [lora, lora]).tolist(), (x @ merge_block(kernel, [lora, lora])).tolist()
+      ([[7.0, 7.0, 7.0]], [[7.0, 7.0, 7.0]])
     """
     check(jnp.shape(kernel), loras)
     return add_increments(lora_dot(x, kernel, loras[-1]), x, loras[:-1])
 
 
 def merge_block(kernel: Float[Array, "*batch n m"], loras: Sequence[LowRank]) -> Float[Array, "*batch n m"]:
-    """The kernel of the plain layer that computes what `block_shortcut` does, to rounding.
-
-    Args are those of `block_shortcut`.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from oplora_jax import LowRank
-      >>> from oplora_jax.reslora import merge_block
-      >>> lora = LowRank(jnp.ones((2, 1)), jnp.ones((1, 2)))
-      >>> merge_block(jnp.eye(2), [lora, lora]).tolist()
-      [[3.0, 2.0], [2.0, 3.0]]
-    """
+    """The kernel of the plain layer that computes what `block_shortcut` with the same arguments does."""
     check(jnp.shape(kernel), loras)
-    total = sum((to_dense(lora) for lora in loras[1:]), to_dense(loras[0]))
-    return (kernel + total).astype(kernel.dtype)
+    return (kernel + sum(map(to_dense, loras))).astype(kernel.dtype)
 
 
 def input_shortcut(
@@ -78,19 +61,16 @@ def input_shortcut(
     kernel: Float[Array, "*batch n m"],
     lora: LowRank,
 ) -> Float[Array, "*tokens m"]:
-    r"""A dense layer whose LoRA increment sees the previous layer's inputs too.
+    r"""A layer whose increment sees the previous layer's inputs too, :math:`y = x W + s\,((x + x') a)\,b`.
 
-    .. math::
-      y = x W + s\,((x + x') a)\,b.
-
-    It has no merged form: y is no function of x alone. The full gradient at the increment is
-    :math:`(x + x')^\top dy`, which `value_and_grad` takes in any kind.
+    It has no merged form: y is no function of x alone.
 
     Args:
       x, previous_x: the inputs of the layer, and of the layer before it, of one shape.
       kernel, lora: the frozen weight W, and the layer's increment.
 
-    Returns what `block_shortcut` does.
+    Raises:
+      ValueError: shapes that do not fit.
 
     Example:
       >>> import jax.numpy as jnp

@@ -19,54 +19,47 @@ def merge_and_restart(
     r"""Merges LoRA parameters into the kernels they belong to, and starts fresh ones of the same rank.
 
     :math:`W \leftarrow W + s\,a\,b`, then a new a and b = 0: the model computes what it did, to the rounding
-    of the kernels' type (a bfloat16 kernel takes on nothing below 1/512 of its entries), and the next
-    increment may lie in other directions. After k rounds the weights have moved by rank up to k r.
+    of the kernels' type (a bfloat16 kernel takes on nothing below 1/512 of its entries). After k rounds the
+    weights have moved by rank up to k r.
 
-    The result has the structure and the types of the arguments, for `jax.lax.cond`. The optimizer's state is
-    the caller's: ``tx.init(lora)`` begins anew, its schedule and its counters with it, as Chain of LoRA does
-    (https://arxiv.org/abs/2401.04151); or it is kept, which suits a momentum of the full weight, such as that
-    of `oplora`. To unload a share f alone, as PeriodicLoRA (https://arxiv.org/abs/2402.16141) offers,
-    ``merge(params, ...)`` the increments with f b and keep (1 - f) b.
+    The optimizer's state is the caller's: ``tx.init(lora)`` begins anew, its schedule too, as Chain of LoRA
+    does (https://arxiv.org/abs/2401.04151); kept, it suits a momentum of the full weight, such as `oplora`'s.
 
     Args:
       key: a random key, another one for each restart, such as `jax.random.fold_in(key, step)`.
       params, lora: the model's parameters and the LoRA parameters by path, as for `merge`.
 
     Returns:
-      The merged params, and the fresh LoRA parameters.
+      The merged params and the fresh LoRA parameters, of the arguments' structure and types (`jax.lax.cond`).
+
+    Raises:
+      ValueError: as for `merge`.
 
     Example:
       >>> import jax, jax.numpy as jnp
       >>> import oplora_jax
       >>> params = {"dense": {"kernel": jnp.ones((4, 6))}}
       >>> lora = {"dense/kernel": oplora_jax.LowRank(jnp.ones((4, 1)), jnp.ones((1, 6)))}
-      >>> tx = oplora_jax.oplora(0.1)
-      >>> def restart(key, params, lora, state):
-      ...   params, lora = oplora_jax.merge_and_restart(key, params, lora)
-      ...   return params, lora, tx.init(lora)
-      >>> @jax.jit
-      ... def after_step(step, params, lora, state):
-      ...   key = jax.random.fold_in(jax.random.key(0), step)
-      ...   keep = lambda key, *trees: trees
-      ...   return jax.lax.cond(step % 1000 == 0, restart, keep, key, params, lora, state)
-      >>> params, lora, state = after_step(1000, params, lora, tx.init(lora))
+      >>> params, lora = oplora_jax.merge_and_restart(jax.random.key(0), params, lora)
       >>> float(params["dense"]["kernel"][0, 0]), float(lora["dense/kernel"].b[0, 0])
       (2.0, 0.0)
     """
     keys = jax.random.split(key, len(lora) or 1)
-    fresh = {path: _fresh(old, k) for k, (path, old) in zip(keys, lora.items(), strict=False)}
+    # Added to zeros made from the old factor, for its sharding.
+    new_a = lambda k, old: jnp.zeros_like(old.a) + he_uniform(k, old.a.shape, old.a.dtype)
+    start = lambda k, old: old.with_factors(new_a(k, old), jnp.zeros_like(old.b))
+    fresh = {path: start(k, old) for k, (path, old) in zip(keys, lora.items(), strict=False)}
     return merge(params, lora), fresh
 
 
 def merge_and_restart_layers(key: PRNGKeyArray, params: Any) -> Any:
     """`merge_and_restart` for a tree in which each LoRA parameter, `lora`, stands beside its `kernel`.
 
-    Such are the parameters of a model with the layers of `oplora_jax.linen`, and the `flax.nnx.state` of one
-    with those of `oplora_jax.nnx`: ``nnx.update(model, merge_and_restart_layers(key, nnx.state(model)))``.
-
     Args:
       key: a random key, another one for each restart.
-      params: a tree with kernels and LoRA parameters, and whatever else; the result is like it.
+      params: a tree with kernels, LoRA parameters and whatever else; the result is like it. Such are the
+        parameters of a model with layers of `oplora_jax.linen`, and for those of `oplora_jax.nnx`
+        ``nnx.update(model, merge_and_restart_layers(key, nnx.state(model)))``.
 
     Raises:
       ValueError: no LoRA parameter, one without a kernel of its size beside it, or one of a ResLoRA layer.
@@ -96,10 +89,3 @@ def merge_and_restart_layers(key: PRNGKeyArray, params: Any) -> Any:
     merged, fresh = merge_and_restart(key, params, lora)
     nodes = zip(paths_and_nodes, treedef.flatten_up_to(merged), strict=True)
     return treedef.unflatten(fresh[kernels[path]] if path in kernels else node for (path, _), node in nodes)
-
-
-def _fresh(old: LowRank, key: PRNGKeyArray) -> LowRank:
-    """LoRA's usual start, like an old parameter."""
-    # Added to zeros made from the old factor, for its sharding.
-    a = jnp.zeros_like(old.a) + he_uniform(key, old.a.shape, old.a.dtype)
-    return old.with_factors(a, jnp.zeros_like(old.b))

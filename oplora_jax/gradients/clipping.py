@@ -14,10 +14,9 @@ from oplora_jax.norms import frobenius_norm
 def global_norm(updates: Any) -> Float[Array, ""]:
     """The norm of a whole tree of gradients, with exact gradients as the matrices they stand for.
 
-    A `LowRank` node in a tree of gradients is the pair of factor gradients and counts as that pair.
-
     Args:
-      updates: a tree of arrays, `OuterProduct`, `DenseGradient` and `LowRank` nodes.
+      updates: a tree of arrays, `OuterProduct`, `DenseGradient` and `LowRank` nodes. The last are pairs of
+        factor gradients and count as such.
 
     Example:
       >>> import jax.numpy as jnp
@@ -34,8 +33,7 @@ def global_norm(updates: Any) -> Float[Array, ""]:
 def clip_by_global_norm(max_norm: Any) -> optax.GradientTransformationExtraArgs:
     """`optax.clip_by_global_norm` for trees that hold `OuterProduct` and `DenseGradient` nodes.
 
-    One side of an outer product is scaled, so the matrix is scaled by the same factor as every other
-    gradient; the moments of a dense one follow.
+    Every gradient is scaled by one factor: an outer product in one side, a dense one with its moments.
 
     Args:
       max_norm: the largest `global_norm` that passes unchanged.
@@ -47,7 +45,6 @@ def clip_by_global_norm(max_norm: Any) -> optax.GradientTransformationExtraArgs:
     """
 
     def clip(updates, params):
-        del params
         norm = global_norm(updates)
         factor = jnp.where(norm < max_norm, 1.0, max_norm / norm)
 

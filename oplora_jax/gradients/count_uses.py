@@ -42,16 +42,12 @@ class Uses(NamedTuple):
     places: tuple[Use, ...]
     elsewhere: bool  # whether the first output depends on a factor in another way
 
-    @property
-    def once(self) -> bool:
-        """Whether there is one use at most, through lora_dot."""
-        return self._times <= 1 and self._by_dot
+    times = property(lambda self: sum(use.times for use in self.places))
+    by_dot = property(lambda self: all(use.kind == "dot" for use in self.places))
+    once = property(lambda self: self.times <= 1 and self.by_dot)
 
     def __str__(self) -> str:
-        return f"used {self._times} times" if self._by_dot else "merged into a weight"
-
-    _times = property(lambda self: sum(use.times for use in self.places))
-    _by_dot = property(lambda self: all(use.kind == "dot" for use in self.places))
+        return f"used {self.times} times" if self.by_dot else "merged into a weight"
 
 
 class _Flow(NamedTuple):
@@ -68,10 +64,7 @@ _Places: TypeAlias = collections.defaultdict[int, list[Use]]
 
 
 def count_uses(program: ClosedJaxpr, factors: Sequence[int | None]) -> dict[int, Uses]:
-    """The uses of LoRA parameters in a program whose first output is the loss.
-
-    For each of its inputs, `factors` has a number for the parameter it is a factor of, or None.
-    """
+    """The uses of LoRA parameters; `factors` has for each input the number of its parameter, or None."""
     flows = [_NOTHING if i is None else _Flow(origins=frozenset([i])) for i in factors]
     places = collections.defaultdict(list)
     loss = _walk(program, flows, places)[0]

@@ -24,18 +24,18 @@ def lora_dot(
     r"""A dense layer with LoRA, :math:`x\,(W + s\,a\,b)`.
 
     Here `value_and_grad` captures the exact gradient of the whole weight; plain `jax.grad` gives the factors'
-    gradients as usual. It multiplies in the order of the fewest operations, forward and backward: with
-    N > n m / (n + m) tokens, under `jax.vmap` those of one example, the weights are merged first. In less
-    than float32 they never are, nor on a mesh with explicit axes.
+    gradients as usual. It multiplies in the order of the fewest operations, forward and backward, after
+    RunLoRA, https://arxiv.org/abs/2312.03415: with N > n m / (n + m) tokens, under `jax.vmap` those of one
+    example, the weights are merged first. In less than float32 they never are, nor on a mesh with explicit
+    axes.
 
     Args:
-      x: inputs with any number of leading axes. If the kernel has batch axes (stacked layers, experts), x
-        begins with the same ones.
+      x: inputs with any number of leading axes, which begin with the batch axes of the kernel, if any.
       kernel: the frozen weight W.
       lora: the increment, a `LowRank` of the kernel's shape. It is cast to the type of x @ kernel.
       precision: of all products, forward and backward, as for `jnp.dot`.
       out_sharding: of the result, as for `jnp.dot`. A mesh with explicit axes asks for it where x @ kernel
-        does: where it contracts an axis that is sharded in both. The factors may be sharded in any way.
+        contracts an axis that is sharded in both. The factors may be sharded in any way.
 
     Returns:
       x (W + s a b), in the promoted type of x and the kernel, sharded as x @ kernel.
@@ -49,9 +49,6 @@ def lora_dot(
       >>> lora = LowRank(jnp.ones((3, 1)), jnp.ones((1, 2)), scale=0.5)
       >>> lora_dot(jnp.ones((4, 3)), jnp.zeros((3, 2)), lora)[0].tolist()
       [1.5, 1.5]
-
-    References:
-      The orders, RunLoRA, https://arxiv.org/abs/2312.03415.
     """
     x, kernel = fit(x, kernel, lora)
     # Merged in less than float32, the weights would round small increments away. On a mesh with explicit axes

@@ -18,7 +18,6 @@ def accumulate(differentiate: Callable[..., Any], microbatches: int) -> Callable
     It returns (value, (aux, state), gradients), and so does the result: values and gradients are added up,
     outer products put side by side, aux is stacked, and the state goes from each microbatch to the next.
     """
-
     is_outer = lambda node: isinstance(node, OuterProduct)
 
     def accumulated(params, state, args, kwargs):
@@ -54,40 +53,26 @@ def accumulate(differentiate: Callable[..., Any], microbatches: int) -> Callable
 
 
 def split(args: Any, microbatches: int) -> tuple[Any, Callable[[Any], Any]]:
-    """A tree's arrays in k parts, (k, size / k, ...), and a function that puts one part in their places.
-
-    Raises:
-      ValueError: no array, one without axes, sizes that differ, or a size that is no multiple of k.
-    """
+    """A tree's arrays in k parts, (k, size / k, ...), and a function that puts one part in their places."""
     is_array = lambda leaf: isinstance(leaf, jax.Array | np.ndarray)
-    sizes = {
-        _name(path): leaf.shape[0] if leaf.ndim else None
-        for path, leaf in jax.tree.leaves_with_path(args)
-        if is_array(leaf)
-    }
+    # The parameters are argument 0.
+    name = lambda path: f"argument {path[0].idx + 1}{jax.tree_util.keystr(path[1:])}"
+    arrays = [(name(path), leaf) for path, leaf in jax.tree.leaves_with_path(args) if is_array(leaf)]
+    sizes = {name: leaf.shape[0] if leaf.ndim else None for name, leaf in arrays}
     listed = ", ".join(f"{name}: {size or 'no axis'}" for name, size in sizes.items())
+    batch = "the arrays in the positional arguments behind the parameters"
     whole = "pass what is no part of the batch by keyword, it is not split"
+    error = None
     if not sizes:
-        raise ValueError(
-            f"microbatches={microbatches}, but there is nothing to split: the arrays in the positional "
-            "arguments behind the parameters are the batch"
-        )
-    if len(set(sizes.values())) > 1 or None in sizes.values():
-        raise ValueError(
-            f"microbatches={microbatches} splits all arrays in the positional arguments behind the "
-            f"parameters along their first axis, whose sizes must agree; they are {listed}; {whole}"
-        )
-    if next(iter(sizes.values())) % microbatches:
-        raise ValueError(
-            f"microbatches={microbatches} does not divide the first axis of the batch ({listed}); {whole}"
-        )
+        error = f", but there is nothing to split: {batch} are the batch"
+    elif len(set(sizes.values())) > 1 or None in sizes.values():
+        error = f" splits {batch} along their first axis, whose sizes must agree; they are {listed}; {whole}"
+    elif next(iter(sizes.values())) % microbatches:
+        error = f" does not divide the first axis of the batch ({listed}); {whole}"
+    if error:
+        raise ValueError(f"microbatches={microbatches}{error}")
     parts = jax.tree.map(lambda z: _parts(jnp.asarray(z), microbatches) if is_array(z) else None, args)
     return parts, lambda part: jax.tree.map(lambda z, one: z if one is None else one, args, part)
-
-
-def _name(path: Any) -> str:
-    """A path in the positional arguments, counted from that of the parameters."""
-    return f"argument {path[0].idx + 1}{jax.tree_util.keystr(path[1:])}"
 
 
 def _parts(array: Array, microbatches: int) -> Array:

@@ -1,10 +1,9 @@
 """How the full gradient of a LoRA weight leaves the backward pass: taps.
 
 While it differentiates, `value_and_grad` puts a `Tapped` node in the place of each `LowRank`. Its taps are
-arrays of zeros which no forward pass reads, and whose cotangents are x and dy, or x^T dy. A layer ties them
-to its outputs by a marker, the identity. The marker is a primitive, and no `jax.custom_vjp` function, for two
-reasons: `count_uses` finds it in a traced program, and a `jax.vmap` over x alone becomes one more token axis
-of x, where the rule of a custom VJP would add the examples' captures up.
+zeros which no forward pass reads, and whose cotangents are x and dy, or x^T dy. A layer ties them to its
+outputs by a marker, the identity. It is a primitive, so that `count_uses` finds it in a traced program and a
+`jax.vmap` over x alone makes one more token axis, where `jax.custom_vjp` would add the captures up.
 """
 
 import dataclasses

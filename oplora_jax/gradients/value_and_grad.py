@@ -27,10 +27,9 @@ def value_and_grad(
     """Like `jax.value_and_grad` by the first argument, but exact at LoRA parameters.
 
     At a `LowRank` node of the parameters the gradient is that of the whole weight W + s a b, as an
-    `OuterProduct` or as an array, and not the pair of factor gradients; elsewhere it is what JAX gives. The
-    gradient comes out of the ordinary backward pass: nothing is hooked, and it works under `jax.jit`,
-    `jax.vmap`, `nn.scan` and `nn.remat`. The loss must use its LoRA parameters through `lora_dot`, `merge`
-    or `to_dense`; a use that would be missed is refused. The loss is traced twice.
+    `OuterProduct` or as an array, and not the pair of factor gradients; elsewhere it is what JAX gives. It
+    works under `jax.jit`, `jax.vmap`, `nn.scan` and `nn.remat`. The loss must use its LoRA parameters through
+    `lora_dot`, `merge` or `to_dense`; a use that would be missed is refused. The loss is traced twice.
 
     Args:
       loss_fn: a function of (params, *args, **kwargs) that returns a scalar loss, or with `has_aux` a pair
@@ -40,18 +39,16 @@ def value_and_grad(
         - "outer": x and dy of the layer's N tokens, 'OuterProduct'. The parameter must be used once per
           forward pass, through `lora_dot`.
         - "dense": the n x m gradient. It adds up over all uses.
-        - "auto": for each parameter the kind whose gradient and optimizer step together take less
-          arithmetic, 8 N r (n + m) against 2 N n m + 8 n m r; dense where outer is not possible.
+        - "auto": for each parameter the kind that takes, with the optimizer's step, less arithmetic,
+          8 N r (n + m) against 2 N n m + 8 n m r; dense where outer is not possible.
       has_aux: whether the loss returns auxiliary data.
       moments: with "diagonal" or "dense" a dense gradient is a `DenseGradient`, with the second moments of x
-        and dy that `scaled_oplora` measures with. The parameter must be used through `lora_dot` alone. An
-        `OuterProduct` has its moments in it.
+        and dy that `scaled_oplora` measures with. The parameter must be used through `lora_dot` alone.
       microbatches: k, to run the loss on one k-th of the batch after the other and keep the activations of
         one alone. The batch is all arrays in the positional arguments behind params: they have one size of
-        their first axis, a multiple of k, and microbatch i takes the rows i, i + k, i + 2 k, ..., which
-        leaves a sharded batch where it is. Keyword arguments are passed whole. The value is the mean over
-        the microbatches, and the gradients, of every kind, are those of this mean. Auxiliary data, arrays,
-        are stacked along a new first axis. (`optax.MultiSteps` accumulates factor gradients alone.)
+        their first axis, a multiple of k, and microbatch i takes the rows i, i + k, i + 2 k, ... Keyword
+        arguments are passed whole. Value and gradients are those of the mean over the microbatches;
+        auxiliary data, arrays, are stacked along a new first axis.
 
     Returns:
       A function with the arguments of `loss_fn` that returns (value, gradients).
@@ -89,10 +86,9 @@ def value_and_grad(
 def stateful_value_and_grad(
     loss_fn: Callable[..., Any], gradient: Any, moments: Any, microbatches: Any
 ) -> Callable[..., Any]:
-    """`value_and_grad` of a loss with state, which goes from each microbatch to the next.
+    """`value_and_grad` of a loss (params, state, *args, **kwargs) -> (loss, (aux, state)).
 
-    The loss is a function of (params, state, *args, **kwargs) that returns (loss, (aux, state)), the result
-    one of (params, state, args, kwargs) that returns (value, (aux, state), gradients).
+    The result is a function (params, state, args, kwargs) -> (value, (aux, state), gradients).
     """
     if gradient not in ("auto", "outer", "dense"):
         raise ValueError(f"gradient is {gradient!r}; expected 'auto', 'outer' or 'dense'")
@@ -157,30 +153,22 @@ def grad(
 
 
 def lora_uses(loss: Callable[..., Any], paths_and_nodes: list[Any]) -> list[Uses | None]:
-    """What a loss of the nodes does with each LoRA parameter; None for other leaves.
-
-    Raises:
-      ValueError: a loss that depends on factors in another way than through a product with them.
-    """
-    names = [name_of(path) if is_low_rank(node) else None for path, node in paths_and_nodes]
-    if not any(names):
-        return [None] * len(names)
-    nodes = [node for _, node in paths_and_nodes]
-    for i, name in enumerate(names):
-        if name is not None:
-            check_factors(nodes[i], name)
-            nodes[i] = Tapped(nodes[i].a, nodes[i].b, nodes[i].scale, nodes[i].roles)
-    owners = [None if name is None else i for i, name in enumerate(names) for _ in jax.tree.leaves(nodes[i])]
-    found = count_uses(jax.make_jaxpr(loss)(nodes), owners)
+    """What a loss of the nodes does with each LoRA parameter; None for other leaves."""
+    nodes, owners = [node for _, node in paths_and_nodes], []
+    for i, (path, node) in enumerate(paths_and_nodes):
+        if is_low_rank(node):
+            check_factors(node, name_of(path))
+            nodes[i] = Tapped(node.a, node.b, node.scale, node.roles)
+        owners += [i if is_low_rank(node) else None] * len(jax.tree.leaves(node))
+    found = count_uses(jax.make_jaxpr(loss)(nodes), owners) if any(map(is_low_rank, nodes)) else {}
     for i, uses in found.items():
         if uses.elsewhere:
             raise ValueError(
-                f"{names[i]}: the loss depends on the factors a and b of this LoRA parameter in a way whose "
-                "full gradient cannot be taken. Multiply by it through lora_dot, merge or to_dense alone "
-                "(and wrap statistics of the factors in jax.lax.stop_gradient), or use jax.grad for factor "
-                "gradients"
+                f"{name_of(paths_and_nodes[i][0])}: the loss depends on the factors a and b of this LoRA "
+                "parameter in a way whose full gradient cannot be taken. Multiply through lora_dot, merge or "
+                "to_dense alone, with statistics of a and b in jax.lax.stop_gradient, or use jax.grad"
             )
-    return [found.get(i) for i in range(len(names))]
+    return [found.get(i) for i in range(len(nodes))]
 
 
 def name_of(path: Any) -> str:
@@ -195,9 +183,8 @@ def _tap(
     places, once = uses.places, uses.once
     if gradient == "outer" and not once:
         raise ValueError(
-            f"{name}: gradient='outer' needs one use per forward pass, through lora_dot, but this LoRA "
-            f"parameter of shape {node.shape} is {uses}. Use gradient='dense' or 'auto', or concatenate the "
-            "inputs and multiply once"
+            f"{name}: gradient='outer' needs one use per forward pass, through lora_dot, but this is {uses}. "
+            "Use gradient='dense' or 'auto', or concatenate the inputs and multiply once"
         )
     # Of an unused parameter: one row of zeros.
     use = places[0] if once and places else Use("dot", 0, 1, (node.a.dtype, node.b.dtype), (None,) * 3)

@@ -22,12 +22,16 @@ class WithLoRA(nn.Module, kw_only=True):
     alpha: float | int | None = None
 
 
+def param_of(layer: nn.Module, name: str) -> Any:
+    """A parameter of a layer, out of the box that Flax keeps it in; None if there is none."""
+    return meta.unbox(layer.get_variable("params", name))
+
+
 def call_with_lora(layer: nn.Module, call: Any, args: Any, kwargs: Any, new: tuple, split: bool) -> Any:
     """What a layer, one of LAYERS or of a subclass, returns with LoRA.
 
     The parameter stands beside the layer's kernel. One that does not exist yet is created, of the rank, the
-    alpha and the type in `new`, after the layer's own parameters, which so get the random keys that they
-    would get without it.
+    alpha and the type in `new`, after the layer's own, which get the random keys that they would without it.
 
     `call` is the layer's own method, without LoRA. With `split` the increment is added to the outputs, which
     is right for a dense layer's own call alone; otherwise the layer runs with merged weights.
@@ -37,13 +41,16 @@ def call_with_lora(layer: nn.Module, call: Any, args: Any, kwargs: Any, new: tup
         given = args[1] if len(args) > 1 else kwargs.get("einsum_str")
         einsum = nn.merge_param("einsum_str", layer.einsum_str, given)
     roles = _roles(layer, einsum)
-    lora = _lora(layer, roles)
-    if lora is not None and not split:
-        return _call_merged(layer, call, args, kwargs, lora)
-    y = call(*args, **kwargs)
-    if not layer.has_variable("params", "kernel"):  # a setup, or a method that does not need the kernel
+    lora = param_of(layer, "lora")
+    if lora is None:
+        refuse_old_names(layer.variables.get("params", {}), layer.path)
+    else:
+        check_roles(lora, roles, "/".join((*layer.path, "lora")))
+        if not split:
+            return _call_merged(layer, call, args, kwargs, lora)
+    y, kernel = call(*args, **kwargs), param_of(layer, "kernel")
+    if kernel is None:  # a setup, or a method that does not need the kernel
         return y
-    kernel = meta.unbox(layer.get_variable("params", "kernel"))
     if lora is None:  # scope.param raises Flax's own error where parameters cannot be created
         layer.scope.param("lora", init_beside, kernel, roles, *new)
         return y  # the increment is zero
@@ -54,21 +61,10 @@ def call_with_lora(layer: nn.Module, call: Any, args: Any, kwargs: Any, new: tup
     return add_einsum_increment(y, einsum, x, kernel.shape, lora, layer.precision)
 
 
-def _lora(layer: nn.Module, roles: str) -> LowRank | None:
-    """A layer's LoRA parameter; None if it has none yet."""
-    if not layer.has_variable("params", "lora"):
-        refuse_old_names(layer.variables.get("params", {}), layer.path)
-        return None
-    lora = meta.unbox(layer.get_variable("params", "lora"))
-    check_roles(lora, roles, "/".join((*layer.path, "lora")))
-    return lora
-
-
 def promoted(layer: nn.Module, x: Any) -> Any:
     """x in the type in which a layer multiplies."""
-    kernel = meta.unbox(layer.get_variable("params", "kernel"))
-    bias = meta.unbox(layer.get_variable("params", "bias")) if layer.use_bias else None
-    return layer.promote_dtype(x, kernel, bias, dtype=layer.dtype)[0]
+    bias = param_of(layer, "bias") if layer.use_bias else None
+    return layer.promote_dtype(x, param_of(layer, "kernel"), bias, dtype=layer.dtype)[0]
 
 
 def _roles(layer: nn.Module, einsum: str | None) -> str:

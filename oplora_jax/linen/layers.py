@@ -3,8 +3,7 @@
 A dense layer's `dot_general` is that of the product with its kernel alone; the increment is multiplied in the
 type that `dtype` and `promote_dtype` say, at the layer's `precision`.
 
-The classes are exempt from checks of types at run time: Flax annotates `promote_dtype` with a protocol that
-no checker can test an instance for.
+Flax annotates `promote_dtype` with a protocol that no checker of types can test for, hence `no_type_check`.
 """
 
 from typing import Any, no_type_check
@@ -18,7 +17,6 @@ from oplora_jax.linen.apply import SPLIT, WithLoRA, call_with_lora
 class _Layer(WithLoRA, kw_only=True):
     @nn.compact
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The layer's outputs; the arguments are those of Flax's layer."""
         new, split = (self.rank, self.alpha, None), isinstance(self, SPLIT)
         return call_with_lora(self, super().__call__, args, kwargs, new, split)
 
@@ -27,17 +25,12 @@ class _Layer(WithLoRA, kw_only=True):
 class LoRADense(_Layer, nn.Dense):
     """`flax.linen.Dense` with a LoRA increment: y = x (kernel + alpha / rank * a b) + bias.
 
-    Its parameters are `kernel` (n, m), `bias` (m,) and `lora`, a `LowRank` of shape (n, m). Nothing is
-    frozen here: which parameters train is the optimizer's business, see `optax.partition`.
+    Its parameters are `kernel` (n, m), `bias` (m,) and `lora`, a `LowRank` of shape (n, m). Which of them
+    train is the optimizer's business, see `optax.partition`. Attributes besides these two are Flax's.
 
     Attributes:
-      rank: r, at most min(n, m).
+      rank: r, from 1 to min(n, m); others raise ValueError when the layer is initialised.
       alpha: the scale is alpha / rank; 1 when alpha is None.
-
-    The others are those of `flax.linen.Dense`.
-
-    Raises:
-      ValueError: when it is initialised, a rank that is not between 1 and min(n, m).
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -70,11 +63,10 @@ class LoRADenseGeneral(_Layer, nn.DenseGeneral):
 class LoRAEinsum(_Layer, nn.Einsum):
     """`flax.linen.Einsum` with a LoRA increment.
 
-    The axes of the kernel that the inputs have and the outputs lack are contracted: together they are n.
-    Those that the outputs have and the inputs lack are m; those that both have are batch axes. Where they
-    are not in the order batch, n, m, the `roles` of the LoRA parameter say what each axis is: "oio" for
-    "btd,ndh->btnh". An einsum that is no matrix product of the two, or of other roles when it is called than
-    when it was initialised, raises ValueError. `rank` and `alpha` are as for `LoRADense`.
+    Of the kernel's axes those that the inputs alone have are together n, those that the outputs alone have m;
+    those that both have are batch axes. In another order than this the `roles` of the LoRA parameter say what
+    each axis is. An einsum that is no product of inputs and a matrix, or of other roles when it is called
+    than when it was initialised, raises ValueError. `rank` and `alpha` are as for `LoRADense`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -105,13 +97,4 @@ class LoRAConv(_Layer, nn.Conv):
 
 @no_type_check
 class LoRAConvTranspose(_Layer, nn.ConvTranspose):
-    """`flax.linen.ConvTranspose` with a LoRA increment, like `LoRAConv`.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from oplora_jax.linen import LoRAConvTranspose
-      >>> layer = LoRAConvTranspose(8, (2, 2), strides=(2, 2), rank=4)
-      >>> params = layer.init(jax.random.key(0), jnp.ones((1, 6, 6, 3)))["params"]
-      >>> params["kernel"].shape, params["lora"].shape
-      ((2, 2, 3, 8), (12, 8))
-    """
+    """`flax.linen.ConvTranspose` with a LoRA increment; attributes and matrix are as for `LoRAConv`."""

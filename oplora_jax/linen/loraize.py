@@ -20,25 +20,22 @@ def loraize(
 ) -> nn.Module:
     """A model with a LoRA increment on the layers of another whose path matches a pattern.
 
-    A path is written like "encoder/layers_0/attention/query", as in the tree of parameters. A chosen
-    `nn.Dense`, `nn.DenseGeneral`, `nn.Einsum`, `nn.Conv` or `nn.ConvTranspose` gets a parameter `lora`, a
-    `LowRank`, beside its `kernel`. The rest of the tree is that of the model itself, so its pretrained
-    parameters fit: `add_lora` adds the LoRA parameters to them, `merge` makes plain parameters again.
-    `nn.scan`, `nn.vmap` and `nn.remat` inside the model treat `lora` as they do the kernel.
+    A chosen `nn.Dense`, `nn.DenseGeneral`, `nn.Einsum`, `nn.Conv` or `nn.ConvTranspose` gets a parameter
+    `lora`, a `LowRank`, beside its `kernel`; `nn.scan`, `nn.vmap` and `nn.remat` treat it as they do that.
+    The rest of the tree is the model's own, so its pretrained parameters fit: `add_lora` adds the LoRA
+    parameters to them, `merge` makes plain ones again.
 
-    The result is called, initialised and applied as the model is, its methods by name as well,
-    `method="encode"`. It may be part of another module. For layers of several ranks, loraize it again.
-
-    A dense layer multiplies by its kernel as it did and adds the increment; a convolution, and a layer of a
-    subclass with methods of its own, runs with merged weights.
+    Convolutions, and layers of a subclass with methods of its own, run with merged weights.
 
     Args:
       model: any linen module.
-      rank, targets, alpha, dtype: as for `oplora_jax.init_lora`.
+      rank, targets, alpha, dtype: as for `oplora_jax.init_lora`; a path is written as in the tree of
+        parameters, like "encoder/layers_0/attention/query".
 
     Returns:
-      A module. Its `init` raises ValueError if no layer matched (the message lists the paths of those that
-      could), if one has LoRA already, or if a kernel is too small for the rank.
+      A module to call and apply as the model, by its methods' names as well, `method="encode"`. For layers of
+        several ranks, loraize it again. Its `init` raises ValueError if no layer matched, if one has LoRA
+        already, or if a kernel is too small for the rank.
 
     Example:
       >>> import flax.linen as nn
@@ -69,11 +66,9 @@ class LoRA(nn.Module):
     targets: tuple[Target, ...]
 
     def setup(self) -> None:
-        """Puts the model's parameters where they are without LoRA."""
-        nn.share_scope(self, self.model)
+        nn.share_scope(self, self.model)  # the model's parameters are where they are without LoRA
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model returns."""
         seen: dict[str, list[Target]] = {}
         y = self._intercepted("__call__", args, kwargs, seen)
         for target in self.targets if self.is_initializing() else ():

@@ -18,17 +18,14 @@ from oplora_jax.matrix import LowRank, is_low_rank
 def add_lora(model: nn.Module, rngs: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
     """The parameters of a model with LoRA, from pretrained ones without.
 
-    Whatever else the model has and the pretrained parameters lack, such as a new head, is initialised too.
-    Nothing else is computed: the forward pass is traced for its shapes alone.
-
     Args:
-      model: a model with LoRA layers, as from `loraize`.
+      model: a model with LoRA layers, as from `loraize`. It is traced for its shapes alone.
       params: the pretrained parameters: the tree of the model's, without LoRA.
       rngs, *args, **kwargs: as for `model.init`; example inputs may be of `jax.ShapeDtypeStruct`.
 
     Returns:
-      A tree of dicts, with the arrays of params as they are and new LoRA parameters, which on a mesh are
-        sharded as the rows and the columns of their kernels.
+      A tree of dicts, with the arrays of params as they are, and new ones where params has none: the LoRA
+        parameters, on a mesh sharded as the rows and the columns of their kernels, and a new head, say.
 
     Raises:
       ValueError: params has an array that the model lacks, or one of another shape; no layer matched.
@@ -45,7 +42,8 @@ def add_lora(model: nn.Module, rngs: Any, params: Any, *args: Any, **kwargs: Any
       True
     """
     refuse_old_names(params)
-    given = {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+    by_name = lambda tree: {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+    given = by_name(params)
     is_box = lambda node: isinstance(node, meta.AxisMetadata)
     boxed = any(map(is_box, jax.tree.leaves(params, is_leaf=is_box)))
     expected: dict[str, Any] = {}
@@ -54,7 +52,7 @@ def add_lora(model: nn.Module, rngs: Any, params: Any, *args: Any, **kwargs: Any
     def missing(rngs: Any) -> Any:
         tree = model.lazy_init(rngs, *args, **kwargs)["params"]
         tree = tree if boxed else meta.unbox(tree)
-        expected.update({path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)})
+        expected.update(by_name(tree))
         if not any(map(is_low_rank, jax.tree.leaves(tree, is_leaf=is_low_rank))):
             raise ValueError(f"the model has no LoRA parameter; it has: {', '.join(expected)}")
         return jax.tree.map_with_path(lambda path, leaf: None if path_name(path) in given else leaf, tree)
@@ -90,8 +88,8 @@ def merge(params: Any) -> Any:
       params: the parameters of a model with LoRA layers, or all its variables.
 
     Raises:
-      ValueError: there is no LoRA parameter, or one whose kernel is missing or of another size, or one of
-        a layer with a shortcut: `merge_shortcuts` merges those that can be.
+      ValueError: there is no LoRA parameter, or one without a kernel of its size, or one of a layer with a
+        shortcut: see `merge_shortcuts`.
 
     Example:
       >>> import jax, jax.numpy as jnp

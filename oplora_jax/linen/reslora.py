@@ -13,7 +13,7 @@ from jaxtyping import Array
 from oplora_jax.adapters.checks import refuse_old_names
 from oplora_jax.adapters.init import init_beside
 from oplora_jax.adapters.reslora import SHORTCUTS, add_increments, add_inputs, check, merge_block
-from oplora_jax.linen.apply import WithLoRA, promoted
+from oplora_jax.linen.apply import WithLoRA, param_of, promoted
 from oplora_jax.linen.parameters import map_layers, merge_layer
 from oplora_jax.matrix import LowRank
 
@@ -22,14 +22,11 @@ from oplora_jax.matrix import LowRank
 class BlockShortcutDense(WithLoRA, nn.Dense, kw_only=True):
     """`LoRADense` whose inputs go through the increments of layers before it too.
 
-    y = x (kernel + sum_i s_i a_i b_i) + bias, over the previous layers' increments and its own. Those are
-    read where the layers keep them, not copied; their exact gradient, which adds up over layers, is dense.
-
-    Its parameters are `kernel` (n, m), `bias` (m,) and `block_lora`, a `LowRank` of shape (n, m).
-    `merge_shortcuts` makes those of a plain `nn.Dense` that computes the same, to rounding.
+    y = x (kernel + sum_i s_i a_i b_i) + bias, over the previous layers' increments and its own, `block_lora`.
+    Their exact gradient, which adds up over layers, is dense.
 
     Attributes:
-      rank, alpha: of its own increment, as for `LoRADense`.
+      rank, alpha: as for `LoRADense`.
       previous: the layers whose increments it shares, of shape (n, m), called before it in the same model: at
         layer l of a stack, with shortcuts over k layers, ``layers[max(0, l - k + 1) : l]``.
 
@@ -51,7 +48,6 @@ class BlockShortcutDense(WithLoRA, nn.Dense, kw_only=True):
 
     @nn.compact
     def __call__(self, inputs: Any) -> Array:
-        """The layer's outputs."""
         y, own = super().__call__(inputs), _own(self, "block_lora")
         loras = [*map(_of, self.previous), own]
         check(own.shape, loras)
@@ -60,13 +56,10 @@ class BlockShortcutDense(WithLoRA, nn.Dense, kw_only=True):
 
 @no_type_check
 class InputShortcutDense(WithLoRA, nn.Dense):
-    """`LoRADense` whose increment sees the previous layer's inputs too.
+    """`LoRADense` whose increment, `input_lora`, sees the previous layer's inputs too.
 
     y = x kernel + s ((x + previous_x) a) b + bias, called as ``layer(x, previous_x)`` with two arrays
     (..., n) of one shape. No plain layer computes this: `merge` and `merge_shortcuts` refuse it.
-
-    Its parameters are `kernel` (n, m), `bias` (m,) and `input_lora`, a `LowRank` of shape (n, m). `rank` and
-    `alpha` are as for `LoRADense`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -79,23 +72,17 @@ class InputShortcutDense(WithLoRA, nn.Dense):
 
     @nn.compact
     def __call__(self, inputs: Any, previous_inputs: Any) -> Array:
-        """The layer's outputs."""
         y, lora = super().__call__(inputs), _own(self, "input_lora")
         both = add_inputs(promoted(self, inputs), promoted(self, previous_inputs))
         return add_increments(y, both, [lora], self.precision)
 
 
 def merge_shortcuts(model: nn.Module, params: Any, *args: Any, **kwargs: Any) -> Any:
-    """`merge` for a model with `BlockShortcutDense` layers.
-
-    The parameters alone do not say whose increments a layer shares: the forward pass is traced for that.
+    """`merge` for a model with `BlockShortcutDense` layers, whose place `nn.Dense` takes.
 
     Args:
       model, params: the model and its parameters.
-      *args, **kwargs: as for `model.init`; example inputs may be of `jax.ShapeDtypeStruct`.
-
-    Returns:
-      A tree of dicts: the parameters of the model with `nn.Dense` in the place of its LoRA layers.
+      *args, **kwargs: as for `add_lora`, to trace whose increments a layer shares.
 
     Raises:
       ValueError: as for `merge`; an `InputShortcutDense`, which has no merged form.
@@ -136,15 +123,14 @@ def merge_shortcuts(model: nn.Module, params: Any, *args: Any, **kwargs: Any) ->
 def _own(layer: WithLoRA, name: str) -> LowRank:
     """A layer's increment, which is created after the layer's own parameters."""
     if not layer.has_variable("params", name):
-        kernel = meta.unbox(layer.get_variable("params", "kernel"))
-        layer.scope.param(name, init_beside, kernel, "io", layer.rank, layer.alpha, None)
-    return meta.unbox(layer.get_variable("params", name))
+        new = layer.rank, layer.alpha, None
+        layer.scope.param(name, init_beside, param_of(layer, "kernel"), "io", *new)
+    return param_of(layer, name)
 
 
 def _of(layer: nn.Module) -> LowRank:
     """The increment of another layer of the model."""
-    lora = _find(layer.variables.get("params", {}))
-    if lora is None:
+    if (lora := _find(layer.variables.get("params", {}))) is None:
         name = "/".join(layer.path)
         raise ValueError(f"the previous layer {name!r} has no LoRA parameter yet; call it before this one")
     return lora

@@ -9,10 +9,9 @@ from oplora_jax.matrix import LowRank
 
 serialization.register_serialization_state(
     LowRank,
-    lambda node: {"a": serialization.to_state_dict(node.a), "b": serialization.to_state_dict(node.b)},
+    lambda node: {name: serialization.to_state_dict(getattr(node, name)) for name in "ab"},
     lambda node, state: node.with_factors(
-        serialization.from_state_dict(node.a, state["a"], name="a"),
-        serialization.from_state_dict(node.b, state["b"], name="b"),
+        *(serialization.from_state_dict(getattr(node, name), state[name], name=name) for name in "ab")
     ),
 )
 

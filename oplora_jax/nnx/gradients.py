@@ -21,17 +21,16 @@ def value_and_grad(
 ) -> Callable[..., Any]:
     """`oplora_jax.value_and_grad` for a loss of an NNX module.
 
-    Other state that the loss changes, such as batch statistics, is updated in the module.
+    Other state that the loss changes, such as batch statistics, is updated in the module, by each microbatch.
 
     Args:
       loss_fn: a function of (model, *args, **kwargs) that returns a scalar loss, or with `has_aux` a pair.
       wrt: an NNX filter, the variables to differentiate by; the same as the optimizer's.
-      gradient, has_aux, moments, microbatches: as for `oplora_jax.value_and_grad`. The other state goes from
-        each microbatch to the next.
+      gradient, has_aux, moments, microbatches: as for `oplora_jax.value_and_grad`.
 
     Returns:
-      A function of (model, *args, **kwargs) that returns (value, gradients), the gradients an `nnx.State`
-      for `nnx.Optimizer.update(model, gradients)`.
+      A function of (model, *args, **kwargs) that returns (value, gradients), the latter an `nnx.State` for
+        `nnx.Optimizer.update(model, gradients)`.
 
     Example:
       >>> import jax.numpy as jnp, optax

@@ -54,11 +54,6 @@ def lora_of(layer: nnx.Module) -> LowRank:
     return lora
 
 
-def merged_kernel(layer: nnx.Module) -> Array:
-    """A layer's kernel with its LoRA increment added."""
-    return add_increment(layer.kernel[...], lora_of(layer))
-
-
 def promoted(layer: nnx.Module, x: Any) -> Array:
     """x in the type in which a layer multiplies."""
     bias = None if layer.bias is None else layer.bias[...]
@@ -70,12 +65,15 @@ class WithLoRA(nnx.Module):
 
     lora_name = "lora"
 
+    def merged_kernel(self) -> Array:
+        """The kernel with all increments added."""
+        return add_increment(self.kernel[...], lora_of(self))
+
 
 class Split(WithLoRA):
     """Mixed into a dense layer: its own product, and the increment's beside it."""
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Array:
-        """The layer's outputs."""
         y, x = super().__call__(inputs, *args, **kwargs), promoted(self, inputs)
         equation = _equation(self, x.ndim, *args, **kwargs)
         return add_einsum_increment(y, equation, x, self.kernel.shape, lora_of(self), self.precision)
@@ -94,10 +92,9 @@ class Merged(WithLoRA):
     """Mixed into any layer: it runs with merged weights, a convolution's being small."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The layer's outputs."""
         layer = copy.copy(self)
         # Not by assignment, which NNX refuses where a transformation closes over the layer.
-        vars(layer)["kernel"] = nnx.Param(merged_kernel(self))
+        vars(layer)["kernel"] = nnx.Param(self.merged_kernel())
         return super(Merged, layer).__call__(*args, **kwargs)
 
 
@@ -119,13 +116,10 @@ class LoRALinear(Split, Dense, nnx.Linear):
 
     Args:
       in_features, out_features: n and m.
-      rank: r, at most min(n, m).
+      rank: r, from 1 to min(n, m); others raise ValueError.
       alpha: the scale is alpha / rank; 1 when alpha is None.
       rngs: random number streams; "params" is used.
       **options: those of Flax's layer.
-
-    Raises:
-      ValueError: a rank that is not between 1 and min(n, m).
 
     Example:
       >>> import jax.numpy as jnp
@@ -144,29 +138,27 @@ class LoRALinearGeneral(Split, Dense, nnx.LinearGeneral):
     `batch_axis` gives each of its entries factors of its own. The rest is as for `LoRALinear`.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> from oplora_jax.nnx import LoRALinearGeneral
       >>> layer = LoRALinearGeneral((2, 3), (4, 5), rank=2, axis=(1, -1), rngs=nnx.Rngs(0))
-      >>> layer(jnp.ones((7, 2, 3))).shape, layer.lora.get_value().shape
-      ((7, 4, 5), (6, 20))
+      >>> layer.kernel.shape, layer.lora.get_value().shape
+      ((2, 3, 4, 5), (6, 20))
     """
 
 
 class LoRAEinsum(Split, nnx.Einsum):
     """`flax.nnx.Einsum` with a LoRA increment.
 
-    The axes of the kernel that the inputs have and the outputs lack are contracted: together they are n.
-    Those that the outputs have and the inputs lack are m; those that both have are batch axes. An einsum that
-    is no matrix product of the two raises ValueError. The rest is as for `LoRALinear`.
+    Of the kernel's axes those that the inputs alone have are together n, those that the outputs alone have m;
+    those that both have are batch axes. An einsum that is no product of inputs and a matrix raises
+    ValueError. The rest is as for `LoRALinear`.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> from oplora_jax.nnx import LoRAEinsum
-      >>> layer = LoRAEinsum("btd,ndh->btnh", (2, 8, 3), rank=2, rngs=nnx.Rngs(0))
-      >>> layer(jnp.ones((5, 7, 8))).shape, layer.lora.get_value().shape
-      ((5, 7, 2, 3), (8, 6))
+      >>> lora = LoRAEinsum("btd,ndh->btnh", (2, 8, 3), rank=2, rngs=nnx.Rngs(0)).lora.get_value()
+      >>> lora.shape, lora.roles
+      ((8, 6), 'oio')
     """
 
     def __init__(
@@ -199,23 +191,13 @@ class LoRAConv(_Convolution, nnx.Conv):
     by the last. The gradient of that matrix is captured dense. The rest is as for `LoRALinear`.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> from oplora_jax.nnx import LoRAConv
       >>> layer = LoRAConv(3, 8, (5, 5), rank=4, padding="VALID", rngs=nnx.Rngs(0))
-      >>> layer(jnp.ones((1, 12, 12, 3))).shape, layer.lora.get_value().shape
-      ((1, 8, 8, 8), (75, 8))
+      >>> layer.kernel.shape, layer.lora.get_value().shape
+      ((5, 5, 3, 8), (75, 8))
     """
 
 
 class LoRAConvTranspose(_Convolution, nnx.ConvTranspose):
-    """`flax.nnx.ConvTranspose` with a LoRA increment, like `LoRAConv`.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from flax import nnx
-      >>> from oplora_jax.nnx import LoRAConvTranspose
-      >>> layer = LoRAConvTranspose(3, 8, (2, 2), rank=4, strides=2, rngs=nnx.Rngs(0))
-      >>> layer(jnp.ones((1, 6, 6, 3))).shape, layer.lora.get_value().shape
-      ((1, 12, 12, 8), (12, 8))
-    """
+    """`flax.nnx.ConvTranspose` with a LoRA increment; its arguments and its matrix are as for `LoRAConv`."""

@@ -10,7 +10,7 @@ from flax import nnx
 from oplora_jax.adapters.paths import matches, path_name
 from oplora_jax.adapters.reslora import SHORTCUTS
 from oplora_jax.nnx import layers as lora_layers
-from oplora_jax.nnx.layers import Merged, Split, WithLoRA, lora_param, merged_kernel
+from oplora_jax.nnx.layers import Merged, Split, WithLoRA, lora_param
 from oplora_jax.nnx.reslora import BlockShortcutLinear, InputShortcutLinear
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -30,25 +30,19 @@ def loraize(
     dtype: Any = None,
     rngs: nnx.Rngs,
 ) -> list[str]:
-    """Gives the layers of a model whose path matches a pattern a LoRA increment, in place.
+    """Gives the layers whose path matches a pattern a LoRA increment, in place, and returns their paths.
 
-    A path is written like "encoder/layers/0/attention/query"; that of the model itself is "". Each chosen
-    `nnx.Linear`, `nnx.LinearGeneral`, `nnx.Einsum`, `nnx.Conv` or `nnx.ConvTranspose` becomes the LoRA layer
-    of that name: the same object, with its kernel, its bias and all its options, and a `lora` besides, so
-    that a shared layer stays shared. The model computes what it did, since the increments start at zero.
-    Layers that `nnx.vmap` has stacked get stacked factors. On a mesh the factors are sharded as the rows and
-    the columns of their kernel; under `jax.jit` that needs explicit axes.
-
-    A layer of a subclass stays one of that class. If the class has a `__call__` of its own, that runs with
-    merged weights.
+    Each chosen `nnx.Linear`, `nnx.LinearGeneral`, `nnx.Einsum`, `nnx.Conv` or `nnx.ConvTranspose` becomes the
+    LoRA layer of that name: the same object, with its kernel, its bias and all its options, and a `lora`
+    besides. The model computes what it did, since the increments start at zero. Layers that `nnx.vmap` has
+    stacked get stacked factors. A layer of a subclass stays one of that class; if that has a `__call__` of
+    its own, it runs with merged weights.
 
     Args:
       model: any module.
-      rank, targets, alpha, dtype: as for `oplora_jax.init_lora`.
+      rank, targets, alpha, dtype: as for `oplora_jax.init_lora`, the sharding too; a path is written like
+        "encoder/layers/0/attention/query", that of the model itself is "".
       rngs: random number streams; "params" is used.
-
-    Returns:
-      The paths of the layers that have changed.
 
     Raises:
       ValueError: no layer matched, one has LoRA already, or its kernel is too small for the rank. The model
@@ -93,17 +87,15 @@ def loraize(
 def merge(model: Model) -> Model:
     """A model of plain layers, with the LoRA increments added to their kernels.
 
-    It computes what the model with LoRA does, to rounding, and is of the classes that `loraize` found.
-
     Args:
-      model: any module with LoRA layers, which stays as it is: the result is a copy.
+      model: any module with LoRA layers, which stays as it is: the result is a copy that computes the same,
+        to rounding, and is of the classes that `loraize` found.
 
     Raises:
       ValueError: the model has no LoRA layer, or one of a class with a `__call__` of its own, or one that has
         no merged form: an `InputShortcutLinear`.
 
     Example:
-      >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> from oplora_jax.nnx import LoRALinear, merge
       >>> layer = LoRALinear(4, 6, rank=2, rngs=nnx.Rngs(0))
@@ -122,11 +114,9 @@ def merge(model: Model) -> Model:
         if type(layer).__call__ not in (Split.__call__, Merged.__call__, BlockShortcutLinear.__call__):
             own = f"{type(layer).__name__} has a __call__ of its own, which {plain.__name__} would lose"
             raise ValueError(f"{name}: {own}. Merge its lora into its kernel yourself")
+        layer.kernel.set_value(layer.merged_kernel())
         if isinstance(layer, BlockShortcutLinear):
-            layer.kernel.set_value(layer.merged_kernel())
             del layer.previous
-        else:
-            layer.kernel.set_value(merged_kernel(layer))
         delattr(layer, layer.lora_name)
         object.__setattr__(layer, "__class__", plain)
     return model

@@ -10,7 +10,8 @@ from flax import nnx
 import oplora_jax
 from oplora_jax import DenseGradient, LowRank, OuterProduct, clip_by_global_norm, global_norm, lora_dot, merge
 from oplora_jax import nnx as lora_nnx
-from oplora_jax.matrix import frobenius_norm, inner_product, is_matrix, left_product, right_product
+from oplora_jax.matrix import is_matrix, left_product, right_product
+from oplora_jax.norms import frobenius_norm, inner_product
 from oplora_jax.svd import svd
 from tests.arrays import normal
 
