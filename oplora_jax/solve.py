@@ -24,13 +24,15 @@ def inverse(gram: Float[Array, "*batch r r"], regularization: Any) -> Float[Arra
     """(gram + regularization I)^-1 of a Gram matrix; the pseudo-inverse where that is known to be 0 or None.
 
     Finite for every finite Gram matrix. Rounding leaves the small eigenvalues of a float32 Gram matrix
-    undetermined to eps times the largest, so directions below that are cut off (pseudo-inverse), or a pivot
-    counts as 8 r eps of its diagonal entry. A NaN stays one and is seen.
+    undetermined to eps times the largest, so directions below that are cut off (pseudo-inverse), or, where a
+    pivot is below 8 r eps of its diagonal entry, that much of each entry is added to the diagonal. A NaN
+    stays one and is seen; so is an infinity.
 
     Args:
       gram: symmetric and positive semidefinite.
       regularization: a number, or `Float[Array, "r"]`, one for each row.
     """
+    gram = jnp.where(jnp.isfinite(gram), gram, jnp.nan)  # 1 / infinity would be a finite answer
     if is_zero(regularization):
         values, vectors = eigh(gram)
         eps, tiny = jnp.finfo(gram.dtype).eps, jnp.finfo(gram.dtype).tiny
@@ -43,22 +45,31 @@ def inverse(gram: Float[Array, "*batch r r"], regularization: Any) -> Float[Arra
 
 
 def by_elimination(gram: Array, ridge: Float[Array, "*batch r"]) -> Array:
-    """(gram + diag(ridge))^-1, by Gauss-Jordan elimination: as exact as a Cholesky decomposition."""
+    """(gram + diag(ridge))^-1, by Gauss-Jordan elimination; by `by_cholesky`'s rule for small pivots."""
     eps, tiny = jnp.finfo(gram.dtype).eps, jnp.finfo(gram.dtype).tiny
+    floor = 8 * gram.shape[-1] * eps
+    # At once without and with the floor added to the diagonal. To raise a small pivot alone would not do:
+    # beside it there may be larger entries, which then grow from one elimination to the next.
+    gram, ridge = jnp.stack([gram, gram]), jnp.stack([ridge, ridge])
+    lift = jnp.asarray([0, floor], gram.dtype).reshape(2, *[1] * (gram.ndim - 1))
 
-    def eliminate(k, matrix):
+    def eliminate(k, carry):
+        matrix, determined = carry
         at = lambda z, axis: jax.lax.dynamic_slice_in_dim(z, k, 1, axis)
         is_k = lambda z, axis: jax.lax.broadcasted_iota(jnp.int32, z.shape, z.ndim + axis) == k
         column, row, added = at(matrix, -1), at(matrix, -2), at(ridge, -1)[..., None]
         whole = at(at(gram, -2), -1) + added  # what is added to the diagonal is added to the pivot
-        # An infinite pivot leaves an empty direction out.
-        floor = jnp.where(whole <= tiny / eps, jnp.inf, 8 * gram.shape[-1] * eps * whole)
-        pivot = jnp.maximum(at(row, -1) + added, floor)
+        pivot = at(row, -1) + added + lift * whole
+        empty = whole <= tiny / eps  # an infinite pivot leaves the direction out
+        determined &= empty | (pivot >= floor * whole)
+        pivot = jnp.where(empty, jnp.inf, jnp.maximum(pivot, floor * whole))
         at_row, at_column = is_k(column, -2), is_k(row, -1)
         rest = jnp.where(at_row | at_column, 0, matrix)
-        return rest - jnp.where(at_row, -1, column) * (jnp.where(at_column, 1, row) / pivot)
+        return rest - jnp.where(at_row, -1, column) * (jnp.where(at_column, 1, row) / pivot), determined
 
-    return jax.lax.fori_loop(0, gram.shape[-1], eliminate, gram)
+    determined = jnp.ones_like(gram[..., :1, :1], bool)
+    found, determined = jax.lax.fori_loop(0, gram.shape[-1], eliminate, (gram, determined))
+    return jnp.where(determined[0], *found)
 
 
 def by_cholesky(gram: Array, ridge: Float[Array, "*batch r"]) -> Array:
@@ -68,9 +79,9 @@ def by_cholesky(gram: Array, ridge: Float[Array, "*batch r"]) -> Array:
     root = jnp.where(whole <= tiny / eps, 0, jax.lax.rsqrt(whole))
     eye = jnp.broadcast_to(jnp.eye(r, dtype=gram.dtype), gram.shape)
     unit = jnp.where(eye > 0, 1, root[..., :, None] * gram * root[..., None, :])
-    factor = jnp.linalg.cholesky(unit)
-    pivots = jnp.min(jnp.square(jnp.diagonal(factor, axis1=-2, axis2=-1)), axis=-1)[..., None, None]
-    factor = jnp.where(pivots >= 8 * r * eps, factor, jnp.linalg.cholesky(unit + 8 * r * eps * eye))
+    pivots = jnp.square(jnp.diagonal(jnp.linalg.cholesky(unit), axis1=-2, axis2=-1))
+    determined = jnp.all(pivots >= 8 * r * eps, axis=-1)[..., None, None]  # not of a NaN: no minimum on CPU
+    factor = jnp.linalg.cholesky(unit + jnp.where(determined, 0, 8 * r * eps) * eye)
     half = jax.lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True) * root[..., None, :]
     return times(transpose(half), half)
 
