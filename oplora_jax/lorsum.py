@@ -38,14 +38,11 @@ def lorsum(
 
     Args:
       terms: pairs of a coefficient (a scalar) and a matrix (`LowRank`, `OuterProduct` or array) of shape
-        (*batch, n, m). The first matrix, the anchor, is a `LowRank`; its rank is that of the result.
+        (*batch, n, m). The first, the anchor, is a `LowRank`: the result has its rank, types and scale.
       num_iters: alternating iterations. 0 is the Jacobi step, preconditioned LoRA: both from the old factors.
       regularization: lambda, non-negative, in the units of the squared factors of the anchor at scale 1.
       metric: a `KroneckerMetric`; the Frobenius norm if None.
       first: the factor that is solved first.
-
-    Returns:
-      A `LowRank` with the anchor's shapes, types and scale.
 
     Raises:
       ValueError: an anchor that is no `LowRank`, shapes that differ, or an argument out of range.
@@ -70,8 +67,7 @@ def lorsum(
     def solve(terms, regularization, metric):
         (weight, anchor), *rest = terms
         sums = Sums([anchor], rest, metric and powers(metric, 1, batch_ndim=len(shape) - 2))
-        settings = {"regularization": [regularization], "num_iters": num_iters, "first": first}
-        return lorsums([sums], [[weight]], [1.0], **settings)[0][0]
+        return lorsums([sums], [[weight]], [1.0], [regularization], num_iters=num_iters, first=first)[0][0]
 
     return under_auto_sharding(solve, lambda: specs_of(terms[0][1]), list(terms), regularization, metric)
 
@@ -88,8 +84,8 @@ def lorsums(
     problems: Sequence[Sums],
     mixing: Sequence[Sequence[Any]],
     rates: Sequence[Any],
-    *,
     regularization: Sequence[Any],
+    *,
     shrinkage: Sequence[Any] | None = None,
     num_iters: Any = 1,
     first: str = "a",
@@ -108,11 +104,9 @@ def lorsums(
     The R x R algebra of all parameters is done together. What is as wide as a parameter stays with it, so
     that its gradient is free once its own products are taken.
     """
-    if isinstance(num_iters, int) and num_iters < 0:
-        raise ValueError(f"num_iters is {num_iters}; expected 0 (the Jacobi step) or more")
-    for value in regularization:
+    for name, value in [("num_iters", num_iters), *(("regularization", value) for value in regularization)]:
         if isinstance(value, int | float) and value < 0:
-            raise ValueError(f"regularization is {value}; expected a non-negative number")
+            raise ValueError(f"{name} is {value}; expected a non-negative number")
     ridges = [None if is_zero(value) else value for value in regularization]
     numbers = mixing, rates, ridges, shrinkage or [0.0] * len(rates)
     return (_solve_static if isinstance(num_iters, int) else _solve)(problems, numbers, num_iters, first)

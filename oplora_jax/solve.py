@@ -1,8 +1,7 @@
 """The small solves, floored, and every decomposition that the library takes.
 
-On CPU a stack is decomposed one matrix after the other: several batched decompositions side by side deadlock
-on machines with few cores, as XLA's thread pool waits for itself. (A program's own batched decompositions
-beside the library's can hang in the same way: put them in `jax.lax.map`.)
+On CPU a stack is decomposed one matrix after the other: batched decompositions side by side deadlock where
+there are few cores, as XLA's thread pool waits for itself. (So can a program's own: use `jax.lax.map`.)
 """
 
 from collections.abc import Callable
@@ -20,51 +19,58 @@ def inverse(gram: Float[Array, "*batch r r"], regularization: Any) -> Float[Arra
     """(gram + regularization I)^-1 of a Gram matrix; the pseudo-inverse where that is known to be 0 or None.
 
     Finite for every finite Gram matrix: directions below the rounding error of its entries are cut off
-    (pseudo-inverse), or a pivot counts as 8 r eps of its diagonal entry. A NaN stays one and is seen. The
-    regularization is a number, or one for each row.
+    (pseudo-inverse) or floored. A NaN or an infinity is seen. The regularization is a number or one a row.
     """
+    gram = jnp.where(jnp.isfinite(gram), gram, jnp.nan)  # 1 / infinity would be a finite answer
+    r, eps, tiny = gram.shape[-1], jnp.finfo(gram.dtype).eps, jnp.finfo(gram.dtype).tiny
     if is_zero(regularization):
         values, vectors = eigh(gram)
-        eps, tiny = jnp.finfo(gram.dtype).eps, jnp.finfo(gram.dtype).tiny
-        kept = values > jnp.maximum(gram.shape[-1] * eps * values[..., -1:], tiny)
+        kept = values > jnp.maximum(r * eps * values[..., -1:], tiny)
         reciprocals = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
         return times(vectors * reciprocals[..., None, :], transpose(vectors))
     ridge = jnp.broadcast_to(jnp.asarray(regularization, gram.dtype), gram.shape[:-1])
-    # r sequential eliminations are one loop on CPU, and r times as many kernels as a decomposition on a GPU.
-    return jax.lax.platform_dependent(gram, ridge, cpu=by_elimination, default=by_cholesky)
+    routines = {"cpu": partial(floored, by_elimination), "default": partial(floored, by_cholesky)}
+    return jax.lax.platform_dependent(gram, ridge, **routines)
 
 
-def by_elimination(gram: Array, ridge: Float[Array, "*batch r"]) -> Array:
-    """(gram + diag(ridge))^-1, by Gauss-Jordan elimination: as exact as a Cholesky decomposition."""
+def floored(routine: Callable[..., Any], gram: Array, ridge: Float[Array, "*batch r"]) -> Array:
+    """(gram + diag(ridge))^-1, with 8 r eps of the diagonal added to it where a pivot is below that."""
+    floor = 8 * gram.shape[-1] * jnp.finfo(gram.dtype).eps
+    above = ridge + floor * (jnp.diagonal(gram, axis1=-2, axis2=-1) + ridge)
+    found, determined = routine(jnp.stack([gram, gram]), jnp.stack([ridge, above]))
+    return jnp.where(determined[0], *found)
+
+
+def by_elimination(gram: Array, ridge: Float[Array, "*batch r"]) -> tuple[Array, Array]:
+    """(gram + diag(ridge))^-1 by Gauss-Jordan elimination, and whether its pivots are above the floor."""
     eps, tiny = jnp.finfo(gram.dtype).eps, jnp.finfo(gram.dtype).tiny
 
-    def eliminate(k, matrix):
+    def eliminate(k, carry):
+        matrix, determined = carry
         at = lambda z, axis: jax.lax.dynamic_slice_in_dim(z, k, 1, axis)
         is_k = lambda z, axis: jax.lax.broadcasted_iota(jnp.int32, z.shape, z.ndim + axis) == k
         column, row, added = at(matrix, -1), at(matrix, -2), at(ridge, -1)[..., None]
-        whole = at(at(gram, -2), -1) + added  # what is added to the diagonal is added to the pivot
-        # An infinite pivot leaves an empty direction out.
-        floor = jnp.where(whole <= tiny / eps, jnp.inf, 8 * gram.shape[-1] * eps * whole)
-        pivot = jnp.maximum(at(row, -1) + added, floor)
+        whole, pivot = at(at(gram, -2), -1) + added, at(row, -1) + added
+        floor, empty = 8 * gram.shape[-1] * eps * whole, whole <= tiny / eps
+        determined &= empty | (pivot >= floor)
+        pivot = jnp.where(empty, jnp.inf, jnp.maximum(pivot, floor))  # an infinite one leaves its row out
         at_row, at_column = is_k(column, -2), is_k(row, -1)
         rest = jnp.where(at_row | at_column, 0, matrix)
-        return rest - jnp.where(at_row, -1, column) * (jnp.where(at_column, 1, row) / pivot)
+        return rest - jnp.where(at_row, -1, column) * (jnp.where(at_column, 1, row) / pivot), determined
 
-    return jax.lax.fori_loop(0, gram.shape[-1], eliminate, gram)
+    return jax.lax.fori_loop(0, gram.shape[-1], eliminate, (gram, jnp.ones_like(gram[..., :1, :1], bool)))
 
 
-def by_cholesky(gram: Array, ridge: Float[Array, "*batch r"]) -> Array:
-    """The same, scaled to a diagonal of ones. Where a pivot is below the floor, that is added to all."""
+def by_cholesky(gram: Array, ridge: Float[Array, "*batch r"]) -> tuple[Array, Array]:
+    """The same by a Cholesky decomposition, after scaling to a diagonal of ones: fewer kernels on a GPU."""
     r, eps, tiny = gram.shape[-1], jnp.finfo(gram.dtype).eps, jnp.finfo(gram.dtype).tiny
     whole = jnp.diagonal(gram, axis1=-2, axis2=-1) + ridge
     root = jnp.where(whole <= tiny / eps, 0, jax.lax.rsqrt(whole))
     eye = jnp.broadcast_to(jnp.eye(r, dtype=gram.dtype), gram.shape)
-    unit = jnp.where(eye > 0, 1, root[..., :, None] * gram * root[..., None, :])
-    factor = jnp.linalg.cholesky(unit)
-    pivots = jnp.min(jnp.square(jnp.diagonal(factor, axis1=-2, axis2=-1)), axis=-1)[..., None, None]
-    factor = jnp.where(pivots >= 8 * r * eps, factor, jnp.linalg.cholesky(unit + 8 * r * eps * eye))
+    factor = jnp.linalg.cholesky(jnp.where(eye > 0, 1, root[..., :, None] * gram * root[..., None, :]))
+    pivots = jnp.square(jnp.diagonal(factor, axis1=-2, axis2=-1))
     half = jax.lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True) * root[..., None, :]
-    return times(transpose(half), half)
+    return times(transpose(half), half), jnp.all(pivots >= 8 * r * eps, axis=-1)[..., None, None]
 
 
 def _of_stacks(decompose: Callable[[Array], Any]) -> Callable[[Array], Any]:
