@@ -106,7 +106,7 @@ def lorsums(
     """
     for name, value in [("num_iters", num_iters), *(("regularization", value) for value in regularization)]:
         if isinstance(value, int | float) and value < 0:
-            raise ValueError(f"{name} is {value}; expected a non-negative number")
+            raise ValueError(f"{name} is {value}; expected 0 or more, a non-negative number")
     ridges = [None if is_zero(value) else value for value in regularization]
     numbers = mixing, rates, ridges, shrinkage or [0.0] * len(rates)
     return (_solve_static if isinstance(num_iters, int) else _solve)(problems, numbers, num_iters, first)
