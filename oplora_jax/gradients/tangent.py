@@ -1,21 +1,25 @@
 """The full gradient as far as plain factor gradients know it."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from oplora_jax.matrix import (
-    HIGHEST,
     LowRank,
     Matrix,
     check_factors,
     compute_dtype,
+    gram,
     left_product,
-    matmul,
     right_product,
+    times,
     transpose,
 )
 from oplora_jax.sharding import specs_of, under_auto_sharding
 from oplora_jax.solve import inverse
+from oplora_jax.together import together
 
 
 def tangent_gradient(param: LowRank, factor_gradients: LowRank) -> LowRank:
@@ -52,17 +56,26 @@ def tangent_gradient(param: LowRank, factor_gradients: LowRank) -> LowRank:
     if shapes[0] != shapes[1]:
         raise ValueError(f"the factor gradients have shapes {shapes[1]}, the factors {shapes[0]}")
     like = lambda: LowRank(*jax.tree.leaves(specs_of(param)))
-    return under_auto_sharding(_tangent_gradient, like, param, factor_gradients)
+    project = lambda *pair: _projections([pair])[0]
+    return under_auto_sharding(project, like, param, factor_gradients)
 
 
-def _tangent_gradient(param: LowRank, gradients: LowRank) -> LowRank:
+def _projections(pairs: Sequence[tuple[LowRank, LowRank]]) -> list[LowRank]:
+    """The small inverses of all parameters are computed together."""
+    factors = [wide for param, _ in pairs for wide in (transpose(param.a), param.b)]
+    grams = [gram(wide.astype(compute_dtype(wide))) for wide in factors]
+    inverses = together(lambda _, grams: inverse(grams, None), [None] * len(grams), grams)
+    return [_projection(*z) for z in zip(pairs, inverses[::2], inverses[1::2], strict=True)]
+
+
+@jax.jit
+def _projection(pair: tuple[LowRank, LowRank], inverse_a: Array, inverse_b: Array) -> LowRank:
+    param, gradients = pair
     dtype = compute_dtype(param.a, param.b)
     a, b = param.a.astype(dtype), param.b.astype(dtype)
     da, db = (z.astype(dtype) / param.scale for z in (gradients.a, gradients.b))
-    inverse_a = inverse(matmul(transpose(a), a, HIGHEST), None)
-    row_space = matmul(inverse(matmul(b, transpose(b), HIGHEST), None), b, HIGHEST)
-    both = matmul(matmul(transpose(a), da, HIGHEST), row_space, HIGHEST)
-    columns = matmul(inverse_a, db - both, HIGHEST)
+    row_space = times(inverse_b, b)
+    columns = times(inverse_a, db - times(transpose(a), da, row_space))
     return LowRank(jnp.concatenate([a, da], axis=-1), jnp.concatenate([columns, row_space], axis=-2))
 
 
@@ -76,6 +89,14 @@ def full_gradient(param: LowRank, gradient: Matrix) -> Matrix:
       gradient: an `OuterProduct`, a `DenseGradient` or an array, or the `LowRank` of factor gradients.
     """
     return tangent_gradient(param, gradient) if isinstance(gradient, LowRank) else gradient
+
+
+def full_gradients(params: Sequence[LowRank], gradients: Sequence[Matrix]) -> list[Matrix]:
+    """`full_gradient` of many parameters: the same with fewer kernels."""
+    pairs = zip(params, gradients, strict=True)
+    known = {i: pair for i, pair in enumerate(pairs) if isinstance(pair[1], LowRank)}
+    projections = dict(zip(known, _projections([*known.values()]), strict=True))
+    return [projections.get(i, gradient) for i, gradient in enumerate(gradients)]
 
 
 def factor_gradients(param: LowRank, gradient: Matrix) -> LowRank:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from oplora_jax.gradients.tangent import full_gradient
+from oplora_jax.gradients.tangent import full_gradients
 from oplora_jax.lorsum import lorsum
 from oplora_jax.matrix import LowRank, from_unit_scale, is_zero, left_product, times, transpose, transposed
 from oplora_jax.optimizers._factors import gram_inverse, wide_at_unit_scale
@@ -120,7 +120,7 @@ def oplora(
         lr = at_step(learning_rate, count)
         given = regularization if momentum_regularization is None else momentum_regularization
         ridges = tuple(0.0 if is_zero(value) else lr * value for value in (regularization, given))
-        gradients = [full_gradient(*z) for z in zip(params, gradients, strict=True)]
+        gradients = full_gradients(params, gradients)
         momenta = [state.momentum if kind == "low_rank" else None for state in states]
         rates = {"learning_rate": lr, "decay": decay, "share": share, "weight": 1 - lr * weight_decay}
         settings = {"regularization": ridges, "num_iters": num_iters}

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from oplora_jax.gradients.tangent import full_gradient
+from oplora_jax.gradients.tangent import full_gradients
 from oplora_jax.matrix import DenseGradient, LowRank, OuterProduct, compute_dtype, is_zero
 from oplora_jax.metrics import KroneckerMetric, Structure, average, kfac_moments, powers, shampoo_moments
 from oplora_jax.optimizers._facts import facts
@@ -131,7 +131,7 @@ def scaled_oplora(
         ridge = jnp.maximum(lr * regularization, 1e-5)
         corrected = (1 - b2) / (1 - jnp.asarray(b2, lr.dtype) ** (count + 1))
         weight = jnp.where(bias_correction, corrected, 1 - b2)
-        gradients = [full_gradient(*z) for z in zip(params, gradients, strict=True)]
+        gradients = full_gradients(params, gradients)
 
         def measured(gradient, state):
             new = estimate(gradient, structure, loss_reduction)
