@@ -365,8 +365,9 @@ def test_matrix(tmp_path, capsys):
     assert all(float(row["captured_before"]) < 0.95 for row in rows if not row["note"])
     fits = table(tmp_path / "matrix_exponents.csv")
     for row in fits:
-        if row["method"] == "lorsum":  # linear, but for what depends on the rank and the tokens alone
-            assert 0.9 < float(row["flops_exponent"]) < 1.02
+        if row["method"] == "lorsum":
+            # Linear, but for the solves: a sixth of the operations at 32, a twentieth at 128.
+            assert 0.87 < float(row["flops_exponent"]) < 1.02
         if row["method"] == "svd":
             assert 2.8 < float(row["flops_exponent"]) < 3.1
     assert {row["method"] for row in fits} == set(matrix.METHODS)
