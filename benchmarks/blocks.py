@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from benchmarks.layers import inputs_and_targets
 from benchmarks.steps import at_least
 from experiments import ExperimentError
 from experiments.task import Task
@@ -73,9 +74,7 @@ class Blocks(Task):
 
     def data(self) -> tuple[Float[Array, "tokens width"], Float[Array, "tokens width"]]:
         """Inputs and targets: one sequence."""
-        random = np.random.default_rng(1)
-        normal = lambda: jnp.asarray(random.standard_normal((self.tokens, self.width), np.float32))
-        return normal(), normal()
+        return inputs_and_targets(self.tokens, self.width)
 
     def loss(
         self, trainable: Any, frozen: Any, x: Float[Array, "tokens width"], y: Float[Array, "tokens width"]

@@ -52,9 +52,7 @@ class Layers(Task):
 
     def data(self) -> tuple[Float[Array, "tokens width"], Float[Array, "tokens width"]]:
         """Inputs and targets."""
-        random = np.random.default_rng(1)
-        normal = lambda: jnp.asarray(random.standard_normal((self.tokens, self.width), np.float32))
-        return normal(), normal()
+        return inputs_and_targets(self.tokens, self.width)
 
     def loss(
         self, trainable: Any, frozen: Any, x: Float[Array, "tokens width"], y: Float[Array, "tokens width"]
@@ -76,3 +74,12 @@ class Layers(Task):
         if self.plain:
             return x + jnp.tanh(x @ kernel + lora.scale * (x @ lora.a) @ lora.b)
         return x + jnp.tanh(lora_dot(x, kernel, lora))
+
+
+def inputs_and_targets(
+    tokens: int, width: int
+) -> tuple[Float[Array, "tokens width"], Float[Array, "tokens width"]]:
+    """Normal numbers."""
+    random = np.random.default_rng(1)
+    normal = lambda: jnp.asarray(random.standard_normal((tokens, width), np.float32))
+    return normal(), normal()

@@ -33,6 +33,7 @@ _PANELS = {
     "flops": "operations",
     "bytes_accessed": "bytes accessed",
     "temporary_bytes": "temporary memory",
+    "instructions": "instructions",
     "time_ratio": "time",
 }
 
