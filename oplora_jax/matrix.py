@@ -11,8 +11,11 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
+from oplora_jax import seal as seals
+from oplora_jax.marker import mark
 from oplora_jax.sharding import entries, partition, under_auto_sharding
 
 # Products of rank-sized matrices decide how well conditioned a solve is. TPUs, and GPUs with TF32, would
@@ -25,9 +28,10 @@ HIGHEST = jax.lax.Precision.HIGHEST
 class LowRank:
     r"""The matrix :math:`s\,a\,b`, kept as its two factors: a LoRA parameter, or a momentum.
 
-    Leading axes are batch axes: the layers of a scanned model, or the experts of a mixture. In a tree of
-    gradients or updates, a `LowRank` node is the pair of factor derivatives or increments instead, which is
-    what `jax.grad` and `optax.apply_updates` make of it.
+    Leading axes are batch axes: the layers of a scanned model, or the experts of a mixture. p[i] is one of
+    them, p.T the transposed matrix and p.astype(dtype) that of another type. In a tree of gradients or
+    updates a `LowRank` node is the pair of factor derivatives or increments instead, as `jax.grad` and
+    `optax.apply_updates` make it.
 
     Args:
       a: the left factor, `Float[Array, "*batch n r"]`.
@@ -56,18 +60,41 @@ class LowRank:
         """The same node of a tree with other factors."""
         return dataclasses.replace(self, a=a, b=b)
 
+    def __getitem__(self, index: Any) -> "LowRank":
+        """The matrices at an index of the batch axes: layer i of a stack is p[i]."""
+        *batch, n, m = self.shape
+        if not batch:
+            raise TypeError(f"a LowRank of shape ({n}, {m}) has no batch axes to index")
+        places = np.arange(math.prod(batch)).reshape(batch)
+        traced = any(isinstance(z, jax.Array) for z in jax.tree.leaves(index))
+        # NumPy says where an index is out of bounds; JAX would clip it.
+        places = jnp.asarray(places)[index] if traced else places[index]
+        stack = lambda z: z.reshape(-1, *z.shape[-2:])
+        pick = lambda z: jnp.take(stack(z), places, axis=0, mode="clip")
+        if places.ndim == 0 and not traced:
+            pick = lambda z: stack(z)[int(places)]
+        return self.with_factors(pick(self.a), pick(self.b))
+
+    @property
+    def T(self) -> "LowRank":
+        """The transposed matrix, s b^T a^T, batch axes left alone."""
+        roles = self.roles and self.roles.translate(str.maketrans("io", "oi"))
+        return dataclasses.replace(self, a=transpose(self.b), b=transpose(self.a), roles=roles)
+
+    def astype(self, dtype: Any) -> "LowRank":
+        """The same matrix with its factors in a type."""
+        return self.with_factors(self.a.astype(dtype), self.b.astype(dtype))
+
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the matrix, (*batch, n, m)."""
         return (*self.a.shape[:-1], self.b.shape[-1])
 
-    @property
-    def dtype(self) -> jnp.dtype:
-        return jnp.result_type(self.a, self.b)
+    dtype = property(lambda self: jnp.result_type(self.a, self.b))
 
     def to_dense(self) -> Float[Array, "*batch n m"]:
-        form = lambda a, b: (self.scale * matmul(a, b, HIGHEST)).astype(self.dtype)
-        return under_auto_sharding(form, lambda: partition(*matrix_entries(self)), self.a, self.b)
+        dense = formed(self)
+        return mark("dense", dense, dense, self.a, self.b, scale=self.scale)
 
 
 @jax.tree_util.register_dataclass
@@ -75,30 +102,51 @@ class LowRank:
 class OuterProduct:
     r"""The matrix :math:`x^\top dy`, never formed: the exact gradient of a dense layer's weight.
 
-    Its factors are two leaves of a tree. What works leaf by leaf on gradients, such as `optax.scale`,
-    `optax.clip` or `optax.clip_by_global_norm`, changes both and is wrong: `optax.scale(s)` makes it s^2
-    times as large. Use `oplora_jax.clip_by_global_norm`, and scale the loss or the learning rate.
+    All its leaves times a number are the gradient times that number, so `optax.scale` and the undoing of a
+    loss scale are right. Anything else leaf by leaf, such as a sum or an average over devices or steps, is an
+    error once it is used, and in a compiled program a step that is skipped and counted: take dense gradients
+    there. Clip with `oplora_jax.clip_by_global_norm`; Optax's takes the norm of the leaves.
 
     Args:
       x: the layer's inputs, `Float[Array, "*batch N n"]`, one row a token.
       dy: the gradient at its outputs, `Float[Array, "*batch N m"]`.
+      seal: left out. What tells that all leaves have been scaled alike.
     """
 
     x: Any  # Float[Array, "*batch N n"]
     dy: Any  # Float[Array, "*batch N m"]
+    seal: Any = None  # Float[Array, "*batch 3"]; (*batch, 1), once opened: what x^T dy is multiplied with
+
+    def __post_init__(self) -> None:
+        if self.seal is None and isinstance(self.x, jax.Array | np.ndarray):
+            object.__setattr__(self, "seal", seals.made(jnp.asarray(self.x), jnp.asarray(self.dy)))
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the matrix, (*batch, n, m)."""
         return (*self.x.shape[:-2], self.x.shape[-1], self.dy.shape[-1])
 
-    @property
-    def dtype(self) -> jnp.dtype:
-        return jnp.result_type(self.x, self.dy)
+    dtype = property(lambda self: jnp.result_type(self.x, self.dy))
+
+    def opened(self) -> "OuterProduct":
+        """The same matrix, its seal read once and for all; ValueError if that is broken."""
+        if self.seal is None or self.seal.shape[-1] == 1:
+            return self
+        return OuterProduct(self.x, self.dy, seals.opened(self.seal, self.x, self.dy)[..., None])
+
+    def times(self, factor: Any) -> "OuterProduct":
+        """The matrix times a number, of the same x and dy."""
+        return OuterProduct(self.x, self.dy, seals.times(self.seal, factor))
+
+    def scaled(self, product: Float[Array, "*batch k l"]) -> Float[Array, "*batch k l"]:
+        """What is computed of x and dy, as far as it is linear in the matrix, with the scaling done to it."""
+        factor = self.opened().seal
+        return product if factor is None else product * factor[..., None].astype(product.dtype)
 
     def to_dense(self) -> Float[Array, "*batch n m"]:
-        form = lambda x, dy: matmul(transpose(x), dy).astype(self.dtype)
-        return under_auto_sharding(form, lambda: partition(*matrix_entries(self)), self.x, self.dy)
+        form = lambda x, dy, seal: OuterProduct(x, dy, seal).scaled(matmul(transpose(x), dy))
+        spec = lambda: partition(*matrix_entries(self))
+        return under_auto_sharding(form, spec, *jax.tree.leaves(self.opened())).astype(self.dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -126,9 +174,7 @@ class DenseGradient:
         """The shape of the matrix, (*batch, n, m)."""
         return self.gradient.shape
 
-    @property
-    def dtype(self) -> jnp.dtype:
-        return self.gradient.dtype
+    dtype = property(lambda self: self.gradient.dtype)
 
     def to_dense(self) -> Float[Array, "*batch n m"]:
         return self.gradient
@@ -212,7 +258,7 @@ def left_product(left: Float[Array, "*#batch k n"], matrix: Matrix) -> Float[Arr
     if isinstance(matrix, OuterProduct):
         # A gradient is multiplied in its own precision: casting it up would copy all of it.
         inner = matmul(matrix.x, transpose(left).astype(matrix.x.dtype))
-        return matmul(transpose(inner.astype(matrix.dy.dtype)), matrix.dy)
+        return matrix.scaled(matmul(transpose(inner.astype(matrix.dy.dtype)), matrix.dy))
     dense = to_dense(matrix)
     return matmul(left.astype(dense.dtype), dense)
 
@@ -220,9 +266,9 @@ def left_product(left: Float[Array, "*#batch k n"], matrix: Matrix) -> Float[Arr
 def transposed(matrix: Matrix) -> Matrix:
     """The transposed matrix, of the same kind."""
     if isinstance(matrix, LowRank):
-        return LowRank(transpose(matrix.b), transpose(matrix.a), matrix.scale)
+        return matrix.T
     if isinstance(matrix, OuterProduct):
-        return OuterProduct(matrix.dy, matrix.x)
+        return OuterProduct(matrix.dy, matrix.x, None if matrix.seal is None else seals.swapped(matrix.seal))
     return transpose(to_dense(matrix))
 
 
@@ -241,6 +287,12 @@ def to_dense(matrix: Matrix) -> Float[Array, "*batch n m"]:
     return matrix.to_dense() if isinstance(matrix, LowRank | OuterProduct | DenseGradient) else matrix
 
 
+def formed(lora: LowRank) -> Float[Array, "*batch n m"]:
+    """s a b, without the mark of a use."""
+    form = lambda a, b: (lora.scale * matmul(a, b, HIGHEST)).astype(lora.dtype)
+    return under_auto_sharding(form, lambda: partition(*matrix_entries(lora)), lora.a, lora.b)
+
+
 def matrix_entries(matrix: Matrix) -> tuple[Any, ...]:
     """How a matrix is sharded, or would be if it were formed: rows as a or x, columns as b or dy."""
     if isinstance(matrix, LowRank):
@@ -253,7 +305,7 @@ def matrix_entries(matrix: Matrix) -> tuple[Any, ...]:
 def thin_factors(matrix: LowRank | OuterProduct) -> tuple[Array, Array]:
     """(left, right), of shapes (*batch, k, n) and (*batch, k, m), with matrix = left^T right."""
     if isinstance(matrix, OuterProduct):
-        return matrix.x, matrix.dy
+        return matrix.scaled(matrix.x), matrix.dy
     return matrix.scale * transpose(matrix.a), matrix.b
 
 

@@ -46,7 +46,7 @@ def kfac_moments(
     A `DenseGradient` has moments of this structure or dense ones.
     """
     if isinstance(gradient, OuterProduct):
-        x, dy = (second_moment(z, structure) for z in (gradient.x, gradient.dy))
+        x, dy = (second_moment(z, structure) for z in (gradient.scaled(gradient.x), gradient.dy))
         tokens = gradient.x.shape[-2]
     else:
         x, dy = gradient.x_moment, gradient.dy_moment

@@ -33,7 +33,7 @@ def global_norm(updates: Any) -> Float[Array, ""]:
 def clip_by_global_norm(max_norm: Any) -> optax.GradientTransformationExtraArgs:
     """`optax.clip_by_global_norm` for trees that hold `OuterProduct` and `DenseGradient` nodes.
 
-    Every gradient is scaled by one factor: an outer product in one side, a dense one with its moments.
+    Every gradient is scaled by one factor, a dense one with its moments.
 
     Args:
       max_norm: the largest `global_norm` that passes unchanged.
@@ -50,7 +50,7 @@ def clip_by_global_norm(max_norm: Any) -> optax.GradientTransformationExtraArgs:
 
         def scale(gradient):
             if isinstance(gradient, OuterProduct):
-                return OuterProduct(gradient.x, scale(gradient.dy))
+                return gradient.times(factor)
             if isinstance(gradient, DenseGradient):
                 moment = scale(scale(gradient.dy_moment))
                 return DenseGradient(scale(gradient.gradient), gradient.x_moment, moment, gradient.tokens)

@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from oplora_jax.gradients.matmul_order import dot, multiply
-from oplora_jax.gradients.tap import mark
+from oplora_jax.marker import mark
 from oplora_jax.matrix import LowRank, check_factors
 from oplora_jax.sharding import entries, explicit_mesh, partition, shard_like, under_auto_sharding
 
@@ -58,7 +58,7 @@ def lora_dot(
         precision = _precision(precision)
         a, b = lora.a.astype(x.dtype), lora.b.astype(x.dtype)
         y = multiply(x, kernel, a, b, lora.scale, precision)
-        return mark(x, y, lora, kernel, precision=precision)
+        return mark("dot", x, y, lora.a, lora.b, kernel, scale=lora.scale, precision=precision)
     y = dot(x, kernel, precision=precision, out_sharding=out_sharding)
     return y + shard_like(lora_increment(x, lora, precision=precision), y)
 
@@ -71,7 +71,7 @@ def lora_increment(
     product = lambda x, a, b: dot(dot(x, a, precision=precision) * lora.scale, b, precision=precision)
     a, b = lora.a.astype(x.dtype), lora.b.astype(x.dtype)
     y = under_auto_sharding(product, lambda: partition(*entries(x)[:-1], entries(b)[-1]), x, a, b)
-    return mark(x, y, lora, precision=precision)
+    return mark("dot", x, y, lora.a, lora.b, scale=lora.scale, precision=precision)
 
 
 def _precision(precision: Any) -> Any:

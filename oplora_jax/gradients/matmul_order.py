@@ -13,7 +13,7 @@ import jax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
-from oplora_jax.matrix import LowRank, as_wide, transpose
+from oplora_jax.matrix import LowRank, as_wide, formed, transpose
 
 
 class Sizes(NamedTuple):
@@ -90,7 +90,7 @@ def _multiply(
     """x (W + s a b), by x and the factors or by the merged weights."""
     product = functools.partial(dot, precision=precision)
     if forward_is_merged(_sizes(x, a, b)):
-        return product(x, kernel + LowRank(a, b, scale).to_dense())
+        return product(x, kernel + formed(LowRank(a, b, scale)))
     return product(x, kernel) + product(product(x, a) * scale, b)
 
 
@@ -109,7 +109,7 @@ def _derivative(scale, precision, primals, tangents):
         weight.append(dkernel)
     if wanted.x and order.x:
         # Formed again for the backward pass: a loop over layers would keep the merged weights of them all.
-        through = jax.checkpoint(lambda dx, w, *ab: product(dx, w + LowRank(*ab, scale).to_dense()))
+        through = jax.checkpoint(lambda dx, w, *ab: product(dx, w + formed(LowRank(*ab, scale))))
         terms.append(through(dx, kernel, a, b))
     elif wanted.x:
         terms.append(product(dx, kernel))

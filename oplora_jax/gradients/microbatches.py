@@ -19,6 +19,7 @@ def accumulate(differentiate: Callable[..., Any], microbatches: int) -> Callable
     outer products put side by side, aux is stacked, and the state goes from each microbatch to the next.
     """
     is_outer = lambda node: isinstance(node, OuterProduct)
+    side_by_side = lambda outer: OuterProduct(_side_by_side(outer.x), _side_by_side(outer.dy))
 
     def accumulated(params, state, args, kwargs):
         parts, rebuild = split(args, microbatches)
@@ -43,7 +44,7 @@ def accumulate(differentiate: Callable[..., Any], microbatches: int) -> Callable
         (state, sums), (values, aux, outers) = jax.lax.scan(body, (state, start), parts)
         outers = iter(outers)
         total = [
-            jax.tree.map(_side_by_side, next(outers)) if s is None else s.astype(node.dtype)
+            side_by_side(next(outers)) if s is None else s.astype(node.dtype)
             for s, node in zip(sums, nodes, strict=True)
         ]
         value = jnp.sum(values, dtype=compute_dtype(values)).astype(values.dtype)

@@ -5,10 +5,14 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 
+from oplora_jax._jax import ClosedJaxpr, Tracer
 from oplora_jax.gradients.count_uses import Use, Uses, count_uses
+from oplora_jax.gradients.evaluate import evaluate
 from oplora_jax.gradients.microbatches import accumulate
-from oplora_jax.gradients.tap import Tapped, from_tap
+from oplora_jax.gradients.tap import Tap, from_tap
+from oplora_jax.gradients.views import whole
 from oplora_jax.matrix import LowRank, check_factors, compute_dtype, is_low_rank, matrix_entries
 from oplora_jax.metrics import Structure
 from oplora_jax.sharding import partition, zeros
@@ -29,7 +33,7 @@ def value_and_grad(
     At a `LowRank` node of the parameters the gradient is that of the whole weight W + s a b, as an
     `OuterProduct` or as an array, and not the pair of factor gradients; elsewhere it is what JAX gives. It
     works under `jax.jit`, `jax.vmap`, `nn.scan` and `nn.remat`. The loss must use its LoRA parameters through
-    `lora_dot`, `merge` or `to_dense`; a use that would be missed is refused. The loss is traced twice.
+    `lora_dot`, `merge` or `to_dense`; a use that would be missed is refused. The loss is traced once.
 
     Args:
       loss_fn: a function of (params, *args, **kwargs) that returns a scalar loss, or with `has_aux` a pair
@@ -106,21 +110,20 @@ def stateful_value_and_grad(
             # The gradients of microbatches add up: each is of its share of the mean.
             return (value if microbatches is None else value / microbatches), rest
 
-        uses = lora_uses(lambda nodes: loss(nodes)[0], paths_and_nodes)
-        taps = [
+        program = TracedLoss(loss, paths_and_nodes)
+        zeros = [
             None if found is None else _tap(name_of(path), node, found, gradient, moments, microbatches or 1)
-            for (path, node), found in zip(paths_and_nodes, uses, strict=True)
+            for (path, node), found in zip(paths_and_nodes, program.uses, strict=True)
         ]
 
         def tapped_loss(at):
-            tapped = lambda node, tap: Tapped(node.a, node.b, node.scale, node.roles, tap)
-            columns = zip(nodes, taps, at, strict=True)
-            return loss([z if tap is None else tapped(node, z) for node, tap, z in columns])
+            taps = {i: (z, (), None) for i, z in enumerate(at) if zeros[i] is not None}
+            return program(at, taps)
 
-        at = [node if tap is None else tap for node, tap in zip(nodes, taps, strict=True)]
+        at = [node if z is None else z for node, z in zip(nodes, zeros, strict=True)]
         (value, rest), grads = jax.value_and_grad(tapped_loss, has_aux=True)(at)
-        grads = [g if t is None else from_tap(g) for g, t in zip(grads, taps, strict=True)]
-        return value, rest, treedef.unflatten(grads)
+        grads = [g if z is None else from_tap(g) for g, z in zip(grads, zeros, strict=True)]
+        return value, program.rest(rest), treedef.unflatten(grads)
 
     return differentiate if microbatches is None else accumulate(differentiate, microbatches)
 
@@ -152,23 +155,66 @@ def grad(
     return grad_fn
 
 
-def lora_uses(loss: Callable[..., Any], paths_and_nodes: list[Any]) -> list[Uses | None]:
-    """What a loss of the nodes does with each LoRA parameter; None for other leaves."""
-    nodes, owners = [node for _, node in paths_and_nodes], []
-    for i, (path, node) in enumerate(paths_and_nodes):
-        if is_low_rank(node):
-            check_factors(node, name_of(path))
-            nodes[i] = Tapped(node.a, node.b, node.scale, node.roles)
-        owners += [i if is_low_rank(node) else None] * len(jax.tree.leaves(node))
-    found = count_uses(jax.make_jaxpr(loss)(nodes), owners) if any(map(is_low_rank, nodes)) else {}
-    for i, uses in found.items():
-        if uses.elsewhere:
-            raise ValueError(
-                f"{name_of(paths_and_nodes[i][0])}: the loss depends on the factors a and b of this LoRA "
-                "parameter in a way whose full gradient cannot be taken. Multiply through lora_dot, merge or "
-                "to_dense alone, with statistics of a and b in jax.lax.stop_gradient, or use jax.grad"
-            )
-    return [found.get(i) for i in range(len(nodes))]
+class TracedLoss:
+    """A loss of the nodes of a tree, traced, and what it does with each LoRA parameter.
+
+    loss is a function of the nodes that returns a pair, of the loss and of anything else. `uses` has None for
+    the nodes that are no LoRA parameters.
+    """
+
+    program: ClosedJaxpr
+    uses: list[Uses | None]
+
+    def __init__(self, loss: Callable[..., Any], paths_and_nodes: list[Any]) -> None:
+        self.nodes = [node for _, node in paths_and_nodes]
+        for path, node in paths_and_nodes:
+            if is_low_rank(node):
+                check_factors(node, name_of(path))
+
+        def traced(nodes):
+            value, rest = loss(nodes)
+            leaves, self._treedef = jax.tree.flatten(rest)
+            # Anything may come out of a loss; what is not computed need not be an array.
+            self._known = {k: z for k, z in enumerate(leaves) if not isinstance(z, Tracer)}
+            return jnp.asarray(value), [z for z in leaves if isinstance(z, Tracer)]
+
+        self.program, factors = jax.make_jaxpr(traced)(self.nodes), []
+        for i, node in enumerate(self.nodes):
+            views = [whole(i, side, jnp.ndim(z)) for side, z in enumerate(jax.tree.leaves(node))]
+            factors += views if is_low_rank(node) else [None] * len(views)
+        found = count_uses(self.program, factors)
+        for i, uses in found.items():
+            if uses.elsewhere:
+                raise ValueError(
+                    f"{name_of(paths_and_nodes[i][0])}: the loss depends on the factors a and b of this LoRA "
+                    "parameter p in a way whose full gradient cannot be taken. Multiply through lora_dot, "
+                    "merge or to_dense alone, with parts of it as p[i], p.T or p.astype and statistics of a "
+                    "and b in jax.lax.stop_gradient, outside of while loops and of functions with a "
+                    "derivative of their own; or use jax.grad"
+                )
+        self.uses = [found.get(i) for i in range(len(self.nodes))]
+
+    def __call__(self, nodes: list[Any], taps: dict[int, tuple[Any, ...]]) -> tuple[Any, list[Any]]:
+        """The loss, and what `rest` takes, at other nodes.
+
+        Instead of a LoRA parameter taps has (zeros, held, rule) of its `Tap`, by its number.
+        """
+        values, beside = [], []
+        for i, node in enumerate(self.nodes):
+            lora = i in taps
+            leaves = jax.tree.leaves(node if lora else nodes[i])
+            values += leaves
+            sides = {int(use.transposed) for use in self.uses[i].places} if lora else ()
+            one = lambda side, z, i=i: Tap(*taps[i], view=whole(i, side, z.ndim), scale=self.nodes[i].scale)
+            beside += [one(side, z) if side in sides else None for side, z in enumerate(leaves)]
+        value, *rest = evaluate(self.program, values, beside)
+        return value, rest
+
+    def rest(self, computed: list[Any]) -> Any:
+        """What the loss returned beside its value."""
+        computed = iter(computed)
+        leaves = range(self._treedef.num_leaves)
+        return self._treedef.unflatten(self._known[k] if k in self._known else next(computed) for k in leaves)
 
 
 def name_of(path: Any) -> str:
@@ -187,8 +233,8 @@ def _tap(
             "Use gradient='dense' or 'auto', or concatenate the inputs and multiply once"
         )
     # Of an unused parameter: one row of zeros.
-    use = places[0] if once and places else Use("dot", 0, 1, (node.a.dtype, node.b.dtype), (None,) * 3)
-    tokens, dtypes, (rows, *columns) = use[2:]
+    unused = Use("dot", 0, 1, (node.a.dtype, node.b.dtype), (None,) * 3, node.scale, False)
+    tokens, dtypes, (rows, *columns) = (places[0] if once and places else unused)[2:5]
     *batch_sharding, row, column = matrix_entries(node)
 
     def tap(shape, dtype, *sharding):

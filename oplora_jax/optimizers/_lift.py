@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from oplora_jax.matrix import LowRank, check_factors, is_low_rank
 from oplora_jax.optimizers._trees import (
-    check_gradients,
+    checked_gradients,
     is_column,
     mapped,
     names,
@@ -227,7 +227,7 @@ def _lift(lora: _OnTrees, others: Any, joint: str | None) -> optax.GradientTrans
             )
         if in_backward and joint is not None:
             raise ValueError(f"{joint}: a step in the backward pass sees one LoRA parameter at a time")
-        check_gradients(updates, params)
+        updates = checked_gradients(updates, params)
         (lora_updates, other_updates), (at, other_params) = split(updates, params), split(params, params)
         old = lora.restore(state.lora, at)
         step = lambda updates, old, at, count: lora.update(updates, old, at, count=count, **extra_args)

@@ -72,13 +72,14 @@ def split(tree: Any, params: Any) -> tuple[Any, Any]:
     return pick(True), pick(False)
 
 
-def check_gradients(updates: Any, params: Any) -> None:
+def checked_gradients(updates: Any, params: Any) -> Any:
+    """The gradients, which fit the parameters, with the seals of outer products opened."""
     paths_and_nodes, treedef = jax.tree.flatten_with_path(params, is_leaf=is_low_rank)
     try:
         gradients = treedef.flatten_up_to(updates)
     except ValueError as error:
         raise ValueError(f"the tree of gradients does not have the parameters' structure: {error}") from error
-    for (path, param), gradient in zip(paths_and_nodes, gradients, strict=True):
+    for k, ((path, param), gradient) in enumerate(zip(paths_and_nodes, gradients, strict=True)):
         if not is_low_rank(param):
             continue
         name = jax.tree_util.keystr(path) or "the LoRA parameter"
@@ -96,6 +97,12 @@ def check_gradients(updates: Any, params: Any) -> None:
             )
         if got != expected:
             raise ValueError(f"{name}: the gradient has shape {got}; the parameter needs {expected}")
+        if isinstance(gradient, OuterProduct):
+            try:
+                gradients[k] = gradient.opened()
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+    return treedef.unflatten(gradients)
 
 
 def owners(tx: optax.GradientTransformation, state: Any, params: Any) -> list[int]:

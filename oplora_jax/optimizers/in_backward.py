@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from oplora_jax.gradients.tap import Tapped
-from oplora_jax.gradients.value_and_grad import lora_uses, name_of
+from oplora_jax.gradients.value_and_grad import TracedLoss, name_of
 from oplora_jax.matrix import OuterProduct, is_low_rank
 from oplora_jax.optimizers._lift import LoRAState
 from oplora_jax.optimizers._trees import owners, update_part
@@ -69,7 +68,8 @@ def value_and_update(
             out = loss_fn(treedef.unflatten(at), *args, **kwargs)
             return out if has_aux else (out, None)
 
-        uses, owner = lora_uses(lambda at: loss(at)[0], paths_and_nodes), owners(tx, state, params)
+        program, owner = TracedLoss(loss, paths_and_nodes), owners(tx, state, params)
+        uses = program.uses
         counters = [k for k, of in enumerate(owner) if of == -1]  # the last one counts skipped steps
         own = {i: [k for k, of in enumerate(owner) if of == i] for i, z in enumerate(uses) if z is not None}
 
@@ -82,7 +82,7 @@ def value_and_update(
                 )
             at, arrays = (0,) * (a.ndim - 2), dict(zip([*own[i], *counters], held, strict=True))
             arrays |= {k: arrays[k][at] for k in counters}
-            at_node = {i: nodes[i].with_factors(a, b)}, {i: OuterProduct(x, dy)}
+            at_node = {i: nodes[i].with_factors(a, b)}, {i: OuterProduct(x, dy, jnp.ones((*x.shape[:-2], 1)))}
             updates, new = update_part(tx, treedef, *at_node, arrays, in_backward=True)
             ran, last = jnp.ones(a.shape[:-2]), counters[-1]
             skipped = jnp.zeros_like(ran).at[at].set(new[last] - arrays[last])
@@ -104,13 +104,10 @@ def value_and_update(
             taps[i] = tuple(map(jnp.zeros_like, like)) if uses[i].places else ()
 
         def tapped_loss(taps):
-            at = list(taps)
-            for i in own:
-                fields, step = vars(nodes[i]), functools.partial(rule, i)
-                at[i] = Tapped(**fields, tap=taps[i], held=held[i], rule=step) if taps[i] else nodes[i]
-            return loss(at)
+            return program(taps, {i: (taps[i], held[i], functools.partial(rule, i)) for i in own})
 
-        (value, aux), found = jax.value_and_grad(tapped_loss, has_aux=True)(taps)
+        (value, computed), found = jax.value_and_grad(tapped_loss, has_aux=True)(taps)
+        aux = program.rest(computed)
         rest = {i: node for i, node in enumerate(nodes) if i not in own}
         arrays = {k: kept[k] for k, of in enumerate(owner) if of not in own}
         updates, new = update_part(tx, treedef, rest, {i: found[i] for i in rest}, arrays)

@@ -10,7 +10,7 @@ import pytest
 
 import oplora_jax
 from oplora_jax import LowRank, lora_dot, to_dense
-from oplora_jax.gradients.tap import Tapped
+from oplora_jax.gradients.value_and_grad import TracedLoss
 from tests.arrays import normal
 
 # X[i] are the inputs of one example, or of one of the stacked layers.
@@ -90,9 +90,9 @@ def by_rule(loss, lora):
         times = x.shape[-2] * held[1][..., None]
         return gradient @ jnp.swapaxes(b, -1, -2), jnp.swapaxes(a, -1, -2) @ gradient, held[0] * times
 
-    tapped = lambda taps: Tapped(lora.a, lora.b, lora.scale, lora.roles, taps, held, rule)
+    program = TracedLoss(lambda nodes: (loss(*nodes), None), [((), lora)])
     taps = jax.tree.map(jnp.zeros_like, (lora.a, lora.b, held[0]))
-    return jax.grad(lambda taps: loss(tapped(taps)))(taps)
+    return jax.grad(lambda taps: program([taps], {0: (taps, held, rule)})[0])(taps)
 
 
 CAPTURES = {
@@ -167,7 +167,6 @@ def test_uses_through_lora_dot_and_to_dense_add_up():
 
 
 MISSED = {
-    "a node made anew has no taps": lambda x, kernel, p: layer(x, kernel, LowRank(p.a, p.b, p.scale)),
     "a kernel made of the factors": lambda x, kernel, p: layer(x, kernel + p.a @ p.b, p),
     "inputs made of the factors": lambda x, kernel, p: layer(x + p.a[None, :, 0], kernel, p),
     "one of the factors": lambda x, kernel, p: layer(x, kernel, p.with_factors(p.a, jnp.ones((R, M)))),
@@ -188,6 +187,7 @@ def test_what_the_taps_would_miss_is_refused(case, kind):
 
 def test_no_forward_pass_reads_the_taps():
     x, kernel, lora = operands(())
+    program = TracedLoss(lambda nodes: (jnp.sum(lora_dot(x, kernel, *nodes)), None), [((), lora)])
     for tap in ((normal(5, N, M),), (normal(5, BATCH * ROWS, N), normal(6, BATCH * ROWS, M))):
-        tapped = Tapped(lora.a, lora.b, lora.scale, lora.roles, tap)
-        np.testing.assert_array_equal(lora_dot(x, kernel, tapped), lora_dot(x, kernel, lora))
+        value, _ = program([tap], {0: (tap, (), None)})
+        np.testing.assert_array_equal(value, jnp.sum(lora_dot(x, kernel, lora)))

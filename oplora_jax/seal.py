@@ -1,0 +1,82 @@
+"""What tells an outer product that was scaled from one that is a sum of others.
+
+The factors of an outer product are leaves of a tree, so `optax.scale(c)` makes it c^2 times as large, and the
+average of two is not the average of the two products. Its seal is a third leaf, (t, p, q), at first 1 and the
+squared norms of samples of x and dy. Once all leaves are c times what they were the matrix x^T dy / t is c
+times what it was, and p and q are the samples' squared norms over t. In a sum they are not, unless one of x
+and dy is the same in all terms, and then x^T dy / t is right as well.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from oplora_jax._jax import Tracer
+from oplora_jax.sharding import entries, partition, under_auto_sharding
+
+# Rows and columns of a sample, spread evenly: some differ in other inputs, whatever is padded or constant.
+_SAMPLE = 32
+
+
+def made(x: Float[Array, "*batch N n"], dy: Float[Array, "*batch N m"]) -> Float[Array, "*batch 3"]:
+    """The seal of an outer product as it is."""
+
+    def form(x, dy):
+        p, q = _squared_norm(x, 1.0), _squared_norm(dy, 1.0)
+        return jnp.stack([jnp.ones_like(p), p, q], axis=-1)
+
+    return under_auto_sharding(form, lambda: partition(*entries(x)[:-2]), x, dy)
+
+
+def opened(seal: Float[Array, "*batch 3"], x: Array, dy: Array) -> Float[Array, "*batch"]:
+    """1 / t, what x^T dy is to be multiplied with; NaN where that is a sum, and 0 where all was scaled by 0.
+
+    Raises:
+      ValueError: a sum, outside of traced programs.
+    """
+
+    def form(seal, x, dy):
+        t, *norms = (seal[..., k] for k in range(3))
+        undo = jnp.where(t == 0, 1, t)
+        differs = [_differs(z, undo, norm) for z, norm in zip((x, dy), norms, strict=True)]
+        is_sum = differs[0] & differs[1]
+        return jnp.where(t == 0, 0, 1 / undo), is_sum
+
+    batch = lambda: partition(*entries(x)[:-2])
+    factor, is_sum = under_auto_sharding(form, lambda: (batch(), batch()), seal, x, dy)
+    if not isinstance(is_sum, Tracer) and bool(jnp.any(is_sum)):
+        raise ValueError(
+            "this OuterProduct was added to others, averaged, or changed leaf by leaf in another way than "
+            "multiplying by a number, which its factors x and dy cannot be. Take gradient='dense' to average "
+            "gradients over devices or steps, or microbatches= to accumulate them"
+        )
+    return jnp.where(is_sum, jnp.nan, factor)
+
+
+def swapped(seal: Float[Array, "*batch k"]) -> Float[Array, "*batch k"]:
+    """The seal of the transposed matrix."""
+    return seal if seal.shape[-1] == 1 else jnp.stack([seal[..., k] for k in (0, 2, 1)], axis=-1)
+
+
+def times(seal: Float[Array, "*batch k"], factor: Any) -> Float[Array, "*batch k"]:
+    """The seal of the matrix times a number, of the same x and dy."""
+    if seal.shape[-1] == 1:
+        return seal * factor
+    t, p, q = (seal[..., k] for k in range(3))
+    return jnp.stack([t / factor, p * factor, q * factor], axis=-1)
+
+
+def _differs(z: Array, undo: Array, norm: Array) -> Array:
+    found, expected = _squared_norm(z, undo[..., None, None]), norm / undo
+    # What rounding does to the scaled entries of the sample. Next to nothing is rounded to nothing.
+    tolerance = max(1e-4, 8 * float(jnp.finfo(z.dtype).eps))
+    return jnp.abs(found - expected) > tolerance * jnp.abs(expected) + 1e-30
+
+
+def _squared_norm(z: Array, undo: Any) -> Array:
+    """Of a sample, in float32 at least, with its scaling undone first: rounded to zero alike."""
+    *_, rows, columns = z.shape
+    sample = z[..., :: -(-rows // _SAMPLE), :: -(-columns // _SAMPLE)]
+    sample = sample.astype(jnp.promote_types(z.dtype, jnp.float32)) / undo
+    return jnp.sum(sample**2, axis=(-2, -1))
