@@ -78,12 +78,10 @@ def _frobenius_norm(matrix: Matrix) -> Array:
         left, right = (triangle(z.astype(dtype)) for z in (matrix.a, transpose(matrix.b)))
         dense = matrix.scale * times(left, transpose(right))
     elif isinstance(matrix, OuterProduct):
-        tokens, (n, m) = matrix.x.shape[-2], matrix.shape[-2:]
-        if tokens * (n + m) <= n * m:
-            # Not the gram of anything scaled: its square would be lost sooner.
-            square = jnp.maximum(_sum_of_products(gram(matrix.x), gram(matrix.dy)), 0.0)
-            return jnp.abs(matrix.scaled(jnp.sqrt(square)[..., None, None])[..., 0, 0])
-        dense = matrix.scaled(matmul(transpose(matrix.x), matrix.dy))
+        (x, dy), (n, m) = thin_factors(matrix), matrix.shape[-2:]
+        if x.shape[-2] * (n + m) <= n * m:
+            return jnp.sqrt(jnp.maximum(_sum_of_products(gram(x), gram(dy)), 0.0))
+        dense = matmul(transpose(x), dy)
     else:
         dense = to_dense(matrix)
     return jnp.sqrt(_sum_of_products(dense, dense))
