@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 
 from oplora_jax.adapters.checks import COMPUTED
+from oplora_jax.adapters.kernel_axes import check_is_array
 from oplora_jax.adapters.paths import matches, path_name
 from oplora_jax.adapters.reslora import SHORTCUTS
 from oplora_jax.nnx import layers as lora_layers
@@ -78,6 +79,8 @@ def loraize(
             if isinstance(layer, WithLoRA) or hasattr(layer, "lora"):
                 name = type(layer).__name__
                 raise ValueError(f"this {name} has LoRA already; leave it out of the targets, or merge it")
+            if issubclass(_lora_class(type(layer)), Merged):
+                check_is_array(layer.kernel[...])
             params[path] = lora_param(layer, rank, alpha, rngs, dtype)
         except ValueError as error:
             raise ValueError(f"{path!r}: {error}") from error
@@ -120,7 +123,11 @@ def merge(model: Model) -> Model:
         if type(layer).__call__ not in (Split.__call__, Merged.__call__, BlockShortcutLinear.__call__):
             own = f"{type(layer).__name__} has a __call__ of its own, which {plain.__name__} would lose"
             raise ValueError(f"{name}: {own}. Merge its lora into its kernel yourself")
-        layer.kernel.set_value(layer.merged_kernel())
+        try:
+            kernel = layer.merged_kernel()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        layer.kernel.set_value(kernel)
         if isinstance(layer, BlockShortcutLinear):
             del layer.previous
         delattr(layer, layer.lora_name)

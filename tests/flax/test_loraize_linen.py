@@ -388,3 +388,30 @@ def test_kernels_that_are_not_computed():
     run = lambda p: (model.apply({"params": p}, X), Beside().apply({"params": merge(p)}, X))
     # float32 through four layers
     chex.assert_trees_all_close(*jax.jit(run)(params), rtol=1e-4, atol=1e-5)
+
+
+class Table(nn.Module):
+    """Parameters that hold a None, alone, beside a kernel and in a list."""
+
+    @nn.compact
+    def __call__(self, x):
+        init = lambda key: {"values": jnp.ones(1), "zero_point": None, "more": [None, jnp.ones(2)]}
+        table = self.param("table", init)
+        self.param("nothing", lambda key: None)
+        return nn.Dense(3, name="head")(x) * table["values"][0]
+
+
+def test_a_none_among_the_parameters_stays():
+    model, plain = loraize(Table(), 2, "head"), Table().init(KEY, X)["params"]
+    params = add_lora(model, KEY, plain, X)
+    assert params["nothing"] is None and params["table"]["zero_point"] is None
+    params["head"]["lora"] = random_params(params["head"]["lora"])
+    without = {**params, "head": {k: z for k, z in params["head"].items() if k != "lora"}}
+    chex.assert_trees_all_equal(without, plain)
+    merged = merge(params)
+    chex.assert_trees_all_equal_structs(merged, plain)
+    run = lambda params: (model.apply({"params": params}, X), Table().apply({"params": merged}, X))
+    chex.assert_trees_all_close(*run(params), rtol=1e-5, atol=1e-5)  # float32, sums of 4
+    lora = {"head/kernel": params["head"]["lora"]}
+    assert set(oplora_jax.init_lora(KEY, plain, 2, "head/kernel")) == set(lora)
+    chex.assert_trees_all_equal(oplora_jax.merge(plain, lora), merged)
