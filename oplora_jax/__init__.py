@@ -1,5 +1,7 @@
 """LoRA optimizers that step like full fine-tuning, as Optax gradient transformations."""
 
+import contextlib as _contextlib
+
 from oplora_jax import optimizers
 from oplora_jax.adapters import (
     from_low_rank,
@@ -33,6 +35,9 @@ from oplora_jax.norms import frobenius_norm, inner_product
 from oplora_jax.optimizers import *  # noqa: F403
 from oplora_jax.optimizers.in_backward import value_and_update
 from oplora_jax.svd import svd
+
+with _contextlib.suppress(ImportError):  # without Flax, or with one too old for oplora_jax.linen and nnx
+    from oplora_jax import _flax as _flax
 
 __version__ = "0.1.0"
 

@@ -14,6 +14,7 @@ GUIDE = PACKAGE.parent / "CONTRIBUTING.md"
 # A part imports from those below it, and not from those beside it.
 LAYERS = """\
 linen, nnx, peft, reslora: Flax layers and models; the public names of two modules of adapters
+_flax: what Flax is to know of LowRank nodes
 adapters, optimizers: LoRA parameters beside a model's kernels; what steps them
 gradients: lora_dot, the exact gradient of the full weight, clipping
 lorsum: a sum of low-rank matrices, brought back to rank r
@@ -34,7 +35,7 @@ _facts, _trees, _types: what is declared; trees, types
 # The other libraries, and who imports them.
 EVERYWHERE = {"jax", "jaxtyping", "numpy", "oplora_jax"} | sys.stdlib_module_names
 LIBRARIES = {
-    "flax": {"linen", "nnx"},
+    "flax": {"_flax", "linen", "nnx"},
     "optax": {"adapters", "gradients", "optimizers"},
     "safetensors": {"adapters"},
 }

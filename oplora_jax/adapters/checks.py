@@ -12,6 +12,12 @@ import jax
 from oplora_jax.adapters.kernel_axes import kept_roles
 from oplora_jax.matrix import LowRank
 
+# Of a layer whose kernel is computed from its parameter, by a normalisation for example.
+COMPUTED = (
+    "merged weights would compute something else than LoRA beside it. Leave the layer out of the targets, or "
+    "put the computed kernel into a plain layer first"
+)
+
 
 def check_roles(lora: LowRank, roles: str, name: str) -> None:
     """Raises ValueError unless a LoRA parameter has the roles that a layer knows of its kernel's axes."""

@@ -11,7 +11,9 @@ import string
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from oplora_jax.gradients.lora_dot import lora_increment
@@ -37,10 +39,11 @@ def axes_of(shape: Sequence[int], lora: LowRank) -> str:
     raise ValueError(f"{found}; expected n the product of the axes of inputs and m that of the outputs")
 
 
-def add_increment(kernel: Array, lora: LowRank) -> Array:
+def add_increment(kernel: Any, lora: LowRank) -> Array:
     """The kernel with its LoRA increment added, in the kernel's type and with its sharding."""
     roles = axes_of(kernel.shape, lora)
     order = sorted(range(len(roles)), key=lambda axis: "bio".index(roles[axis]))
+    check_is_array(kernel)
 
     def total(kernel: Any, lora: LowRank) -> Array:
         increment = to_dense(lora).reshape([kernel.shape[axis] for axis in order])
@@ -48,6 +51,16 @@ def add_increment(kernel: Array, lora: LowRank) -> Array:
         return (kernel + increment).astype(kernel.dtype)
 
     return under_auto_sharding(total, lambda: specs_of(kernel), kernel, lora)
+
+
+def check_is_array(kernel: Any) -> None:
+    """Raises ValueError for a kernel that is codes with their scale, in a class of another library's."""
+    if not isinstance(kernel, jax.Array | np.ndarray):
+        raise ValueError(
+            f"the kernel is a {type(kernel).__name__}, as Qwix's quantised ones are: no array to add a LoRA "
+            "increment to. Dequantise it first, keep the adapter apart, or take Qwix's own LoraProvider and "
+            "oplora_jax.pair_factors"
+        )
 
 
 def stacked(roles: str, ndim: int) -> str:
@@ -131,7 +144,7 @@ def add_einsum_increment(
         # An ellipsis may leave batch axes of the kernel out of x.
         missing = "".join(c for c in batch if c not in inputs)
         x = jnp.expand_dims(x, tuple(range(len(missing))))
-        x = jnp.einsum(f"{missing}{inputs}->{batch}{tokens}{contracted}", x)
+        x = _rearranged(x, missing + inputs, batch + tokens + contracted)
         return jnp.broadcast_to(x, shape(batch + tokens + contracted)).reshape(*shape(batch + tokens), -1)
 
     def rows_spec() -> Any:
@@ -141,7 +154,17 @@ def add_einsum_increment(
 
     def add(y: Any, increment: Any) -> Array:
         increment = increment.reshape(shape(batch + tokens + features))
-        return y + jnp.einsum(f"{batch}{tokens}{features}->{outputs}", increment).astype(y.dtype)
+        return y + _rearranged(increment, batch + tokens + features, outputs).astype(y.dtype)
 
     increment = lora_increment(under_auto_sharding(rows, rows_spec, x), lora, precision=precision)
     return under_auto_sharding(add, lambda: specs_of(y), y, increment)
+
+
+def _rearranged(x: Array, axes: str, wanted: str) -> Array:
+    """x with its axes in another order, and summed over the others: an einsum of one operand.
+
+    Qwix, which puts quantised products into the place of einsums, refuses those.
+    """
+    kept = [c for c in axes if c in wanted]
+    summed = [axis for axis, c in enumerate(axes) if c not in wanted]
+    return jnp.transpose(x.sum(summed) if summed else x, [kept.index(c) for c in wanted])

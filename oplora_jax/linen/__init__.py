@@ -1,6 +1,6 @@
 """LoRA layers for Flax linen, and LoRA on the layers of an existing model."""
 
-from oplora_jax.linen import serialization as _serialization  # noqa: F401  registers LowRank
+from oplora_jax import _flax as _flax
 from oplora_jax.linen.layers import LoRAConv, LoRAConvTranspose, LoRADense, LoRADenseGeneral, LoRAEinsum
 from oplora_jax.linen.loraize import loraize
 from oplora_jax.linen.parameters import add_lora, merge

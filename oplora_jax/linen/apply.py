@@ -1,12 +1,13 @@
 """A linen layer's call with LoRA: what the LoRA layers and the layers of a loraized model share."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
+import jax
 from flax.core import meta
 
-from oplora_jax.adapters.checks import check_roles, refuse_old_names
+from oplora_jax.adapters.checks import COMPUTED, check_roles, refuse_old_names
 from oplora_jax.adapters.init import init_beside
 from oplora_jax.adapters.kernel_axes import add_einsum_increment, add_increment, dense_equation, kernel_roles
 from oplora_jax.matrix import LowRank
@@ -27,6 +28,36 @@ def param_of(layer: nn.Module, name: str) -> Any:
     return meta.unbox(layer.get_variable("params", name))
 
 
+def refuse_computed_kernel(layer: nn.Module) -> None:
+    """Raises ValueError where a layer's kernel is not its parameter, but computed from it.
+
+    It would be computed from merged weights too, which is not what the layer and its increment do.
+    """
+    kernel = jax.tree.leaves(layer.get_variable("params", "kernel"))
+    for module in nn.module._context.module_stack:  # there is no public way to ask what is being called
+        if module is None or module.scope is None or module is layer:
+            continue
+        outer = jax.tree.leaves(_kernel_within(module, layer.path))
+        # A transformation of JAX in between, as of nn.scan, has arrays of its own.
+        comparable = len(outer) == len(kernel) and module.scope.trace_level == layer.scope.trace_level
+        changed = comparable and any(x is not y for x, y in zip(outer, kernel, strict=True))
+        if changed or isinstance(module, nn.WeightNorm | nn.SpectralNorm):
+            name = f"the kernel of the {type(layer).__name__} {'/'.join(layer.path)!r}"
+            how = "as by nn.WeightNorm, nn.SpectralNorm or nn.map_variables"
+            raise ValueError(f"{name} is computed from its parameter, {how}: {COMPUTED}")
+
+
+def _kernel_within(module: nn.Module, path: tuple[str, ...]) -> Any:
+    """The kernel of the layer at a path, among the variables of a module around it; None if there is none."""
+    below = path[len(module.path) :]
+    if module.path != path[: len(module.path)] or not below:
+        return None
+    node = module.scope.get_variable("params", below[0])
+    for name in (*below[1:], "kernel"):
+        node = node.get(name) if isinstance(node, Mapping) else None
+    return node
+
+
 def call_with_lora(layer: nn.Module, call: Any, args: Any, kwargs: Any, new: tuple, split: bool) -> Any:
     """What a layer, one of LAYERS or of a subclass, returns with LoRA.
 
@@ -41,6 +72,7 @@ def call_with_lora(layer: nn.Module, call: Any, args: Any, kwargs: Any, new: tup
         given = args[1] if len(args) > 1 else kwargs.get("einsum_str")
         einsum = nn.merge_param("einsum_str", layer.einsum_str, given)
     roles = _roles(layer, einsum)
+    refuse_computed_kernel(layer)
     lora = param_of(layer, "lora")
     if lora is None:
         refuse_old_names(layer.variables.get("params", {}), layer.path)

@@ -35,7 +35,8 @@ def loraize(
     Returns:
       A module to call and apply as the model, by its methods' names as well, `method="encode"`. For layers of
         several ranks, loraize it again. Its `init` raises ValueError if no layer matched, if one has LoRA
-        already, or if a kernel is too small for the rank.
+        already, if a kernel is too small for the rank, or is computed from the parameter, as by
+        `nn.WeightNorm`; for `nn.map_variables` of your own its `apply` does.
 
     Example:
       >>> import flax.linen as nn

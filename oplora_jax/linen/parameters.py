@@ -63,7 +63,8 @@ def add_lora(model: nn.Module, rngs: Any, params: Any, *args: Any, **kwargs: Any
             raise ValueError(f"{name}: the model has no such parameter; it has: {', '.join(expected)}")
         if leaf.shape != expected[name].shape:
             raise ValueError(f"{name}: the array is {leaf.shape}; the model needs {expected[name].shape}")
-    fill = lambda path, leaf: given[path_name(path)] if leaf is None else leaf
+    # A None of the model's own is no parameter, and stays.
+    fill = lambda path, leaf: given.get(path_name(path)) if leaf is None else leaf
     tree = jax.tree.map_with_path(fill, tree, is_leaf=lambda leaf: leaf is None)
 
     def placed(layer: dict[str, Any], path: str) -> dict[str, Any]:  # over a mesh, as the kernels are

@@ -13,7 +13,7 @@ from jaxtyping import Array
 from oplora_jax.adapters.checks import refuse_old_names
 from oplora_jax.adapters.init import init_beside
 from oplora_jax.adapters.reslora import SHORTCUTS, add_increments, add_inputs, check, merge_block
-from oplora_jax.linen.apply import WithLoRA, param_of, promoted
+from oplora_jax.linen.apply import WithLoRA, param_of, promoted, refuse_computed_kernel
 from oplora_jax.linen.parameters import map_layers, merge_layer
 from oplora_jax.matrix import LowRank
 
@@ -122,6 +122,7 @@ def merge_shortcuts(model: nn.Module, params: Any, *args: Any, **kwargs: Any) ->
 
 def _own(layer: WithLoRA, name: str) -> LowRank:
     """A layer's increment, which is created after the layer's own parameters."""
+    refuse_computed_kernel(layer)
     if not layer.has_variable("params", name):
         new = layer.rank, layer.alpha, None
         layer.scope.param(name, init_beside, param_of(layer, "kernel"), "io", *new)

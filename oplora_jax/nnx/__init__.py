@@ -1,5 +1,6 @@
 """LoRA layers and gradients for Flax NNX."""
 
+from oplora_jax import _flax as _flax
 from oplora_jax.nnx.gradients import value_and_grad
 from oplora_jax.nnx.layers import LoRAConv, LoRAConvTranspose, LoRAEinsum, LoRALinear, LoRALinearGeneral
 from oplora_jax.nnx.loraize import loraize, merge

@@ -2,8 +2,9 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 from flax import nnx
 
 from oplora_jax.gradients.value_and_grad import Kind, stateful_value_and_grad
@@ -21,11 +22,14 @@ def value_and_grad(
 ) -> Callable[..., Any]:
     """`oplora_jax.value_and_grad` for a loss of an NNX module.
 
-    Other state that the loss changes, such as batch statistics, is updated in the module, by each microbatch.
+    Other state that the loss changes is updated, in the module, such as batch statistics, and in all NNX
+    objects among the other arguments, such as random streams, metrics or a teacher: by each microbatch, which
+    sees all of them, as only arrays outside of NNX objects are the batch.
 
     Args:
       loss_fn: a function of (model, *args, **kwargs) that returns a scalar loss, or with `has_aux` a pair.
-      wrt: an NNX filter, the variables to differentiate by; the same as the optimizer's.
+        Any argument may be an NNX object, or hold some in containers.
+      wrt: an NNX filter, the model's variables to differentiate by; the same as the optimizer's.
       gradient, has_aux, moments, microbatches: as for `oplora_jax.value_and_grad`.
 
     Returns:
@@ -46,19 +50,39 @@ def value_and_grad(
       True
     """
 
+    is_wrt = nnx.filterlib.to_predicate(wrt)
+    in_model = lambda path, value: path[0] == 0 and is_wrt(path[1:], value)
+
     @functools.wraps(loss_fn)
     def value_and_grad_fn(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
-        graphdef, params, rest = nnx.split(model, wrt, ...)
+        leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=_is_object)
+        # All at once: they may share variables with the model, and with each other.
+        objects = (model, *filter(_is_object, leaves))
+        graphdef, params, rest = nnx.split(objects, in_model, ...)
+        places = map(_Place, range(1, len(objects)))
+        args, kwargs = treedef.unflatten(next(places) if _is_object(leaf) else leaf for leaf in leaves)
 
         def pure_loss(params, rest, *args, **kwargs):
-            inner = nnx.merge(graphdef, params, rest, copy=True)
-            out = loss_fn(inner, *args, **kwargs)
+            inner = nnx.merge(graphdef, nnx.State({0: params}), rest, copy=True)
+            at_places = lambda leaf: inner[leaf.index] if isinstance(leaf, _Place) else leaf
+            args, kwargs = jax.tree.map(at_places, (args, kwargs), is_leaf=lambda z: isinstance(z, _Place))
+            out = loss_fn(inner[0], *args, **kwargs)
             loss, aux = out if has_aux else (out, None)
-            return loss, (aux, nnx.state(inner, nnx.Not(wrt)))
+            return loss, (aux, nnx.state(inner, nnx.Not(in_model)))
 
         differentiate = stateful_value_and_grad(pure_loss, gradient, moments, microbatches)
-        loss, (aux, rest_after), grads = differentiate(params, rest, args, kwargs)
-        nnx.update(model, rest_after)
+        loss, (aux, rest_after), grads = differentiate(params.get(0, nnx.State({})), rest, args, kwargs)
+        nnx.update(objects, rest_after)
         return ((loss, aux) if has_aux else loss), grads
 
     return value_and_grad_fn
+
+
+class _Place(NamedTuple):
+    """Where an NNX object stands among the arguments, and its number."""
+
+    index: int
+
+
+def _is_object(leaf: Any) -> bool:
+    return isinstance(leaf, nnx.Variable | nnx.Pytree)

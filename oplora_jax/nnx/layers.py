@@ -24,7 +24,7 @@ Alpha = float | int | None
 
 def lora_param(layer: nnx.Module, rank: int, alpha: Alpha, rngs: Rngs, dtype: Any = None) -> nnx.LoRAParam:
     """The LoRA parameter of a layer that has its kernel: a `LowRank` of a type, the kernel's if None."""
-    kernel = layer.kernel.get_value()
+    kernel = layer.kernel.get_value() if isinstance(layer.kernel, nnx.Variable) else layer.kernel
     return nnx.LoRAParam(init_beside(rngs.params(), kernel, roles(layer), rank, alpha, dtype))
 
 

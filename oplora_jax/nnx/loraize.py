@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 
+from oplora_jax.adapters.checks import COMPUTED
+from oplora_jax.adapters.kernel_axes import check_is_array
 from oplora_jax.adapters.paths import matches, path_name
 from oplora_jax.adapters.reslora import SHORTCUTS
 from oplora_jax.nnx import layers as lora_layers
@@ -45,8 +47,8 @@ def loraize(
       rngs: random number streams; "params" is used.
 
     Raises:
-      ValueError: no layer matched, one has LoRA already, or its kernel is too small for the rank. The model
-        is then as it was.
+      ValueError: no layer matched, one has LoRA already, its kernel is too small for the rank, or computed by
+        an `nnx.WeightNorm` or `nnx.SpectralNorm` around it. The model is then as it was.
 
     Example:
       >>> import jax.numpy as jnp
@@ -69,12 +71,16 @@ def loraize(
     if not chosen:
         names = ", ".join(repr(path) for _, paths in found.values() for path in paths)
         raise ValueError(f"no layer matches {targets!r}; the paths of the layers are: {names or 'none'}")
-    params = {}
+    params, normalised = {}, _normalised(model)
     for path, layer in chosen.items():
         try:
+            if id(layer) in normalised:
+                raise ValueError(normalised[id(layer)])
             if isinstance(layer, WithLoRA) or hasattr(layer, "lora"):
                 name = type(layer).__name__
                 raise ValueError(f"this {name} has LoRA already; leave it out of the targets, or merge it")
+            if issubclass(_lora_class(type(layer)), Merged):
+                check_is_array(layer.kernel[...])
             params[path] = lora_param(layer, rank, alpha, rngs, dtype)
         except ValueError as error:
             raise ValueError(f"{path!r}: {error}") from error
@@ -93,7 +99,7 @@ def merge(model: Model) -> Model:
 
     Raises:
       ValueError: the model has no LoRA layer, or one of a class with a `__call__` of its own, or one that has
-        no merged form: an `InputShortcutLinear`.
+        no merged form: an `InputShortcutLinear`, or a layer within an `nnx.WeightNorm` or `nnx.SpectralNorm`.
 
     Example:
       >>> from flax import nnx
@@ -106,15 +112,22 @@ def merge(model: Model) -> Model:
     layers = [(path, z) for path, z in nnx.iter_modules(model) if isinstance(z, WithLoRA)]
     if not layers:
         raise ValueError("the model has no LoRA layer to merge")
+    normalised = _normalised(model)
     for path, layer in layers:
         name = repr("/".join(map(str, path)))
         plain = next(c for c in type(layer).__mro__ if not issubclass(c, WithLoRA))
+        if id(layer) in normalised:
+            raise ValueError(f"{name}: {normalised[id(layer)]}")
         if isinstance(layer, InputShortcutLinear):
             raise ValueError(f"{name}: {SHORTCUTS['input_lora']}")
         if type(layer).__call__ not in (Split.__call__, Merged.__call__, BlockShortcutLinear.__call__):
             own = f"{type(layer).__name__} has a __call__ of its own, which {plain.__name__} would lose"
             raise ValueError(f"{name}: {own}. Merge its lora into its kernel yourself")
-        layer.kernel.set_value(layer.merged_kernel())
+        try:
+            kernel = layer.merged_kernel()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        layer.kernel.set_value(kernel)
         if isinstance(layer, BlockShortcutLinear):
             del layer.previous
         delattr(layer, layer.lora_name)
@@ -130,6 +143,19 @@ def _lora_class(cls: type[nnx.Module]) -> type[nnx.Module]:
     base = next(c for c in cls.__mro__ if c in _CLASSES)
     mixin = Split if cls.__call__ is base.__call__ and issubclass(_CLASSES[base], Split) else Merged
     return type(f"LoRA{cls.__name__}", (mixin, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+def _normalised(model: nnx.Module) -> dict[int, str]:
+    """What is wrong with LoRA on modules whose kernels another one around them computes, by their ids."""
+    found = {}
+    for _, wrapper in _modules(model, ()):
+        if isinstance(wrapper, nnx.WeightNorm | nnx.SpectralNorm):
+            for _, layer in _modules(wrapper.layer_instance, ()):
+                kernel = f"the kernel of this {type(layer).__name__}"
+                found[id(layer)] = (
+                    f"{kernel} is computed by the {type(wrapper).__name__} around it: {COMPUTED}"
+                )
+    return found
 
 
 def _modules(node: Any, parents: tuple[Any, ...], path: str = "") -> Iterator[tuple[str, nnx.Module]]:

@@ -1,5 +1,7 @@
 """`loraize`, `add_lora` and `merge` on existing linen models."""
 
+from typing import Any
+
 import chex
 import flax.linen as nn
 import jax
@@ -12,7 +14,7 @@ from flax.training.train_state import TrainState
 
 import oplora_jax
 from oplora_jax import OuterProduct, is_low_rank, to_dense
-from oplora_jax.linen import LoRADense, add_lora, loraize, merge
+from oplora_jax.linen import BlockShortcutDense, LoRADense, add_lora, loraize, merge
 from oplora_jax.matrix import is_matrix
 from tests.arrays import normal, normal_like
 
@@ -306,3 +308,110 @@ def test_what_is_refused():
     plain = nn.Dense(3).init(KEY, X)
     with pytest.raises(nn.module.errors.ScopeParamNotFoundError, match='"lora"'):
         model.apply(plain, X)
+
+
+class Computed(nn.Module):
+    """A layer "d" whose kernel something computes."""
+
+    by: Any
+
+    @nn.compact
+    def __call__(self, x):
+        return self.by(self.is_initializing(), x)
+
+
+class Pair(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3, name="e")(nn.Dense(4, name="d")(x))
+
+
+def mapped(layer, init):
+    sign = lambda variables: jax.tree.map(jnp.sign, variables)
+    return nn.map_variables(layer, "params", trans_in_fn=sign, init=init)
+
+
+COMPUTED = {
+    "WeightNorm": lambda init, x: nn.WeightNorm(nn.Dense(4, name="d"))(x),
+    "SpectralNorm": lambda init, x: nn.SpectralNorm(nn.Dense(4, name="d"))(x, update_stats=False),
+    "of a block": lambda init, x: nn.WeightNorm(Pair(name="pair"))(x),
+    "over remat": lambda init, x: nn.WeightNorm(nn.remat(nn.Dense)(4, name="d"))(x),
+    "under remat": lambda init, x: nn.remat(nn.WeightNorm)(nn.Dense(4, name="d"))(x),
+    "of a convolution": lambda init, x: nn.WeightNorm(nn.Conv(4, (2,), name="d"))(x),
+    "map_variables": lambda init, x: mapped(nn.Dense, init)(4, name="d")(x),
+    "map_variables of a function": lambda init, x: mapped(lambda d, x: d(x), init)(nn.Dense(4, name="d"), x),
+}
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_kernels_that_are_computed(name):
+    """With LoRA beside it, x (norm(W) + P), is not x norm(W + P): refused by the layer's path."""
+    model = loraize(Computed(COMPUTED[name]), 2, "*d")
+    with pytest.raises(ValueError, match=r"the kernel of the \w+ '(pair/)?d' is computed from its parameter"):
+        jax.eval_shape(lambda: model.apply(model.init(KEY, X), X))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.WeightNorm(loraize(nn.Dense(4), 2, "")),
+        loraize(nn.WeightNorm(nn.Dense(4)), 2, "*"),
+        nn.WeightNorm(LoRADense(4, rank=2)),
+        nn.WeightNorm(nn.Sequential([BlockShortcutDense(4, rank=2, previous=())])),
+    ],
+    ids=["outside", "inside", "layer", "shortcut"],
+)
+def test_wrappers_around_layers_with_lora(model):
+    with pytest.raises(ValueError, match="is computed from its parameter, as by nn"):
+        jax.eval_shape(model.init, KEY, X)
+
+
+class Beside(nn.Module):
+    """A normalised layer between others, which a scan, remat and jit give as other arrays."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.WeightNorm(nn.Dense(4, name="normed"))(nn.Dense(4, name="first")(x))
+        options = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": 2}
+        return nn.scan(nn.remat(nn.jit(Step)), **options)(name="steps")(x, None)[0]
+
+
+class Step(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.tanh(nn.Dense(4, name="d")(x)), None
+
+
+def test_kernels_that_are_not_computed():
+    model = loraize(Beside(), 2, ["first", "steps/*"])
+    params = random_params(jax.eval_shape(model.init, KEY, X)["params"])
+    run = lambda p: (model.apply({"params": p}, X), Beside().apply({"params": merge(p)}, X))
+    # float32 through four layers
+    chex.assert_trees_all_close(*jax.jit(run)(params), rtol=1e-4, atol=1e-5)
+
+
+class Table(nn.Module):
+    """Parameters that hold a None, alone, beside a kernel and in a list."""
+
+    @nn.compact
+    def __call__(self, x):
+        init = lambda key: {"values": jnp.ones(1), "zero_point": None, "more": [None, jnp.ones(2)]}
+        table = self.param("table", init)
+        self.param("nothing", lambda key: None)
+        return nn.Dense(3, name="head")(x) * table["values"][0]
+
+
+def test_a_none_among_the_parameters_stays():
+    model, plain = loraize(Table(), 2, "head"), Table().init(KEY, X)["params"]
+    params = add_lora(model, KEY, plain, X)
+    assert params["nothing"] is None and params["table"]["zero_point"] is None
+    params["head"]["lora"] = random_params(params["head"]["lora"])
+    without = {**params, "head": {k: z for k, z in params["head"].items() if k != "lora"}}
+    chex.assert_trees_all_equal(without, plain)
+    merged = merge(params)
+    chex.assert_trees_all_equal_structs(merged, plain)
+    run = lambda params: (model.apply({"params": params}, X), Table().apply({"params": merged}, X))
+    chex.assert_trees_all_close(*run(params), rtol=1e-5, atol=1e-5)  # float32, sums of 4
+    lora = {"head/kernel": params["head"]["lora"]}
+    assert set(oplora_jax.init_lora(KEY, plain, 2, "head/kernel")) == set(lora)
+    chex.assert_trees_all_equal(oplora_jax.merge(plain, lora), merged)

@@ -234,6 +234,37 @@ def test_what_is_refused_leaves_the_model_alone():
         merge(Own(4, 8, 2, rngs=nnx.Rngs(0)))
 
 
+def normalised(kind, layer):
+    options = {"use_scale": False} if kind == "WeightNorm" else {"update_stats": False}
+    return getattr(nnx, kind)(layer, rngs=nnx.Rngs(0), **options)
+
+
+@pytest.mark.parametrize("kind", ["WeightNorm", "SpectralNorm"])
+def test_kernels_that_another_module_computes(kind):
+    """With LoRA beside it, x (norm(W) + P), is not x norm(W + P): refused, whoever is around whom."""
+    block = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
+    model = nnx.Dict(plain=nnx.Linear(4, 4, rngs=nnx.Rngs(0)), normed=normalised(kind, block))
+    graphdef = nnx.graphdef(model)
+    match = rf"'normed/layer_instance/layers/0': the kernel of this Linear is computed by the {kind}"
+    with pytest.raises(ValueError, match=match):
+        loraize(model, 2, "*", rngs=nnx.Rngs(1))
+    assert nnx.graphdef(model) == graphdef
+    assert loraize(model, 2, "plain", rngs=nnx.Rngs(1)) == ["plain"]
+    assert type(merge(model)["plain"]) is nnx.Linear
+    whole = normalised(kind, nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=f"'layer_instance': .* computed by the {kind}"):
+        loraize(whole, 2, "*", rngs=nnx.Rngs(1))
+
+
+def test_a_layer_that_is_normalised_later_does_not_merge():
+    inner = LoRALinear(4, 3, 2, rngs=nnx.Rngs(0))
+    model = nnx.Sequential(inner, normalised("WeightNorm", inner))
+    with pytest.raises(
+        ValueError, match="'layers/0': the kernel of this LoRALinear is computed by the Weigh"
+    ):
+        merge(model)
+
+
 def test_split_merge_and_abstract_models():
     def make():
         model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)), nnx.Conv(8, 3, (3,), rngs=nnx.Rngs(0)))
