@@ -1,6 +1,5 @@
 """LoRA parameters of their own, beside a model that stays untouched."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,7 +9,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from oplora_jax._jax import Tracer
 from oplora_jax.adapters.kernel_axes import axes_of, kept_roles, matrix_shape, stacked
-from oplora_jax.adapters.paths import matches, path_name
+from oplora_jax.adapters.paths import Targets, check_patterns, matches, path_name, patterns_of
 from oplora_jax.matrix import LowRank
 from oplora_jax.sharding import merged, partition
 
@@ -19,7 +18,7 @@ def init_lora(
     key: PRNGKeyArray,
     params: Any,
     rank: int,
-    targets: str | Sequence[str],
+    targets: Targets,
     *,
     alpha: float | int | None = None,
     batch_axes: int = 0,
@@ -36,8 +35,11 @@ def init_lora(
         such as a convolution's, is the matrix of all its leading axes by its last, unless the arguments
         batch_axes and output_axes say otherwise.
       rank: r, at most either side of every kernel chosen.
-      targets: one pattern or several, for paths such as "encoder/layer_0/query/kernel": a glob for the whole
-        path, or a regular expression found in it.
+      targets: one pattern or several, each of which must match, for paths such as
+        "encoder/layer_0/query/kernel". A string is whole components of the path, such as "query" or
+        "layer_0/query", or a glob for the path from its start to its end, such as "encoder/*/kernel", in
+        which "*" stands for any characters, "/" too. A regular expression, to be found in the path, is given
+        as one: ``re.compile("query|value")``.
       alpha: the scale is alpha / rank; 1 when alpha is None.
       batch_axes: how many of the first axes of the kernels stack layers, each with its own factors.
       output_axes: how many of the last axes of the kernels are outputs: 2 for the query kernel
@@ -50,7 +52,7 @@ def init_lora(
         inputs of its kernel and b as the outputs; under `jax.jit` that needs explicit axes.
 
     Raises:
-      ValueError: no kernel matched, or one has too few axes or is too small for the rank.
+      ValueError: a pattern that matches no kernel, or a kernel with too few axes or too small for the rank.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -64,9 +66,9 @@ def init_lora(
     """
     is_kernel = lambda leaf: jnp.ndim(leaf) >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
     kernels = {path_name(path): z for path, z in jax.tree.leaves_with_path(params) if is_kernel(z)}
-    chosen = {path: kernel for path, kernel in kernels.items() if matches(path, targets)}
-    if not chosen:
-        raise ValueError(f"no kernel matches {targets!r}; the paths are: {', '.join(kernels) or 'none'}")
+    patterns = patterns_of(targets)
+    check_patterns(patterns, list(kernels), "kernel")
+    chosen = {path: kernel for path, kernel in kernels.items() if matches(path, patterns)}
     lora = {}
     for (path, kernel), one_key in zip(chosen.items(), jax.random.split(key, len(chosen)), strict=True):
         inputs = kernel.ndim - batch_axes - output_axes

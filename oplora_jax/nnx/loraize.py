@@ -1,13 +1,13 @@
 """LoRA on the layers of an existing NNX model, and off them again."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import jax
 from flax import nnx
 
-from oplora_jax.adapters.paths import matches, path_name
+from oplora_jax.adapters.paths import Targets, check_patterns, matches, path_name, patterns_of
 from oplora_jax.adapters.reslora import SHORTCUTS
 from oplora_jax.nnx import layers as lora_layers
 from oplora_jax.nnx.layers import Merged, Split, WithLoRA, lora_param
@@ -24,7 +24,7 @@ _CLASSES = {
 def loraize(
     model: nnx.Module,
     rank: int,
-    targets: str | Sequence[str],
+    targets: Targets,
     *,
     alpha: float | int | None = None,
     dtype: Any = None,
@@ -45,8 +45,8 @@ def loraize(
       rngs: random number streams; "params" is used.
 
     Raises:
-      ValueError: no layer matched, one has LoRA already, or its kernel is too small for the rank. The model
-        is then as it was.
+      ValueError: a pattern that matches no layer; a layer that has LoRA already, or whose kernel is too
+        small for the rank. The model is then as it was.
 
     Example:
       >>> import jax.numpy as jnp
@@ -63,12 +63,10 @@ def loraize(
     for path, module in _modules(model, ()):
         if isinstance(module, tuple(_CLASSES)):
             found.setdefault(id(module), (module, []))[1].append(path)
-    chosen = {}
+    patterns, chosen = patterns_of(targets), {}
+    check_patterns(patterns, [path for _, paths in found.values() for path in paths], "layer")
     for layer, paths in found.values():
-        chosen |= {path: layer for path in [p for p in paths if matches(p, targets)][:1]}
-    if not chosen:
-        names = ", ".join(repr(path) for _, paths in found.values() for path in paths)
-        raise ValueError(f"no layer matches {targets!r}; the paths of the layers are: {names or 'none'}")
+        chosen |= {path: layer for path in [p for p in paths if matches(p, patterns)][:1]}
     params = {}
     for path, layer in chosen.items():
         try:

@@ -1,5 +1,7 @@
 """LoRA parameters beside a model that stays untouched."""
 
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -23,13 +25,71 @@ PARAMS = {
         ("query", ["layer_0/query/kernel", "layer_1/query/kernel"]),
         ("layer_0/*", ["layer_0/query/kernel"]),
         ("*/kernel", ["conv/kernel", "layer_0/query/kernel", "layer_1/query/kernel"]),
-        (r"layer_\d+/query", ["layer_0/query/kernel", "layer_1/query/kernel"]),
+        (re.compile(r"layer_\d+/query"), ["layer_0/query/kernel", "layer_1/query/kernel"]),
         (["conv", "layer_1"], ["conv/kernel", "layer_1/query/kernel"]),
+        (["conv", re.compile("1/.*kernel$")], ["conv/kernel", "layer_1/query/kernel"]),
+        ("layer_?/query/*", ["layer_0/query/kernel", "layer_1/query/kernel"]),
+        ("layer_[1-9]/*", ["layer_1/query/kernel"]),
+        ("conv/kernel", ["conv/kernel"]),
     ],
 )
 def test_patterns(targets, expected):
     lora = init_lora(jax.random.key(0), PARAMS, 2, targets)
     assert sorted(lora) == expected
+
+
+NAMES = [
+    *("head/out", "multihead/query", "layers/0", "layers/10", "sublayers_norm", "layers_norm/dense"),
+    *("dense_1/w", "w[0]", "a.b"),
+]
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        # A glob is one for the whole path, and "*" stands for slashes too.
+        ("head/*", ["head/out"]),
+        ("layers/*", ["layers/0", "layers/10"]),
+        ("layers/?", ["layers/0"]),
+        ("*head/*", ["head/out", "multihead/query"]),
+        ("*e*/*0", ["layers/0", "layers/10"]),
+        # Without a wildcard it is whole components, anywhere.
+        ("head", ["head/out"]),
+        ("out", ["head/out"]),
+        ("layers", ["layers/0", "layers/10"]),
+        ("dense", ["layers_norm/dense"]),
+        ("0", ["layers/0"]),
+        ("w[0]", ["w[0]"]),
+        ("a.b", ["a.b"]),
+        # A regular expression is found anywhere.
+        (re.compile("head/"), ["head/out", "multihead/query"]),
+        (re.compile("^(head|layers)/"), ["head/out", "layers/0", "layers/10"]),
+        (["head", re.compile("HEAD", re.IGNORECASE)], ["head/out", "multihead/query"]),
+    ],
+    ids=str,
+)
+def test_what_a_pattern_means(targets, expected):
+    lora = init_lora(jax.random.key(0), {name: jnp.ones((2, 2)) for name in NAMES}, 1, targets)
+    assert list(lora) == sorted(expected)
+
+
+def test_every_pattern_matches_something():
+    params = {f"layers_{i}": {name: jnp.ones((2, 2)) for name in ("query", "value")} for i in range(20)}
+    with pytest.raises(
+        ValueError, match=r"'qurey'; of 40 paths the closest are: 'layers_\d+/query'"
+    ) as error:
+        init_lora(jax.random.key(0), params, 1, ["value", "qurey"])
+    assert "value" not in str(error.value)
+    with pytest.raises(ValueError, match=r"'layers_7/valeu'; .*closest are: 'layers_7/value'"):
+        init_lora(jax.random.key(0), params, 1, "layers_7/valeu")
+    with pytest.raises(ValueError, match=r"'query\|value'; as a regular .*: re.compile\('query\|value'\)"):
+        init_lora(jax.random.key(0), params, 1, ["query", "query|value"])
+    with pytest.raises(ValueError, match=r"no kernel matches re.compile\('Query'\).*'layers_\d+/query'"):
+        init_lora(jax.random.key(0), params, 1, re.compile("Query"))
+    with pytest.raises(ValueError, match=r"no kernel matches '\(query'; of 40"):
+        init_lora(jax.random.key(0), params, 1, "(query")
+    with pytest.raises(ValueError, match=r"targets is \[\]; expected a path, a glob or a re.compile"):
+        init_lora(jax.random.key(0), params, 1, [])
 
 
 def test_start_shapes_scale_and_types():
@@ -94,7 +154,7 @@ def test_gradients_through_a_model_that_knows_nothing_of_lora():
 
 
 def test_errors_name_the_paths():
-    with pytest.raises(ValueError, match=r"no kernel matches 'key'.*layer_0/query/kernel"):
+    with pytest.raises(ValueError, match=r"no kernel matches 'key'; the paths are: .*'layer_0/query/kernel'"):
         init_lora(jax.random.key(0), PARAMS, 2, "key")
     with pytest.raises(ValueError, match=r"layer_0/query/kernel: rank is 5.*\(4, 6\).*1 to 4"):
         init_lora(jax.random.key(0), PARAMS, 5, "layer_0")
