@@ -39,6 +39,7 @@ def axes_of(shape: Sequence[int], lora: LowRank) -> str:
 
 def add_increment(kernel: Array, lora: LowRank) -> Array:
     """The kernel with its LoRA increment added, in the kernel's type and with its sharding."""
+    check_takes_increments(kernel.dtype)
     roles = axes_of(kernel.shape, lora)
     order = sorted(range(len(roles)), key=lambda axis: "bio".index(roles[axis]))
 
@@ -48,6 +49,15 @@ def add_increment(kernel: Array, lora: LowRank) -> Array:
         return (kernel + increment).astype(kernel.dtype)
 
     return under_auto_sharding(total, lambda: specs_of(kernel), kernel, lora)
+
+
+def check_takes_increments(dtype: Any) -> None:
+    """Raises ValueError for a kernel whose type would round increments away: integers, and float8 and less."""
+    if not jnp.issubdtype(dtype, jnp.inexact) or dtype.itemsize < 2:
+        raise ValueError(
+            f"the kernel is {dtype}, which would lose the LoRA increment: cast it to a floating-point type of "
+            "16 bits or more first (dequantised, if it holds codes), or keep the adapter apart (lora_dot)"
+        )
 
 
 def stacked(roles: str, ndim: int) -> str:

@@ -52,6 +52,7 @@ def block_shortcut(
 def merge_block(kernel: Float[Array, "*batch n m"], loras: Sequence[LowRank]) -> Float[Array, "*batch n m"]:
     """The kernel of the plain layer that computes what `block_shortcut` with the same arguments does."""
     check(jnp.shape(kernel), loras)
+    check_takes_increments(kernel.dtype)
     return (kernel + sum(map(to_dense, loras))).astype(kernel.dtype)
 
 
