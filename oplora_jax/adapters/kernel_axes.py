@@ -11,6 +11,7 @@ import string
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -44,19 +45,20 @@ def add_increment(kernel: Array, lora: LowRank) -> Array:
     order = sorted(range(len(roles)), key=lambda axis: "bio".index(roles[axis]))
 
     def total(kernel: Any, lora: LowRank) -> Array:
-        increment = to_dense(lora).reshape([kernel.shape[axis] for axis in order])
-        increment = increment.transpose([order.index(axis) for axis in range(len(order))])
-        return (kernel + increment).astype(kernel.dtype)
+        with jax.numpy_dtype_promotion("standard"):
+            increment = to_dense(lora).reshape([kernel.shape[axis] for axis in order])
+            increment = increment.transpose([order.index(axis) for axis in range(len(order))])
+            return (kernel + increment).astype(kernel.dtype)
 
     return under_auto_sharding(total, lambda: specs_of(kernel), kernel, lora)
 
 
 def check_takes_increments(dtype: Any) -> None:
-    """Raises ValueError for a kernel whose type would round increments away: integers, and float8 and less."""
+    """Raises ValueError for kernels of a type that rounds increments away: integers, float8 and less."""
     if not jnp.issubdtype(dtype, jnp.inexact) or dtype.itemsize < 2:
         raise ValueError(
-            f"the kernel is {dtype}, which would lose the LoRA increment: cast it to a floating-point type of "
-            "16 bits or more first (dequantised, if it holds codes), or keep the adapter apart (lora_dot)"
+            f"the kernel is {dtype}, which would lose the LoRA increment. Cast it to a floating-point type "
+            "of 16 bits or more first (dequantise it, if it holds codes), or keep the adapter apart"
         )
 
 

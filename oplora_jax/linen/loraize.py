@@ -8,16 +8,17 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 
+from oplora_jax.adapters.init import Alpha, Rank, checked
 from oplora_jax.adapters.paths import Targets, check_patterns, matches, patterns_of
 from oplora_jax.linen.apply import LAYERS, SPLIT, WithLoRA, call_with_lora
 
 
 def loraize(
     model: nn.Module,
-    rank: int,
+    rank: Rank,
     targets: Targets,
     *,
-    alpha: float | int | None = None,
+    alpha: Alpha = None,
     dtype: Any = None,
 ) -> nn.Module:
     """A model with a LoRA increment on the layers of another whose path matches a pattern.
@@ -48,7 +49,7 @@ def loraize(
       >>> sorted(params["layers_0"]), sorted(params["layers_2"])
       (['bias', 'kernel', 'lora'], ['bias', 'kernel'])
     """
-    target = Target(patterns_of(targets), rank, alpha, dtype)
+    target = Target(patterns_of(targets), *checked(rank, alpha), dtype)
     return LoRA(model.model, (*model.targets, target)) if isinstance(model, LoRA) else LoRA(model, (target,))
 
 
@@ -67,7 +68,7 @@ class Target(NamedTuple):
 
     patterns: tuple[str | re.Pattern, ...]
     rank: int
-    alpha: float | int | None
+    alpha: float | None
     dtype: Any
 
 

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 
+from oplora_jax.adapters.init import Alpha, Rank
 from oplora_jax.adapters.paths import Targets, check_patterns, matches, path_name, patterns_of
 from oplora_jax.adapters.reslora import SHORTCUTS
 from oplora_jax.nnx import layers as lora_layers
@@ -23,10 +24,10 @@ _CLASSES = {
 
 def loraize(
     model: nnx.Module,
-    rank: int,
+    rank: Rank,
     targets: Targets,
     *,
-    alpha: float | int | None = None,
+    alpha: Alpha = None,
     dtype: Any = None,
     rngs: nnx.Rngs,
 ) -> list[str]:
@@ -112,7 +113,10 @@ def merge(model: Model) -> Model:
         if type(layer).__call__ not in (Split.__call__, Merged.__call__, BlockShortcutLinear.__call__):
             own = f"{type(layer).__name__} has a __call__ of its own, which {plain.__name__} would lose"
             raise ValueError(f"{name}: {own}. Merge its lora into its kernel yourself")
-        layer.kernel.set_value(layer.merged_kernel())
+        try:
+            layer.kernel.set_value(layer.merged_kernel())
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
         if isinstance(layer, BlockShortcutLinear):
             del layer.previous
         delattr(layer, layer.lora_name)

@@ -236,6 +236,10 @@ def test_what_is_refused_leaves_the_model_alone():
         def __call__(self, inputs):
             return -super().__call__(inputs)
 
+    coded = nnx.Sequential(LoRALinear(4, 8, 2, rngs=nnx.Rngs(0)))
+    coded.layers[0].kernel.set_value(jnp.ones((4, 8), jnp.int8))
+    with pytest.raises(ValueError, match=r"'layers/0': the kernel is int8.*dequantise it"):
+        merge(coded)
     with pytest.raises(ValueError, match="'': Own has a __call__ of its own"):
         merge(Own(4, 8, 2, rngs=nnx.Rngs(0)))
 
