@@ -18,7 +18,7 @@ from experiments.sentences import SPECS, Sentences
 from experiments.task import Task
 from oplora_jax.linen import loraize
 
-TARGETS = "attention/(query|value)$"
+TARGETS = ("attention/query", "attention/value")
 SHORTEST = 16  # tokens that a batch has room for; longer ones have a power of two: few shapes to compile
 
 

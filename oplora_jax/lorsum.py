@@ -188,7 +188,7 @@ def _change(side, problem, start, change, step):
     moved = jnp.zeros_like(y0) if across is None else times(across, y0)
     for coefficient, term in problem.gradient:
         product = left_product(x, transposed(term) if side == 0 else term)
-        moved += coefficient * times(rate, product.astype(y0.dtype))
+        moved += jnp.asarray(coefficient, y0.dtype) * times(rate, product.astype(y0.dtype))
     if problem.metric is not None:
         moved = _times_metric(moved, problem, problem.metric[1][side])
     return times(own, y0) + moved

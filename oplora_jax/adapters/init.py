@@ -1,27 +1,33 @@
 """LoRA parameters of their own, beside a model that stays untouched."""
 
-from collections.abc import Sequence
-from typing import Any
+import math
+import operator
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
+from jax.typing import ArrayLike
 from jaxtyping import Array, PRNGKeyArray
 
 from oplora_jax._jax import Tracer
 from oplora_jax.adapters.kernel_axes import axes_of, kept_roles, matrix_shape, stacked
-from oplora_jax.adapters.paths import matches, path_name
+from oplora_jax.adapters.paths import Targets, check_patterns, leaf_name, matches, path_name, patterns_of
 from oplora_jax.matrix import LowRank
 from oplora_jax.sharding import merged, partition
+
+Rank: TypeAlias = ArrayLike  # a whole number
+Alpha: TypeAlias = ArrayLike | None
 
 
 def init_lora(
     key: PRNGKeyArray,
     params: Any,
-    rank: int,
-    targets: str | Sequence[str],
+    rank: Rank,
+    targets: Targets,
     *,
-    alpha: float | int | None = None,
+    alpha: Alpha = None,
     batch_axes: int = 0,
     output_axes: int = 1,
     dtype: Any = None,
@@ -32,25 +38,29 @@ def init_lora(
 
     Args:
       key: a random key.
-      params: any tree; considered are floating-point arrays of two or more axes. A kernel of more than two,
-        such as a convolution's, is the matrix of all its leading axes by its last, unless the arguments
-        batch_axes and output_axes say otherwise.
+      params: any tree; considered are arrays of two or more axes. A kernel of more than two, such as a
+        convolution's, is the matrix of all its leading axes by its last, unless the arguments batch_axes and
+        output_axes say otherwise.
       rank: r, at most either side of every kernel chosen.
-      targets: one pattern or several, for paths such as "encoder/layer_0/query/kernel": a glob for the whole
-        path, or a regular expression found in it.
-      alpha: the scale is alpha / rank; 1 when alpha is None.
+      targets: one pattern or several, each of which must match, for paths such as
+        "encoder/layer_0/query/kernel". A string is whole components of the path, such as "query" or
+        "layer_0/query", or a glob for the path from its start to its end, such as "encoder/*/kernel", in
+        which "*" stands for any characters, "/" too. A regular expression, to be found in the path, is given
+        as one: ``re.compile("query|value")``.
+      alpha: a positive number; the scale is alpha / rank, and 1 when alpha is None.
       batch_axes: how many of the first axes of the kernels stack layers, each with its own factors.
       output_axes: how many of the last axes of the kernels are outputs: 2 for the query kernel
         (inputs, heads, size of a head) of an attention, 1 for its output kernel.
-      dtype: the parameters' type; that of each kernel if None. Take float32 over a bfloat16 model: bfloat16
-        rounds away steps of less than 2^-9 of a number.
+      dtype: the parameters' type; that of each kernel if None, which a float8 kernel does not allow. Take
+        float32 over a bfloat16 model: bfloat16 rounds away steps of less than 2^-9 of a number.
 
     Returns:
       A dict from the chosen kernels' paths to their `LowRank` parameters. On a mesh a is sharded as the
         inputs of its kernel and b as the outputs; under `jax.jit` that needs explicit axes.
 
     Raises:
-      ValueError: no kernel matched, or one has too few axes or is too small for the rank.
+      ValueError: a pattern that matches no kernel; a kernel with too few axes, too small for the rank, or of
+        integers, as a quantised one's; a rank or alpha that is no such number.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -62,11 +72,10 @@ def init_lora(
       >>> bool((oplora_jax.merge(params, lora)["dense"]["kernel"] == params["dense"]["kernel"]).all())
       True
     """
-    is_kernel = lambda leaf: jnp.ndim(leaf) >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
-    kernels = {path_name(path): z for path, z in jax.tree.leaves_with_path(params) if is_kernel(z)}
-    chosen = {path: kernel for path, kernel in kernels.items() if matches(path, targets)}
-    if not chosen:
-        raise ValueError(f"no kernel matches {targets!r}; the paths are: {', '.join(kernels) or 'none'}")
+    patterns = patterns_of(targets)
+    kernels = [(path, z) for path, z in jax.tree.leaves_with_path(params) if jnp.ndim(z) >= 2]
+    check_patterns(patterns, [leaf_name(path) for path, _ in kernels], "kernel")
+    chosen = {path_name(path): kernel for path, kernel in kernels if matches(leaf_name(path), patterns)}
     lora = {}
     for (path, kernel), one_key in zip(chosen.items(), jax.random.split(key, len(chosen)), strict=True):
         inputs = kernel.ndim - batch_axes - output_axes
@@ -81,17 +90,57 @@ def init_lora(
     return lora
 
 
-def init_beside(
-    key: PRNGKeyArray, kernel: Any, roles: str, rank: int, alpha: float | int | None, dtype: Any
-) -> LowRank:
+def init_beside(key: PRNGKeyArray, kernel: Any, roles: str, rank: Rank, alpha: Alpha, dtype: Any) -> LowRank:
     """LoRA's usual start for a kernel whose last axes have these roles; axes in front stack layers."""
+    rank, alpha = checked(rank, alpha)
     *batch, n, m = matrix_shape(kernel.shape, stacked(roles, kernel.ndim))
     if not 1 <= rank <= min(n, m):
         raise ValueError(f"rank is {rank}; a kernel ({n}, {m}) takes 1 to {min(n, m)}")
-    dtype = kernel.dtype if dtype is None else dtype
+    dtype = _factors_dtype(kernel.dtype, dtype)
     a = he_uniform(key, (*batch, n, rank), dtype)
     b = jnp.zeros((*batch, rank, m), dtype)
     return beside(kernel, LowRank(a, b, 1.0 if alpha is None else alpha / rank, kept_roles(roles)))
+
+
+def checked(rank: Rank, alpha: Alpha) -> tuple[int, float | None]:
+    """Both as Python's numbers; raises ValueError for what is no rank or alpha. How large: see the kernel."""
+    try:
+        whole = None if isinstance(rank, bool) else operator.index(rank)
+    except TypeError:
+        whole = None
+    if whole is None:
+        raise ValueError(f"rank is {rank!r}; expected a whole number")
+    number = positive_number(alpha)
+    if number is None and alpha is not None:
+        raise ValueError(f"alpha is {alpha!r}; expected a positive number that is known when traced, or None")
+    return whole, number
+
+
+def positive_number(value: Any) -> float | None:
+    """A finite positive scalar, an array's too, as Python's; None for anything else, traced ones too."""
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError):
+        return None
+    real = any(jnp.issubdtype(array.dtype, kind) for kind in (jnp.floating, jnp.integer))
+    number = float(array) if real and array.ndim == 0 else 0.0
+    return number if 0 < number < math.inf else None
+
+
+def _factors_dtype(of_kernel: Any, dtype: Any) -> Any:
+    """The type of a LoRA parameter beside a kernel of some type; raises ValueError where there is none."""
+    if not jnp.issubdtype(of_kernel, jnp.floating):
+        raise ValueError(
+            f"the kernel is {of_kernel}; LoRA begins beside a floating-point one. Dequantise it first, or "
+            "leave it out of the targets"
+        )
+    found = of_kernel if dtype is None else jnp.dtype(dtype)
+    if not jnp.issubdtype(found, jnp.floating) or found.itemsize < 2:
+        given = "the kernel's type" if dtype is None else "dtype"
+        raise ValueError(
+            f"{given} is {found}; expected dtype=jnp.float32, or another type of 16 bits or more"
+        )
+    return found
 
 
 def he_uniform(key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any) -> Array:

@@ -41,26 +41,31 @@ def axes_of(shape: Sequence[int], lora: LowRank) -> str:
 
 def add_increment(kernel: Any, lora: LowRank) -> Array:
     """The kernel with its LoRA increment added, in the kernel's type and with its sharding."""
+    check_takes_increments(kernel)
     roles = axes_of(kernel.shape, lora)
     order = sorted(range(len(roles)), key=lambda axis: "bio".index(roles[axis]))
-    check_is_array(kernel)
 
-    def total(kernel: Any, lora: LowRank) -> Array:
-        increment = to_dense(lora).reshape([kernel.shape[axis] for axis in order])
-        increment = increment.transpose([order.index(axis) for axis in range(len(order))])
-        return (kernel + increment).astype(kernel.dtype)
+    def total(kernel: Any, increment: Any) -> Array:
+        with jax.numpy_dtype_promotion("standard"):
+            increment = increment.reshape([kernel.shape[axis] for axis in order])
+            increment = increment.transpose([order.index(axis) for axis in range(len(order))])
+            return (kernel + increment).astype(kernel.dtype)
 
-    return under_auto_sharding(total, lambda: specs_of(kernel), kernel, lora)
+    return under_auto_sharding(total, lambda: specs_of(kernel), kernel, to_dense(lora))
 
 
-def check_is_array(kernel: Any) -> None:
-    """Raises ValueError for a kernel that is codes with their scale, in a class of another library's."""
+def check_takes_increments(kernel: Any) -> None:
+    """Raises ValueError for a kernel to which no increment can be added without losing it."""
     if not isinstance(kernel, jax.Array | np.ndarray):
-        raise ValueError(
-            f"the kernel is a {type(kernel).__name__}, as Qwix's quantised ones are: no array to add a LoRA "
-            "increment to. Dequantise it first, keep the adapter apart, or take Qwix's own LoraProvider and "
-            "oplora_jax.pair_factors"
-        )
+        what = f"a {type(kernel).__name__}, as Qwix's quantised ones are, and no array to add an increment to"
+    elif not jnp.issubdtype(kernel.dtype, jnp.inexact) or kernel.dtype.itemsize < 2:
+        what = f"{kernel.dtype}, which would lose the LoRA increment"
+    else:
+        return
+    raise ValueError(
+        f"the kernel is {what}. Dequantise it first, to a floating-point type of 16 bits or more, or keep "
+        "the adapter apart, as Qwix's own LoraProvider does, with oplora_jax.pair_factors"
+    )
 
 
 def stacked(roles: str, ndim: int) -> str:

@@ -20,7 +20,8 @@ def merge(params: Any, lora: dict[str, LowRank]) -> Any:
       lora: LoRA parameters by path, each a matrix of its kernel's axes as `init_lora` makes them.
 
     Raises:
-      ValueError: a path that params lacks, or a kernel of another size.
+      ValueError: a path that params lacks, or a kernel of another size, or of a type that would lose the
+        increment, of integers or of float8.
     """
     missing = set(lora)
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from oplora_jax.adapters.init import positive_number
 from oplora_jax.adapters.paths import leaf_name
 from oplora_jax.matrix import LowRank, is_matrix, transpose
 
@@ -70,7 +71,8 @@ def pair_factors(
 
     Raises:
       ValueError: at init and update, for no pair at all, for a factor without the other one, for shapes that
-        do not fit or leave the batch axes open, and for gradients of another shape.
+        do not fit (a rank above n or m, as of square layers of PyTorch without `transposed`) or leave the
+        batch axes open, and for gradients of another shape.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, oplora_jax
@@ -191,10 +193,10 @@ def _take_apart(
         if name in pairs:
             raise ValueError(f"{paths[0]}: another pair of factors is named {name!r} as well")
         value = scale(name) if callable(scale) else scale
-        if not isinstance(value, float | int) or not value > 0:
-            raise ValueError(f"{paths[0]}: scale is {value}; expected a positive number, alpha / rank")
+        if (number := positive_number(value)) is None:
+            raise ValueError(f"{paths[0]}: scale is {value!r}; expected a positive number, alpha / rank")
         batch = _batch(paths, shapes, transposed, batch_axes)
-        pairs[name] = _Pair(paths, indices, shapes, batch, value, transposed)
+        pairs[name] = _Pair(paths, indices, shapes, batch, number, transposed)
     if leaves and not pairs:
         expected = "lora_a and lora_b, or lora_A and lora_B" if pattern is None else " and ".join(pattern)
         found = f"no paths end in {expected}; the paths are: {', '.join(names)}"
@@ -217,9 +219,9 @@ def _factor(name: str, endings: tuple[tuple[str, str], ...]) -> tuple[str, tuple
 
 def _batch(paths: list[str], shapes: list[tuple[int, ...]], transposed: bool, batch_axes: int | None) -> int:
     """The number of batch axes of a pair, which is what the shapes allow."""
-    fitting = _batches(*shapes, transposed)
-    if batch_axes in fitting:
-        fitting = [batch_axes]
+    sizes = _sizes(*shapes, transposed)
+    sizes = {batch_axes: sizes[batch_axes]} if batch_axes in sizes else sizes
+    fitting = [k for k, (n, r, m) in sizes.items() if r <= min(n, m)]
     if len(fitting) == 1:
         return fitting[0]
     named = f"{paths[0]} {shapes[0]} and {paths[1]} {shapes[1]}"
@@ -227,19 +229,24 @@ def _batch(paths: list[str], shapes: list[tuple[int, ...]], transposed: bool, ba
         counts = " or ".join(map(str, fitting))
         raise ValueError(f"{named}: the shapes allow {counts} batch axes; say which with batch_axes")
     layouts = ["(*batch, *inputs, r) and (*batch, r, *outputs)", "(*batch, r, n) and (*batch, m, r)"]
-    hint = f" (with transposed={not transposed} they would)" if _batches(*shapes, not transposed) else ""
-    raise ValueError(f"{named}: the factors do not fit; expected {layouts[transposed]}{hint}")
+    other = any(r <= min(n, m) for n, r, m in _sizes(*shapes, not transposed).values())
+    hint = f" (with transposed={not transposed} they would)" if other else ""
+    found = "the factors do not fit"
+    for n, r, m in list(sizes.values())[:1]:
+        found += f": with transposed={transposed} they are of rank {r}, above a side of a matrix ({n}, {m})"
+    raise ValueError(f"{named}: {found}; expected {layouts[transposed]}{hint}")
 
 
-def _batches(a: tuple[int, ...], b: tuple[int, ...], transposed: bool) -> list[int]:
-    """The numbers of batch axes with which the shapes of two factors fit together."""
+def _sizes(a: tuple[int, ...], b: tuple[int, ...], transposed: bool) -> dict[int, tuple[int, int, int]]:
+    """(n, r, m) by the numbers of batch axes with which the shapes of two factors fit together."""
     if transposed:
         fits = len(a) == len(b) >= 2 and a[:-2] == b[:-2] and a[-2] == b[-1] > 0
-        return [len(a) - 2] if fits else []
+        return {len(a) - 2: (a[-1], a[-2], b[-2])} if fits else {}
     if len(a) < 2 or not b:
-        return []
+        return {}
+    fits = lambda k: a[:k] == b[:k] and a[-1] == b[k] > 0
     most = max(min(len(a), len(b)) - 2, 0)
-    return [k for k in range(most + 1) if a[:k] == b[:k] and a[-1] == b[k] > 0]
+    return {k: (math.prod(a[k:-1]), a[-1], math.prod(b[k + 1 :])) for k in range(most + 1) if fits(k)}
 
 
 def _gather(tree: _Tree, leaves: list[Any]) -> Any:

@@ -1,11 +1,14 @@
 """Paths of parameters, as users write them and as patterns match them."""
 
+import difflib
 import fnmatch
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
+
+Targets: TypeAlias = str | re.Pattern | Sequence[str | re.Pattern]
 
 
 def path_name(path: Any) -> str:
@@ -22,14 +25,53 @@ def leaf_name(path: Any) -> str:
     return path_name(path[:-1] if boxed else path)
 
 
-def matches(path: str, patterns: str | Sequence[str]) -> bool:
-    """Whether one of the patterns, as a glob, is the path, or as a regular expression is found in it."""
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        if fnmatch.fnmatchcase(path, pattern):
-            return True
-        try:
-            if re.search(pattern, path):
-                return True
-        except re.error:
-            continue  # a glob such as "*/kernel" need not be a regular expression
-    return False
+def patterns_of(targets: Targets) -> tuple[str | re.Pattern, ...]:
+    """The patterns of an argument `targets`; raises ValueError for none, or for what is no pattern."""
+    patterns = (targets,) if isinstance(targets, str | re.Pattern) else tuple(targets)
+    if not patterns or not all(isinstance(p, str | re.Pattern) for p in patterns):
+        expected = "expected a path, a glob or a re.compile(...), or several of them"
+        raise ValueError(f"targets is {targets!r}; {expected}")
+    return patterns
+
+
+def matches(path: str, patterns: Sequence[str | re.Pattern]) -> bool:
+    """Whether one of the patterns matches a path: see `init_lora`."""
+    return any(_matches(path, pattern) for pattern in patterns)
+
+
+def _matches(path: str, pattern: str | re.Pattern) -> bool:
+    if isinstance(pattern, re.Pattern):
+        return pattern.search(path) is not None
+    return fnmatch.fnmatchcase(path, pattern) or f"/{pattern}/" in f"/{path}/"
+
+
+def check_patterns(patterns: Sequence[str | re.Pattern], paths: Sequence[str], what: str) -> None:
+    """Raises ValueError, with the paths that come close, for a pattern that matches none of them."""
+    for pattern in patterns:
+        if any(_matches(path, pattern) for path in paths):
+            continue
+        text, hint, some = pattern, "", "the paths are"
+        if isinstance(pattern, re.Pattern):
+            text = pattern.pattern
+        elif _is_regular_expression(pattern, paths):
+            hint = f"as a regular expression it would: re.compile({pattern!r}); "
+        if len(paths) > 10:
+            some = f"of {len(paths)} paths the closest are"
+            paths = sorted(paths, key=lambda path: _closeness(path, text), reverse=True)[:5]
+        listed = ", ".join(map(repr, paths)) or "none"
+        raise ValueError(f"no {what} matches {pattern!r}; {hint}{some}: {listed}")
+
+
+def _is_regular_expression(pattern: str, paths: Sequence[str]) -> bool:
+    """Whether a pattern that matches no path would, compiled."""
+    try:
+        return any(re.search(pattern, path) for path in paths)
+    except re.error:
+        return False
+
+
+def _closeness(path: str, pattern: str) -> float:
+    """How alike a pattern and a path are, or the part of it that has as many components."""
+    parts, length = path.split("/"), pattern.count("/") + 1
+    runs = {path, *("/".join(parts[i : i + length]) for i in range(len(parts) - length + 1))}
+    return max(difflib.SequenceMatcher(None, run, pattern).ratio() for run in runs)

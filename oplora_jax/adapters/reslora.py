@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from oplora_jax.adapters.kernel_axes import check_takes_increments
 from oplora_jax.gradients.lora_dot import fit, lora_dot, lora_increment
 from oplora_jax.gradients.matmul_order import dot
 from oplora_jax.matrix import LowRank, check_factors, to_dense
@@ -52,6 +53,7 @@ def block_shortcut(
 def merge_block(kernel: Float[Array, "*batch n m"], loras: Sequence[LowRank]) -> Float[Array, "*batch n m"]:
     """The kernel of the plain layer that computes what `block_shortcut` with the same arguments does."""
     check(jnp.shape(kernel), loras)
+    check_takes_increments(kernel)
     return (kernel + sum(map(to_dense, loras))).astype(kernel.dtype)
 
 

@@ -8,7 +8,7 @@ import jax
 from flax.core import meta
 
 from oplora_jax.adapters.checks import COMPUTED, check_roles, refuse_old_names
-from oplora_jax.adapters.init import init_beside
+from oplora_jax.adapters.init import Alpha, Rank, init_beside
 from oplora_jax.adapters.kernel_axes import add_einsum_increment, add_increment, dense_equation, kernel_roles
 from oplora_jax.matrix import LowRank
 
@@ -19,8 +19,8 @@ LAYERS = (*SPLIT, nn.Conv, nn.ConvTranspose)
 class WithLoRA(nn.Module, kw_only=True):
     """Mixed into a layer that has LoRA of its own."""
 
-    rank: int
-    alpha: float | int | None = None
+    rank: Rank
+    alpha: Alpha = None
 
 
 def param_of(layer: nn.Module, name: str) -> Any:

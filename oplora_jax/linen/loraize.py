@@ -1,21 +1,24 @@
 """LoRA on the layers of an existing linen model, whose source stays as it is."""
 
+import dataclasses
+import re
 import types
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 
-from oplora_jax.adapters.paths import matches
+from oplora_jax.adapters.init import Alpha, Rank, checked
+from oplora_jax.adapters.paths import Targets, check_patterns, matches, patterns_of
 from oplora_jax.linen.apply import LAYERS, SPLIT, WithLoRA, call_with_lora
 
 
 def loraize(
     model: nn.Module,
-    rank: int,
-    targets: str | Sequence[str],
+    rank: Rank,
+    targets: Targets,
     *,
-    alpha: float | int | None = None,
+    alpha: Alpha = None,
     dtype: Any = None,
 ) -> nn.Module:
     """A model with a LoRA increment on the layers of another whose path matches a pattern.
@@ -34,9 +37,9 @@ def loraize(
 
     Returns:
       A module to call and apply as the model, by its methods' names as well, `method="encode"`. For layers of
-        several ranks, loraize it again. Its `init` raises ValueError if no layer matched, if one has LoRA
-        already, if a kernel is too small for the rank, or is computed from the parameter, as by
-        `nn.WeightNorm`; for `nn.map_variables` of your own its `apply` does.
+        several ranks, loraize it again. Its `init` raises ValueError for a pattern that matches no layer, a
+        layer that has LoRA already, a kernel that is too small for the rank, or one that is computed from the
+        parameter, as by `nn.WeightNorm`; for `nn.map_variables` of your own its `apply` does.
 
     Example:
       >>> import flax.linen as nn
@@ -47,16 +50,26 @@ def loraize(
       >>> sorted(params["layers_0"]), sorted(params["layers_2"])
       (['bias', 'kernel', 'lora'], ['bias', 'kernel'])
     """
-    target = Target(targets if isinstance(targets, str) else tuple(targets), rank, alpha, dtype)
+    target = Target(patterns_of(targets), *checked(rank, alpha), dtype)
     return LoRA(model.model, (*model.targets, target)) if isinstance(model, LoRA) else LoRA(model, (target,))
+
+
+def _drop_name(model: nn.Module, at: int, done: set[int]) -> None:
+    """Takes the model's own name out of the paths of modules that it was given, where Flax leaves it."""
+    fields = [getattr(model, f.name) for f in dataclasses.fields(model) if f.name not in ("parent", "name")]
+    for child in jax.tree.leaves(fields, is_leaf=lambda z: isinstance(z, nn.Module)):
+        if isinstance(child, nn.Module) and child.scope is not None and id(child) not in done:
+            done.add(id(child))
+            child.scope.path = child.scope.path[:at] + child.scope.path[at + 1 :]
+            _drop_name(child, at, done)
 
 
 class Target(NamedTuple):
     """Which layers have LoRA, of what rank, alpha and type: the arguments of one `loraize`."""
 
-    patterns: str | tuple[str, ...]
+    patterns: tuple[str | re.Pattern, ...]
     rank: int
-    alpha: float | int | None
+    alpha: float | None
     dtype: Any
 
 
@@ -67,15 +80,15 @@ class LoRA(nn.Module):
     targets: tuple[Target, ...]
 
     def setup(self) -> None:
+        self.scope.reservations.pop(self.model.name, None)  # the model may have a module of that name itself
         nn.share_scope(self, self.model)  # the model's parameters are where they are without LoRA
+        _drop_name(self.model, len(self.path), set())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         seen: dict[str, list[Target]] = {}
         y = self._intercepted("__call__", args, kwargs, seen)
         for target in self.targets if self.is_initializing() else ():
-            if not any(target in targets for targets in seen.values()):
-                names = ", ".join(map(repr, seen)) or "none"
-                raise ValueError(f"no layer matches {target.patterns!r}; the layers' paths are: {names}")
+            check_patterns(target.patterns, list(seen), "layer")
         return y
 
     def call_method(self, name: str, *args: Any, **kwargs: Any) -> Any:

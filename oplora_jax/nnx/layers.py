@@ -13,16 +13,15 @@ from flax.nnx import Rngs
 from jaxtyping import Array
 
 from oplora_jax.adapters.checks import check_roles
-from oplora_jax.adapters.init import init_beside
+from oplora_jax.adapters.init import Alpha, Rank, init_beside
 from oplora_jax.adapters.kernel_axes import add_einsum_increment, add_increment, dense_equation, kernel_roles
 from oplora_jax.matrix import LowRank
 
 Shape = Sequence[int]
 Size = int | Shape
-Alpha = float | int | None
 
 
-def lora_param(layer: nnx.Module, rank: int, alpha: Alpha, rngs: Rngs, dtype: Any = None) -> nnx.LoRAParam:
+def lora_param(layer: nnx.Module, rank: Rank, alpha: Alpha, rngs: Rngs, dtype: Any = None) -> nnx.LoRAParam:
     """The LoRA parameter of a layer that has its kernel: a `LowRank` of a type, the kernel's if None."""
     kernel = layer.kernel.get_value() if isinstance(layer.kernel, nnx.Variable) else layer.kernel
     return nnx.LoRAParam(init_beside(rngs.params(), kernel, roles(layer), rank, alpha, dtype))
@@ -102,7 +101,7 @@ class Dense(WithLoRA):
     """Mixed into a dense layer: how it is made."""
 
     def __init__(
-        self, in_features: Size, out_features: Size, rank: int, *, alpha: Alpha = None, rngs: Rngs, **options
+        self, in_features: Size, out_features: Size, rank: Rank, *, alpha: Alpha = None, rngs: Rngs, **options
     ):
         super().__init__(in_features, out_features, rngs=rngs, **options)
         setattr(self, self.lora_name, lora_param(self, rank, alpha, rngs))
@@ -162,7 +161,7 @@ class LoRAEinsum(Split, nnx.Einsum):
     """
 
     def __init__(
-        self, einsum_str: str, kernel_shape: Shape, rank: int, *, alpha: Alpha = None, rngs: Rngs, **options
+        self, einsum_str: str, kernel_shape: Shape, rank: Rank, *, alpha: Alpha = None, rngs: Rngs, **options
     ):
         super().__init__(einsum_str, tuple(kernel_shape), rngs=rngs, **options)
         self.lora = lora_param(self, rank, alpha, rngs)
@@ -174,7 +173,7 @@ class _Convolution(Merged):
         in_features: int,
         out_features: int,
         kernel_size: Size,
-        rank: int,
+        rank: Rank,
         *,
         alpha: Alpha = None,
         rngs: Rngs,

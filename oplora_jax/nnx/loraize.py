@@ -1,15 +1,16 @@
 """LoRA on the layers of an existing NNX model, and off them again."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import jax
 from flax import nnx
 
 from oplora_jax.adapters.checks import COMPUTED
-from oplora_jax.adapters.kernel_axes import check_is_array
-from oplora_jax.adapters.paths import matches, path_name
+from oplora_jax.adapters.init import Alpha, Rank
+from oplora_jax.adapters.kernel_axes import check_takes_increments
+from oplora_jax.adapters.paths import Targets, check_patterns, matches, path_name, patterns_of
 from oplora_jax.adapters.reslora import SHORTCUTS
 from oplora_jax.nnx import layers as lora_layers
 from oplora_jax.nnx.layers import Merged, Split, WithLoRA, lora_param
@@ -25,10 +26,10 @@ _CLASSES = {
 
 def loraize(
     model: nnx.Module,
-    rank: int,
-    targets: str | Sequence[str],
+    rank: Rank,
+    targets: Targets,
     *,
-    alpha: float | int | None = None,
+    alpha: Alpha = None,
     dtype: Any = None,
     rngs: nnx.Rngs,
 ) -> list[str]:
@@ -47,8 +48,9 @@ def loraize(
       rngs: random number streams; "params" is used.
 
     Raises:
-      ValueError: no layer matched, one has LoRA already, its kernel is too small for the rank, or computed by
-        an `nnx.WeightNorm` or `nnx.SpectralNorm` around it. The model is then as it was.
+      ValueError: a pattern that matches no layer; a layer that has LoRA already, or whose kernel is too
+        small for the rank, or computed by an `nnx.WeightNorm` or `nnx.SpectralNorm` around it. The model is
+        then as it was.
 
     Example:
       >>> import jax.numpy as jnp
@@ -65,12 +67,10 @@ def loraize(
     for path, module in _modules(model, ()):
         if isinstance(module, tuple(_CLASSES)):
             found.setdefault(id(module), (module, []))[1].append(path)
-    chosen = {}
+    patterns, chosen = patterns_of(targets), {}
+    check_patterns(patterns, [path for _, paths in found.values() for path in paths], "layer")
     for layer, paths in found.values():
-        chosen |= {path: layer for path in [p for p in paths if matches(p, targets)][:1]}
-    if not chosen:
-        names = ", ".join(repr(path) for _, paths in found.values() for path in paths)
-        raise ValueError(f"no layer matches {targets!r}; the paths of the layers are: {names or 'none'}")
+        chosen |= {path: layer for path in [p for p in paths if matches(p, patterns)][:1]}
     params, normalised = {}, _normalised(model)
     for path, layer in chosen.items():
         try:
@@ -80,7 +80,7 @@ def loraize(
                 name = type(layer).__name__
                 raise ValueError(f"this {name} has LoRA already; leave it out of the targets, or merge it")
             if issubclass(_lora_class(type(layer)), Merged):
-                check_is_array(layer.kernel[...])
+                check_takes_increments(layer.kernel[...])
             params[path] = lora_param(layer, rank, alpha, rngs, dtype)
         except ValueError as error:
             raise ValueError(f"{path!r}: {error}") from error
@@ -124,10 +124,9 @@ def merge(model: Model) -> Model:
             own = f"{type(layer).__name__} has a __call__ of its own, which {plain.__name__} would lose"
             raise ValueError(f"{name}: {own}. Merge its lora into its kernel yourself")
         try:
-            kernel = layer.merged_kernel()
+            layer.kernel.set_value(layer.merged_kernel())
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        layer.kernel.set_value(kernel)
         if isinstance(layer, BlockShortcutLinear):
             del layer.previous
         delattr(layer, layer.lora_name)

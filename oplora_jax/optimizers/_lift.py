@@ -195,10 +195,13 @@ def at_step(learning_rate: optax.ScalarOrSchedule, count: Array) -> Array:
     Raises:
       ValueError: a learning rate that is not a scalar, or a schedule of others.
     """
-    value = jnp.asarray(learning_rate(count) if callable(learning_rate) else learning_rate)
+    value = learning_rate(count) if callable(learning_rate) else learning_rate
+    # A Python float, as which NumPy's float64 passes, takes on the type of what it is multiplied with.
+    value = jnp.asarray(float(value) if isinstance(value, float) else value)
     if value.ndim != 0:
         raise ValueError(f"learning_rate has shape {value.shape}; expected a scalar or a schedule of one")
-    return value.astype(jnp.promote_types(value.dtype, jnp.float32))
+    wide = jnp.promote_types(value.dtype, jnp.float32)
+    return value if value.dtype == wide else value.astype(wide)
 
 
 class _OnTrees(NamedTuple):
@@ -214,13 +217,21 @@ def _lift(lora: _OnTrees, others: Any, joint: str | None) -> optax.GradientTrans
     others = optax.with_extra_args_support(others)
 
     def init_fn(params):
+        with jax.numpy_dtype_promotion("standard"):  # ours, whatever the program's
+            return start(params)
+
+    def start(params):
         for name, node in zip(names(params), walk(params)[0](params), strict=True):
             check_factors(node, name)
         of_lora, of_others = split(params, params)
         zero = jnp.zeros((), jnp.int32)
         return LoRAState(zero, lora.init(of_lora), others.init(of_others), skipped=jnp.zeros_like(zero))
 
-    def update_fn(updates, state, params=None, *, in_backward=False, **extra_args):
+    def update_fn(updates, state, params=None, **extra_args):
+        with jax.numpy_dtype_promotion("standard"):
+            return one_step(updates, state, params, **extra_args)
+
+    def one_step(updates, state, params, *, in_backward=False, **extra_args):
         if params is None:
             raise ValueError(
                 "a LoRA optimizer's step depends on the parameters: call update(updates, state, params)"

@@ -73,5 +73,5 @@ def _balanced(moment: LowRank) -> LowRank:
     """
     left, right = (jnp.sum(jnp.square(z), axis=(-2, -1), keepdims=True) for z in (moment.a, moment.b))
     limit = 1 / jnp.finfo(left.dtype).tiny
-    ratio = jax.lax.clamp(1.0, jnp.where(left > 0, right / left, 1.0), limit) ** 0.25
+    ratio = jnp.clip(jnp.where(left > 0, right / left, 1.0), 1.0, limit) ** 0.25
     return moment.with_factors(moment.a * ratio, moment.b / ratio)

@@ -85,7 +85,7 @@ def value_and_update(
             at_node = {i: nodes[i].with_factors(a, b)}, {i: OuterProduct(x, dy, jnp.ones((*x.shape[:-2], 1)))}
             updates, new = update_part(tx, treedef, *at_node, arrays, in_backward=True)
             ran, last = jnp.ones(a.shape[:-2]), counters[-1]
-            skipped = jnp.zeros_like(ran).at[at].set(new[last] - arrays[last])
+            skipped = jnp.zeros_like(ran).at[at].set((new[last] - arrays[last]).astype(ran.dtype))
             return updates[i].a, updates[i].b, *(new[k] for k in own[i]), ran, skipped
 
         held, taps = {}, list(nodes)

@@ -1,12 +1,18 @@
 """LoRA parameters beside a model that stays untouched."""
 
+import re
+
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import oplora_jax
+import oplora_jax.linen
+import oplora_jax.nnx
 from oplora_jax import LowRank, init_lora, merge, to_dense
 
 PARAMS = {
@@ -23,13 +29,71 @@ PARAMS = {
         ("query", ["layer_0/query/kernel", "layer_1/query/kernel"]),
         ("layer_0/*", ["layer_0/query/kernel"]),
         ("*/kernel", ["conv/kernel", "layer_0/query/kernel", "layer_1/query/kernel"]),
-        (r"layer_\d+/query", ["layer_0/query/kernel", "layer_1/query/kernel"]),
+        (re.compile(r"layer_\d+/query"), ["layer_0/query/kernel", "layer_1/query/kernel"]),
         (["conv", "layer_1"], ["conv/kernel", "layer_1/query/kernel"]),
+        (["conv", re.compile("1/.*kernel$")], ["conv/kernel", "layer_1/query/kernel"]),
+        ("layer_?/query/*", ["layer_0/query/kernel", "layer_1/query/kernel"]),
+        ("layer_[1-9]/*", ["layer_1/query/kernel"]),
+        ("conv/kernel", ["conv/kernel"]),
     ],
 )
 def test_patterns(targets, expected):
     lora = init_lora(jax.random.key(0), PARAMS, 2, targets)
     assert sorted(lora) == expected
+
+
+NAMES = [
+    *("head/out", "multihead/query", "layers/0", "layers/10", "sublayers_norm", "layers_norm/dense"),
+    *("dense_1/w", "w[0]", "a.b"),
+]
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        # A glob is one for the whole path, and "*" stands for slashes too.
+        ("head/*", ["head/out"]),
+        ("layers/*", ["layers/0", "layers/10"]),
+        ("layers/?", ["layers/0"]),
+        ("*head/*", ["head/out", "multihead/query"]),
+        ("*e*/*0", ["layers/0", "layers/10"]),
+        # Without a wildcard it is whole components, anywhere.
+        ("head", ["head/out"]),
+        ("out", ["head/out"]),
+        ("layers", ["layers/0", "layers/10"]),
+        ("dense", ["layers_norm/dense"]),
+        ("0", ["layers/0"]),
+        ("w[0]", ["w[0]"]),
+        ("a.b", ["a.b"]),
+        # A regular expression is found anywhere.
+        (re.compile("head/"), ["head/out", "multihead/query"]),
+        (re.compile("^(head|layers)/"), ["head/out", "layers/0", "layers/10"]),
+        (["head", re.compile("HEAD", re.IGNORECASE)], ["head/out", "multihead/query"]),
+    ],
+    ids=str,
+)
+def test_what_a_pattern_means(targets, expected):
+    lora = init_lora(jax.random.key(0), {name: jnp.ones((2, 2)) for name in NAMES}, 1, targets)
+    assert list(lora) == sorted(expected)
+
+
+def test_every_pattern_matches_something():
+    params = {f"layers_{i}": {name: jnp.ones((2, 2)) for name in ("query", "value")} for i in range(20)}
+    with pytest.raises(
+        ValueError, match=r"'qurey'; of 40 paths the closest are: 'layers_\d+/query'"
+    ) as error:
+        init_lora(jax.random.key(0), params, 1, ["value", "qurey"])
+    assert "value" not in str(error.value)
+    with pytest.raises(ValueError, match=r"'layers_7/valeu'; .*closest are: 'layers_7/value'"):
+        init_lora(jax.random.key(0), params, 1, "layers_7/valeu")
+    with pytest.raises(ValueError, match=r"'query\|value'; as a regular .*: re.compile\('query\|value'\)"):
+        init_lora(jax.random.key(0), params, 1, ["query", "query|value"])
+    with pytest.raises(ValueError, match=r"no kernel matches re.compile\('Query'\).*'layers_\d+/query'"):
+        init_lora(jax.random.key(0), params, 1, re.compile("Query"))
+    with pytest.raises(ValueError, match=r"no kernel matches '\(query'; of 40"):
+        init_lora(jax.random.key(0), params, 1, "(query")
+    with pytest.raises(ValueError, match=r"targets is \[\]; expected a path, a glob or a re.compile"):
+        init_lora(jax.random.key(0), params, 1, [])
 
 
 def test_start_shapes_scale_and_types():
@@ -41,6 +105,124 @@ def test_start_shapes_scale_and_types():
     chex.assert_trees_all_equal(merge(PARAMS, lora), PARAMS)
     first, second = (lora[f"layer_{i}/query/kernel"].a for i in range(2))
     assert (first != second).any()
+
+
+NARROW = [jnp.int8, jnp.uint8, jnp.int32, jnp.bool_, jnp.int4, jnp.float8_e4m3fn, jnp.float8_e5m2]
+
+
+def name_of(value):
+    return getattr(value, "__name__", str(value))
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=name_of)
+@pytest.mark.parametrize("shape", [(4, 6), (3, 4, 6), (2, 2, 2, 6)])
+@pytest.mark.parametrize("jitted", [False, True])
+def test_nothing_is_merged_into_codes(dtype, shape, jitted):
+    """Nor into a type that rounds to 3 bits; nor does LoRA begin beside codes."""
+    params = {"layer": {"kernel": jnp.ones(shape, dtype), "other": jnp.ones((4, 6))}}
+    batch = shape[:1] if len(shape) == 3 else ()
+    n = 8 if len(shape) == 4 else 4
+    lora = {"layer/kernel": LowRank(jnp.ones((*batch, n, 2)), jnp.ones((*batch, 2, 6)))}
+    layer = {"kernel": params["layer"]["kernel"], "lora": lora["layer/kernel"]}
+    uses = {
+        "merge": lambda: merge(params, lora),
+        "gradient": lambda: oplora_jax.grad(lambda p: jnp.sum(merge(params, p)["layer"]["kernel"] * 1.0))(
+            lora
+        ),
+        "restart": lambda: oplora_jax.merge_and_restart(jax.random.key(0), params, lora),
+        "layers": lambda: oplora_jax.merge_and_restart_layers(jax.random.key(0), {"layer": layer}),
+        "linen": lambda: oplora_jax.linen.merge({"layer": layer}),
+    }
+    for use in uses.values():
+        with pytest.raises(
+            ValueError, match=rf"layer/(kernel|lora): the kernel is {name_of(dtype)}.*dequantise.*apart"
+        ):
+            (jax.jit(use) if jitted else use)()
+    for targets in ("layer/kernel", ["other", "kernel"], "*"):
+        with pytest.raises(
+            ValueError, match=r"layer/kernel: .*(Dequantise it first|expected dtype=jnp.float32)"
+        ):
+            init_lora(jax.random.key(0), params, 2, targets, batch_axes=len(batch))
+    assert list(init_lora(jax.random.key(0), params, 2, "other")) == ["layer/other"]
+
+
+def test_beside_a_float8_kernel_in_a_type_of_its_own():
+    params = {"kernel": jnp.ones((4, 6), jnp.float8_e4m3fn)}
+    assert (
+        init_lora(jax.random.key(0), params, 2, "kernel", dtype=jnp.bfloat16)["kernel"].dtype == jnp.bfloat16
+    )
+    for dtype in (jnp.int8, jnp.float8_e4m3fn, jnp.bool_):
+        with pytest.raises(
+            ValueError, match=rf"kernel: dtype is {name_of(dtype)}.*; expected dtype=jnp.float32"
+        ):
+            init_lora(jax.random.key(0), {"kernel": jnp.ones((4, 6))}, 2, "kernel", dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_merging_into_narrower_kernels_rounds_once(dtype):
+    kernel, p = jnp.full((4, 6), 3, dtype), LowRank(jnp.ones((4, 2)), jnp.full((2, 6), 0.1), 1.5)
+    merged = merge({"kernel": kernel}, {"kernel": p})["kernel"]
+    assert merged.dtype == dtype
+    # 3.3 in the kernel's type, of a sum in float32
+    np.testing.assert_array_equal(merged, jnp.float32(3 + np.float32(0.3)).astype(dtype))
+
+
+NUMBERS = [0, -1, 0.0, float("nan"), float("inf"), -np.inf, np.nan, True, np.float32(0), jnp.inf]
+ARRAYS = [jnp.ones(1), jnp.ones((2, 2)), jnp.asarray(0), np.asarray(-1.0), jnp.asarray(True)]
+TAKEN = [8, 8.0, np.float32(8), np.float64(8), np.int32(8), np.asarray(8.0), jnp.float32(8), jnp.bfloat16(8)]
+
+
+def with_lora(rank, alpha):
+    """LoRA parameters of all that takes a rank and an alpha, by what it is."""
+    kernel, x, key = {"kernel": jnp.ones((4, 6))}, jnp.ones((1, 4)), jax.random.key(0)
+    settings = {"rank": rank, "alpha": alpha}
+
+    def loraized():
+        model = nnx.Linear(4, 6, rngs=nnx.Rngs(0))
+        oplora_jax.nnx.loraize(model, targets="*", rngs=nnx.Rngs(0), **settings)
+        return model.lora.get_value()
+
+    conv = lambda: oplora_jax.nnx.LoRAConv(1, 6, (2, 2), rngs=nnx.Rngs(0), **settings)
+    return {
+        "init_lora": lambda: init_lora(key, kernel, targets="*", **settings)["kernel"],
+        "nnx.loraize": loraized,
+        "nnx.LoRAConv": lambda: conv().lora.get_value(),
+        "linen.LoRADense": lambda: oplora_jax.linen.LoRADense(6, **settings).init(key, x)["params"]["lora"],
+        "linen.loraize": lambda: oplora_jax.linen.loraize(nn.Dense(6), targets="*", **settings).init(key, x)[
+            "params"
+        ]["lora"],
+    }
+
+
+@pytest.mark.parametrize("of", with_lora(1, 1))
+def test_rank_and_alpha_are_checked(of):
+    for alpha in (*NUMBERS, *ARRAYS):
+        with pytest.raises(ValueError, match=r"(?s)alpha is .*; expected a positive number") as error:
+            with_lora(2, alpha)[of]()
+        assert repr(alpha) in str(error.value)
+    for rank in (2.0, True, np.float32(2), jnp.ones(1, int)[:0], jnp.float32(2), jnp.asarray(True)):
+        with pytest.raises(ValueError, match=r"(?s)rank is .*; expected a whole number") as error:
+            with_lora(rank, 8)[of]()
+        assert repr(rank) in str(error.value)
+    for rank in (0, -2, np.int32(0), jnp.int32(5)):
+        with pytest.raises(ValueError, match=rf"rank is {rank}; a kernel \(4, 6\) takes 1 to 4"):
+            with_lora(rank, 8)[of]()
+    with pytest.raises(ValueError, match=r"alpha is .*; expected a positive number that is known"):
+        jax.jit(lambda alpha: with_lora(2, alpha)[of]())(8.0)
+    for alpha in TAKEN:
+        p = with_lora(2, alpha)[of]()
+        assert p.scale == 4.0 and type(p.scale) is float and hash(p.scale)
+    for rank in (2, np.int64(2), np.uint8(2), jnp.int32(2)):
+        p = with_lora(rank, 1)[of]()
+        assert p.a.shape == (4, 2) and p.scale == 0.5
+    assert with_lora(2, None)[of]().scale == 1.0
+
+
+def test_a_bad_alpha_is_named_with_its_path():
+    with pytest.raises(ValueError, match="layer_0/query/kernel: alpha is 0"):
+        init_lora(jax.random.key(0), PARAMS, 2, "layer_0", alpha=0)
+    with pytest.raises(ValueError, match="alpha is inf"):  # before the model is initialised
+        oplora_jax.linen.loraize(nn.Dense(6), 2, "*", alpha=float("inf"))
 
 
 def test_merge_adds_the_increment():
@@ -94,7 +276,7 @@ def test_gradients_through_a_model_that_knows_nothing_of_lora():
 
 
 def test_errors_name_the_paths():
-    with pytest.raises(ValueError, match=r"no kernel matches 'key'.*layer_0/query/kernel"):
+    with pytest.raises(ValueError, match=r"no kernel matches 'key'; the paths are: .*'layer_0/query/kernel'"):
         init_lora(jax.random.key(0), PARAMS, 2, "key")
     with pytest.raises(ValueError, match=r"layer_0/query/kernel: rank is 5.*\(4, 6\).*1 to 4"):
         init_lora(jax.random.key(0), PARAMS, 5, "layer_0")

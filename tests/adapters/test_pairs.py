@@ -249,12 +249,12 @@ SHAPES = {
     # b of an einsum keeps the axes of its outputs, a has several inputs; both may be stacks of layers.
     ((4, 2), (2, 3, 5)): ((4, 2), (2, 15)),
     ((3, 5, 2), (2, 4)): ((15, 2), (2, 4)),
-    ((3, 5, 2), (2,)): ((15, 2), (2, 1)),
+    ((3, 5, 1), (1,)): ((15, 1), (1, 1)),
     ((7, 4, 2), (7, 2, 5)): ((7, 4, 2), (7, 2, 5)),
     ((7, 4, 2), (7, 2, 3, 5)): ((7, 4, 2), (7, 2, 15)),
     ((7, 3, 4, 2), (7, 2, 5)): ((7, 12, 2), (7, 2, 5)),
     ((7, 3, 4, 2), (7, 3, 2, 5)): ((7, 3, 4, 2), (7, 3, 2, 5)),
-    ((3, 2, 4, 6), (6, 5)): ((24, 6), (6, 5)),
+    ((3, 2, 4, 6), (6, 7)): ((24, 6), (6, 7)),
     ((2, 2), (2, 2)): ((2, 2), (2, 2)),
 }
 
@@ -281,6 +281,48 @@ def test_axes_that_the_shapes_leave_open():
     )
 
 
+# Shapes of a and b whose rank no matrix has: as given, and whether the other layout is right.
+ABOVE = {
+    "square, PyTorch's": ((2, 8), (8, 2), {}, True),
+    "square, Flax's": ((8, 2), (2, 8), {"transposed": True}, True),
+    "stacked, PyTorch's": ((3, 2, 8), (3, 8, 2), {}, True),
+    "stacked, Flax's": ((3, 8, 2), (3, 2, 8), {"transposed": True}, True),
+    "above n alone": ((4, 6), (6, 8), {}, False),
+    "above m alone": ((8, 6), (6, 4), {}, False),
+    "above both": ((4, 9), (9, 3), {}, False),
+    "transposed, above m": ((6, 8), (4, 6), {"transposed": True}, False),
+    "heads": ((2, 2, 5), (5, 2, 4), {}, False),
+    "a vector": ((4, 2), (2,), {}, False),
+    "in the axes asked for": ((4, 3, 4), (4, 4, 8), {"batch_axes": 1}, False),
+}
+
+
+@pytest.mark.parametrize("a, b, options, other", ABOVE.values(), ids=ABOVE.keys())
+@pytest.mark.parametrize("names", [("lora_a", "lora_b"), ("lora_A/weight", "lora_B/weight")])
+def test_a_rank_that_no_matrix_has(a, b, options, other, names):
+    tree = {"q/" + names[0]: jnp.ones(a), "q/" + names[1]: jnp.ones(b)}
+    tx = pair_factors(oplora(0.1), **options)
+    said = rf"q/{names[0]} .*do not fit: with transposed={options.get('transposed', False)} they are of rank"
+    for use in (
+        lambda: tx.init(tree),
+        lambda: to_low_rank(tree, **options),
+        lambda: jax.eval_shape(tx.init, tree),
+    ):
+        with pytest.raises(ValueError, match=said) as error:
+            use()
+        assert ("they would" in str(error.value)) == other
+    if other:
+        options = {"transposed": not options.get("transposed", False)}
+        assert to_low_rank(tree, **options)["q"].a.shape[-2:] == (8, 2)
+
+
+def test_full_rank_and_a_rank_that_tells_the_batch_axes():
+    assert to_low_rank({"lora_a": jnp.ones((3, 3)), "lora_b": jnp.ones((3, 5))})[""].shape == (3, 5)
+    # As a stack of four layers (3, 8) they would be of rank 4.
+    tree = {"lora_a": jnp.ones((4, 3, 4)), "lora_b": jnp.ones((4, 4, 8))}
+    assert to_low_rank(tree)[""].shape == (12, 32)
+
+
 A, B = jnp.ones((4, 2)), jnp.ones((2, 3))
 BAD = {
     "a alone": ({"q": {"w_lora_a": A}}, {}, r"q/w_lora_a: a LoRA factor without the other one, q/w_lora_b"),
@@ -298,6 +340,11 @@ BAD = {
     "one axis": ({"lora_a": A[0], "lora_b": B}, {}, r"lora_a \(2,\) and .* do not fit"),
     "rank 0": ({"lora_a": A[:, :0], "lora_b": B[:0]}, {}, "do not fit"),
     "scale": ({"q": {"lora_a": A, "lora_b": B}}, {"scale": 0.0}, r"q/lora_a: scale is 0\.0; expected a pos"),
+    "infinite scale": (
+        {"q": {"lora_a": A, "lora_b": B}},
+        {"scale": float("inf")},
+        "q/lora_a: scale is inf; ",
+    ),
     "names": ({"q": {"lora_a": A, "lora_b": B}, "q_lora_a": A, "q_lora_b": B}, {}, "another pair.*named 'q'"),
     "paths": ({"q/x": A, "q": {"x": A}, "lora_a": A, "lora_b": B}, {}, "q/x: several leaves"),
 }

@@ -1,5 +1,6 @@
 """`loraize`, `add_lora` and `merge` on existing linen models."""
 
+import re
 from typing import Any
 
 import chex
@@ -175,10 +176,44 @@ def test_pretrained_parameters_with_a_new_head(model):
         add_lora(Model(), KEY, pretrained, X)
 
 
+class Given(nn.Module):
+    """A module that is given others, and has modules of the name of what `loraize` wraps."""
+
+    first: nn.Module
+    blocks: tuple
+    model: nn.Module | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        for block in (self.first, *self.blocks, self.model or nn.Dense(4, name="model")):
+            x = block(x)
+        return x
+
+
+SHARED = nn.Dense(4)
+GIVEN = {
+    "given": Given(SHARED, (nn.remat(nn.Dense)(4), nn.Sequential([nn.Dense(4), SHARED]))),
+    "given_model": Given(SHARED, (SHARED,), Given(nn.Dense(4), (SHARED,))),
+    "in_sequence": nn.Sequential([nn.Dense(4), nn.remat(Given)(nn.Dense(4), (SHARED,))]),
+    "remat": nn.remat(Given)(nn.Dense(4), (nn.Dense(4), SHARED)),
+}
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_paths_are_those_of_the_parameters(name):
+    """Also where modules are given to others when they are made, which Flax then names otherwise."""
+    tree = flatten(jax.eval_shape(GIVEN[name].init, KEY, X)["params"])
+    for path in {path.rpartition("/")[0] for path in tree}:
+        model = loraize(GIVEN[name], 2, re.compile(f"^{path}$"))
+        params = flatten(jax.eval_shape(model.init, KEY, X)["params"])
+        assert [z for z in params if is_low_rank(params[z])] == [f"{path}/lora"]
+        assert {z.removesuffix("/lora") for z in params} == {*tree, path}
+
+
 def test_train_state_trains_lora_and_a_head():
     """optax.partition: OPLoRA for LoRA, and its SGD for the head; the rest stays, bit for bit."""
     model = loraize(
-        nn.Sequential([nn.Dense(8), nn.tanh, nn.Dense(8), nn.tanh, nn.Dense(3)]), 2, r"layers_[02]$"
+        nn.Sequential([nn.Dense(8), nn.tanh, nn.Dense(8), nn.tanh, nn.Dense(3)]), 2, "layers_[02]"
     )
     params = add_lora(model, KEY, {}, X)
     label = lambda path, p: "train" if is_low_rank(p) or path[0].key == "layers_4" else "frozen"
@@ -294,6 +329,12 @@ def test_what_is_refused():
     with pytest.raises(
         ValueError, match=r"no layer matches '\*/nothing'.*'shared', 'conv', 'blocks/attention/query'"
     ):
+        jax.eval_shape(model.init, KEY, X)
+    model = loraize(Model(), 2, ["head", re.compile("att"), "mlpp"])
+    with pytest.raises(ValueError, match=r"no layer matches 'mlpp'; .*'blocks/mlp'"):
+        jax.eval_shape(model.init, KEY, X)
+    model = loraize(Model(), 2, [re.compile("(query|value)$"), "head/*"])
+    with pytest.raises(ValueError, match=r"no layer matches 'head/\*'"):
         jax.eval_shape(model.init, KEY, X)
     with pytest.raises(ValueError, match=r"'head': rank is 4.*\(4, 3\).*1 to 3"):
         jax.eval_shape(loraize(Model(), 4, "head").init, KEY, X)

@@ -1,5 +1,7 @@
 """`loraize` and `merge` on existing NNX models."""
 
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -55,7 +57,7 @@ def test_a_transformer_with_batch_statistics_and_dropout():
     before = nnx.state(model, nnx.Param)
     evaluate = nnx.jit(lambda model: nnx.view(model, deterministic=True, use_running_average=True)(X))
     start = evaluate(model)
-    paths = loraize(model, 2, ["attention", r"mlp/layers/\d", "out"], alpha=4, rngs=nnx.Rngs(1))
+    paths = loraize(model, 2, ["attention", "mlp/layers", "out"], alpha=4, rngs=nnx.Rngs(1))
     names = [*(f"attention/{z}" for z in ("query", "key", "value", "out")), "mlp/layers/0", "mlp/layers/2"]
     assert sorted(paths) == sorted(["out", *(f"blocks/0/{z}" for z in names)])
     assert model.out is model.embed and isinstance(model.out, LoRALinear)
@@ -217,6 +219,10 @@ def test_what_is_refused_leaves_the_model_alone():
     with pytest.raises(ValueError, match="'layers/0': this LoRALinear has LoRA already"):
         loraize(model, 2, "*", rngs=nnx.Rngs(1))
     flax_lora = nnx.LoRALinear(4, 8, lora_rank=2, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"no layer matches 'layer/\*'; .*'layers/0', 'layers/1'"):
+        loraize(model, 2, ["1", "layer/*"], rngs=nnx.Rngs(1))
+    assert type(model.layers[1]) is nnx.Linear
+    assert loraize(model, 2, re.compile("s/[1-9]"), rngs=nnx.Rngs(1)) == ["layers/1"]
     with pytest.raises(ValueError, match="'': this LoRALinear has LoRA already"):
         loraize(flax_lora, 2, "*", rngs=nnx.Rngs(1))
     with pytest.raises(ValueError, match=r"no layer matches '.*'.*are: none"):
@@ -230,6 +236,10 @@ def test_what_is_refused_leaves_the_model_alone():
         def __call__(self, inputs):
             return -super().__call__(inputs)
 
+    coded = nnx.Sequential(LoRALinear(4, 8, 2, rngs=nnx.Rngs(0)))
+    coded.layers[0].kernel.set_value(jnp.ones((4, 8), jnp.int8))
+    with pytest.raises(ValueError, match=r"'layers/0': the kernel is int8.*dequantise it"):
+        merge(coded)
     with pytest.raises(ValueError, match="'': Own has a __call__ of its own"):
         merge(Own(4, 8, 2, rngs=nnx.Rngs(0)))
 
