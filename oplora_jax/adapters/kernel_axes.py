@@ -56,15 +56,15 @@ def add_increment(kernel: Any, lora: LowRank) -> Array:
 
 def check_takes_increments(kernel: Any) -> None:
     """Raises ValueError for a kernel to which no increment can be added without losing it."""
-    if not isinstance(kernel, jax.Array | np.ndarray):
+    if not isinstance(kernel, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
         what = f"a {type(kernel).__name__}, as Qwix's quantised ones are, and no array to add an increment to"
     elif not jnp.issubdtype(kernel.dtype, jnp.inexact) or kernel.dtype.itemsize < 2:
         what = f"{kernel.dtype}, which would lose the LoRA increment"
     else:
         return
     raise ValueError(
-        f"the kernel is {what}. Dequantise it first, to a floating-point type of 16 bits or more, or keep "
-        "the adapter apart, as Qwix's own LoraProvider does, with oplora_jax.pair_factors"
+        f"the kernel is {what}. Cast it to a floating-point type of 16 bits or more first (dequantise it, if it "
+        "holds codes); or keep the adapter apart, as Qwix's own LoraProvider does, with pair_factors"
     )
 
 

@@ -80,7 +80,8 @@ def loraize(
                 name = type(layer).__name__
                 raise ValueError(f"this {name} has LoRA already; leave it out of the targets, or merge it")
             if issubclass(_lora_class(type(layer)), Merged):
-                check_takes_increments(layer.kernel[...])
+                kernel = layer.kernel  # Qwix's are no variables
+                check_takes_increments(getattr(kernel, "get_value", lambda kernel=kernel: kernel)())
             params[path] = lora_param(layer, rank, alpha, rngs, dtype)
         except ValueError as error:
             raise ValueError(f"{path!r}: {error}") from error
