@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 
-from oplora_jax.adapters.checks import COMPUTED
+from oplora_jax.adapters.checks import COMPUTED, refuse_unsupported
 from oplora_jax.adapters.kernel_axes import check_is_array
 from oplora_jax.adapters.paths import matches, path_name
 from oplora_jax.adapters.reslora import SHORTCUTS
@@ -47,8 +47,9 @@ def loraize(
       rngs: random number streams; "params" is used.
 
     Raises:
-      ValueError: no layer matched, one has LoRA already, its kernel is too small for the rank, or computed by
-        an `nnx.WeightNorm` or `nnx.SpectralNorm` around it. The model is then as it was.
+      ValueError: no layer matched, or one of a class that has no LoRA, such as `nnx.Embed`; a layer that has
+        LoRA already, or whose kernel is too small for the rank, or computed by an `nnx.WeightNorm` or
+        `nnx.SpectralNorm` around it. The model is then as it was.
 
     Example:
       >>> import jax.numpy as jnp
@@ -62,9 +63,15 @@ def loraize(
       ((1, 3), (4, 8))
     """
     found: dict[int, tuple[nnx.Module, list[str]]] = {}
+    others = {}
     for path, module in _modules(model, ()):
         if isinstance(module, tuple(_CLASSES)):
             found.setdefault(id(module), (module, []))[1].append(path)
+        elif not isinstance(module, nnx.List | nnx.Dict):
+            others[path] = type(module)
+    if not any(isinstance(z, nnx.Variable) for z in vars(model).values()):
+        others.pop("", None)  # the model is no layer itself
+    refuse_unsupported(targets, [p for _, paths in found.values() for p in paths], others, _CLASSES, nnx)
     chosen = {}
     for layer, paths in found.values():
         chosen |= {path: layer for path in [p for p in paths if matches(p, targets)][:1]}
@@ -79,8 +86,8 @@ def loraize(
             if isinstance(layer, WithLoRA) or hasattr(layer, "lora"):
                 name = type(layer).__name__
                 raise ValueError(f"this {name} has LoRA already; leave it out of the targets, or merge it")
-            if issubclass(_lora_class(type(layer)), Merged):
-                check_is_array(layer.kernel[...])
+            if issubclass(_lora_class(type(layer)), Merged) and not isinstance(layer.kernel, nnx.Variable):
+                check_is_array(layer.kernel)
             params[path] = lora_param(layer, rank, alpha, rngs, dtype)
         except ValueError as error:
             raise ValueError(f"{path!r}: {error}") from error
