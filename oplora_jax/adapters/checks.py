@@ -4,12 +4,13 @@ The roles were once in the names, such as `lora_oio`. Now `LowRank.roles` has th
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from oplora_jax.adapters.kernel_axes import kept_roles
+from oplora_jax.adapters.paths import matches
 from oplora_jax.matrix import LowRank
 
 # Of a layer whose kernel is computed from its parameter, by a normalisation for example.
@@ -24,6 +25,28 @@ def check_roles(lora: LowRank, roles: str, name: str) -> None:
     if lora.roles != (needed := kept_roles(roles)):
         found = f"the LoRA parameter has roles={lora.roles!r}, its layer needs {needed!r}"
         raise ValueError(f"{name}: {found}; dataclasses.replace(lora, roles={needed!r}) sets them")
+
+
+def refuse_unsupported(
+    targets: Any, paths: Iterable[str], others: Mapping[str, type], supported: Iterable[type], library: Any
+) -> None:
+    """Raises ValueError for a pattern that matches a module, but no layer of a class that takes LoRA.
+
+    `paths` are those of the layers, `others` the classes of all other modules by path, outer ones first.
+    """
+    prefix = library.__name__.rpartition(".")[2].replace("linen", "nn")
+    name = lambda cls: (
+        f"{prefix}.{cls.__name__}" if getattr(library, cls.__name__, None) is cls else cls.__name__
+    )
+    for pattern in targets if isinstance(targets, list | tuple) else [targets]:
+        matched = [path for path in others if matches(path, [pattern])]
+        if matched and not any(matches(path, [pattern]) for path in paths):
+            path = max(matched, key=bool)  # the model itself only if nothing else matches
+            classes = ", ".join(map(name, supported))
+            raise ValueError(
+                f"{path!r}: {name(others[path])} is not supported, expected one of {classes}, or a subclass; "
+                "leave it out of the targets, or name layers within it"
+            )
 
 
 def refuse_old_names(tree: Any, above: Sequence[str] = (), variable: str = "params") -> None:

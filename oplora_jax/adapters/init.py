@@ -159,5 +159,6 @@ def beside(kernel: Any, lora: LowRank) -> LowRank:
     roles = axes_of(kernel.shape, lora)
     batch, rows, columns = ([e for e, r in zip(spec, roles, strict=True) if r == role] for role in "bio")
     put = jax.sharding.reshard if traced else jax.device_put
+    batch = [None] * (lora.a.ndim - 2 - len(batch)) + batch
     place = lambda factor, *some: put(factor, NamedSharding(sharding.mesh, partition(*batch, *some)))
     return lora.with_factors(place(lora.a, merged(rows), None), place(lora.b, None, merged(columns)))

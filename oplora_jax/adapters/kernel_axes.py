@@ -35,6 +35,13 @@ def axes_of(shape: Sequence[int], lora: LowRank) -> str:
     for roles in in_order if lora.roles is None else [stacked(lora.roles, ndim)]:
         if len(roles) == ndim and set(roles) <= set("bio") and matrix_shape(shape, roles) == lora.shape:
             return roles
+    spaces = batch - 1  # in front of the axis that stacks layers: see `with_space`
+    if spaces > 0 and set(lora.shape[:spaces]) == {1}:
+        in_order = ["i" * k + "o" * (ndim - 1 - k) for k in range(1, ndim - 1)]
+        for known in in_order if lora.roles is None else [lora.roles]:
+            roles = known[:spaces] + "b" + known[spaces:]
+            if len(roles) == ndim and matrix_shape(shape, roles) == lora.shape[spaces:]:
+                return roles
     found = f"the kernel is {tuple(shape)}, its LoRA parameter {lora.shape} with roles={lora.roles!r}"
     raise ValueError(f"{found}; expected n the product of the axes of inputs and m that of the outputs")
 
@@ -63,9 +70,31 @@ def check_takes_increments(kernel: Any) -> None:
     else:
         return
     raise ValueError(
-        f"the kernel is {what}. Cast it to a floating-point type of 16 bits or more first (dequantise it, if it "
-        "holds codes); or keep the adapter apart, as Qwix's own LoraProvider does, with pair_factors"
+        f"the kernel is {what}. Cast it to a floating-point type of 16 bits or more first (dequantise it, if "
+        "it holds codes); or keep the adapter apart, as Qwix's own LoraProvider does, with pair_factors"
     )
+
+
+def with_space(lora: LowRank) -> LowRank:
+    """A LoRA parameter whose factors are stacked along axis 1 or 2, as those of `nn.scan` may be.
+
+    That axis comes in front of the factors' own, as everywhere, and axes of size 1 in front of it, so that it
+    is axis 1 or 2 still: (n, layers, r) and (r, layers, m) become (1, layers, n, r) and (1, layers, r, m).
+    """
+    fit = lambda a, b: a[0] == b[0] and a[2] == b[1]
+    if lora.a.ndim != 3 or lora.b.ndim != 3 or fit(lora.a.shape, lora.b.shape):
+        return lora
+    for axis in (1, 2):
+        a, b = (jnp.moveaxis(z, axis, 0) for z in (lora.a, lora.b))
+        if fit(a.shape, b.shape):
+            return lora.with_factors(*(z.reshape(*[1] * axis, *z.shape) for z in (a, b)))
+    return lora
+
+
+def without_space(lora: LowRank, roles: str) -> LowRank:
+    """One layer of the stack, of a kernel with these roles: its factors without the axes of size 1."""
+    spaces = lora.a.ndim - 2 - roles.count("b")
+    return lora[(0,) * spaces] if spaces > 0 and set(lora.shape[:spaces]) == {1} else lora
 
 
 def stacked(roles: str, ndim: int) -> str:

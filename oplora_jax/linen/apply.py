@@ -9,7 +9,13 @@ from flax.core import meta
 
 from oplora_jax.adapters.checks import COMPUTED, check_roles, refuse_old_names
 from oplora_jax.adapters.init import Alpha, Rank, init_beside
-from oplora_jax.adapters.kernel_axes import add_einsum_increment, add_increment, dense_equation, kernel_roles
+from oplora_jax.adapters.kernel_axes import (
+    add_einsum_increment,
+    add_increment,
+    dense_equation,
+    kernel_roles,
+    without_space,
+)
 from oplora_jax.matrix import LowRank
 
 SPLIT = (nn.Dense, nn.DenseGeneral, nn.Einsum)  # their increments can be added to the outputs
@@ -77,6 +83,7 @@ def call_with_lora(layer: nn.Module, call: Any, args: Any, kwargs: Any, new: tup
     if lora is None:
         refuse_old_names(layer.variables.get("params", {}), layer.path)
     else:
+        lora = without_space(lora, roles)
         check_roles(lora, roles, "/".join((*layer.path, "lora")))
         if not split:
             return _call_merged(layer, call, args, kwargs, lora)

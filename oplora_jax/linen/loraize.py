@@ -3,11 +3,14 @@
 import dataclasses
 import re
 import types
+from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 
+from oplora_jax.adapters.checks import refuse_unsupported
 from oplora_jax.adapters.init import Alpha, Rank, checked
 from oplora_jax.adapters.paths import Targets, check_patterns, matches, patterns_of
 from oplora_jax.linen.apply import LAYERS, SPLIT, WithLoRA, call_with_lora
@@ -36,8 +39,9 @@ def loraize(
         parameters, like "encoder/layers_0/attention/query".
 
     Returns:
-      A module to call and apply as the model, by its methods' names as well, `method="encode"`. For layers of
-        several ranks, loraize it again. Its `init` raises ValueError for a pattern that matches no layer, a
+      A module to call, apply and bind as the model, with the same methods and attributes: `method="encode"`
+        or `method=Model.encode`. For layers of several ranks, loraize it again. Its `init` raises ValueError
+        for a pattern that matches no layer, or one of a class that has no LoRA, such as `nn.Embed`; for a
         layer that has LoRA already, a kernel that is too small for the rank, or one that is computed from the
         parameter, as by `nn.WeightNorm`; for `nn.map_variables` of your own its `apply` does.
 
@@ -86,28 +90,59 @@ class LoRA(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         seen: dict[str, list[Target]] = {}
-        y = self._intercepted("__call__", args, kwargs, seen)
+        others: dict[str, type] = {}
+        y = self._intercepted(self.model.__call__, args, kwargs, seen, others)
+        if all(isinstance(z, Mapping) for z in self.variables.get("params", {}).values()):
+            others.pop("", None)  # the model is no layer itself
         for target in self.targets if self.is_initializing() else ():
+            refuse_unsupported(target.patterns, seen, others, LAYERS, nn)
             check_patterns(target.patterns, list(seen), "layer")
         return y
 
-    def call_method(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """What a method of the model returns. It need not use a layer that matches."""
-        return self._intercepted(name, args, kwargs, {})
-
-    def __getattr__(self, name: str) -> Any:
-        if isinstance(getattr(type(vars(self).get("model")), name, None), types.FunctionType):
-            return types.MethodType(lambda self, *args, **kw: self.call_method(name, *args, **kw), self)
-        return super().__getattr__(name)
+    def call_method(self, method: Any, *args: Any, **kwargs: Any) -> Any:
+        """What a method of the model, or a function of it, returns. It need not use a layer that matches."""
+        bound = getattr(self.model, method) if isinstance(method, str) else partial(method, self.model)
+        return self._intercepted(bound, args, kwargs, {}, {})
 
     @nn.nowrap
-    def _intercepted(self, name: str, args: Any, kwargs: Any, seen: dict[str, list[Target]]) -> Any:
-        """Calls the layers that match with LoRA, and records in `seen` which layers there are."""
+    def apply(self, variables: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
+        return super().apply(variables, *args, method=_of_lora(method), **kwargs)
+
+    @nn.nowrap
+    def init_with_output(self, rngs: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
+        return super().init_with_output(rngs, *args, method=_of_lora(method), **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        model = vars(self).get("model")
+        if isinstance(getattr(type(model), name, None), types.FunctionType):
+            return types.MethodType(lambda self, *args, **kw: self.call_method(name, *args, **kw), self)
+        try:
+            return super().__getattr__(name)  # which runs setup
+        except AttributeError:
+            if model is None or name.startswith("__"):
+                raise
+        return _part(self, self._intercepted(getattr, (self.model, name), {}, {}, {}))
+
+    @nn.nowrap
+    def _intercepted(
+        self,
+        function: Any,
+        args: Any,
+        kwargs: Any,
+        seen: dict[str, list[Target]],
+        others: dict[str, type],
+    ) -> Any:
+        """Calls the layers that match with LoRA, and records which layers and other modules there are."""
+        if self.scope is None:
+            return function(*args, **kwargs)
         root = self.scope.path
 
         def interceptor(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
             layer = context.module
-            inside = isinstance(layer, LAYERS) and layer.path[: len(root)] == root
+            inside = layer.path[: len(root)] == root
+            if inside and not isinstance(layer, LAYERS):
+                others.setdefault("/".join(layer.path[len(root) :]), type(layer))
+                return call(*args, **kwargs)
             owner = vars(layer).get("_lora_of")  # whose call of this layer, with LoRA, is under way
             if not inside or owner is seen:  # a layer with methods of its own calls others of them
                 return call(*args, **kwargs)
@@ -131,4 +166,39 @@ class LoRA(nn.Module):
                 object.__delattr__(layer, "_lora_of")
 
         with nn.intercept_methods(interceptor):
-            return getattr(self.model, name)(*args, **kwargs)
+            return function(*args, **kwargs)
+
+
+class _Part:
+    """A module within a bound model with LoRA, whose calls have LoRA too."""
+
+    def __init__(self, lora: LoRA, module: nn.Module):
+        self._lora, self._module = lora, module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._lora._intercepted(self._module, args, kwargs, {}, {})
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _part(self._lora, self._lora._intercepted(getattr, (self._module, name), {}, {}, {}))
+
+
+def _part(lora: LoRA, value: Any) -> Any:
+    """An attribute of a model; modules, in containers too, and methods as of the model with LoRA."""
+    if lora.scope is None:
+        return value
+    if isinstance(getattr(value, "__self__", None), nn.Module):
+        return lambda *args, **kwargs: lora._intercepted(value, args, kwargs, {}, {})
+    is_module = lambda z: isinstance(z, nn.Module)
+    if not any(map(is_module, jax.tree.leaves(value, is_leaf=is_module))):
+        return value
+    return jax.tree.map(lambda z: _Part(lora, z) if is_module(z) else z, value, is_leaf=is_module)
+
+
+def _of_lora(method: Any) -> Any:
+    """Flax's argument `method`, if it is a function of the model, as one of the model with LoRA."""
+    if method is None or isinstance(method, str) or isinstance(getattr(method, "__self__", None), LoRA):
+        return method
+    function = getattr(method, "__func__", method)
+    return lambda lora, *args, **kwargs: lora.call_method(function, *args, **kwargs)

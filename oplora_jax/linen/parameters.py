@@ -9,7 +9,7 @@ from flax.core import meta
 
 from oplora_jax.adapters.checks import refuse_old_names
 from oplora_jax.adapters.init import beside
-from oplora_jax.adapters.kernel_axes import add_increment
+from oplora_jax.adapters.kernel_axes import add_increment, with_space
 from oplora_jax.adapters.paths import path_name
 from oplora_jax.adapters.reslora import SHORTCUTS
 from oplora_jax.matrix import LowRank, is_low_rank
@@ -51,7 +51,7 @@ def add_lora(model: nn.Module, rngs: Any, params: Any, *args: Any, **kwargs: Any
     @jax.jit  # so that no array is made that is given
     def missing(rngs: Any) -> Any:
         tree = model.lazy_init(rngs, *args, **kwargs)["params"]
-        tree = tree if boxed else meta.unbox(tree)
+        tree = map_layers(lambda layer, path: spaced(layer), tree if boxed else meta.unbox(tree))
         expected.update(by_name(tree))
         if not any(map(is_low_rank, jax.tree.leaves(tree, is_leaf=is_low_rank))):
             raise ValueError(f"the model has no LoRA parameter; it has: {', '.join(expected)}")
@@ -72,6 +72,11 @@ def add_lora(model: nn.Module, rngs: Any, params: Any, *args: Any, **kwargs: Any
         return layer | {name: beside(meta.unbox(layer["kernel"]), layer[name]) for name in names}
 
     return map_layers(placed, tree)
+
+
+def spaced(layer: dict[str, Any]) -> dict[str, Any]:
+    """A layer's parameters, its LoRA stacked as the optimizers need it: see `with_space`."""
+    return layer | {name: with_space(z) for name, z in layer.items() if isinstance(z, LowRank)}
 
 
 def map_layers(function: Callable[[dict[str, Any], str], Any], tree: Any, path: str = "") -> Any:

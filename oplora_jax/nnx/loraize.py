@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 
-from oplora_jax.adapters.checks import COMPUTED
+from oplora_jax.adapters.checks import COMPUTED, refuse_unsupported
 from oplora_jax.adapters.init import Alpha, Rank
 from oplora_jax.adapters.kernel_axes import check_takes_increments
 from oplora_jax.adapters.paths import Targets, check_patterns, matches, path_name, patterns_of
@@ -48,9 +48,9 @@ def loraize(
       rngs: random number streams; "params" is used.
 
     Raises:
-      ValueError: a pattern that matches no layer; a layer that has LoRA already, or whose kernel is too
-        small for the rank, or computed by an `nnx.WeightNorm` or `nnx.SpectralNorm` around it. The model is
-        then as it was.
+      ValueError: a pattern that matches no layer, or one of a class that has no LoRA, such as `nnx.Embed`; a
+        layer that has LoRA already, or whose kernel is too small for the rank, or computed by an
+        `nnx.WeightNorm` or `nnx.SpectralNorm` around it. The model is then as it was.
 
     Example:
       >>> import jax.numpy as jnp
@@ -64,11 +64,17 @@ def loraize(
       ((1, 3), (4, 8))
     """
     found: dict[int, tuple[nnx.Module, list[str]]] = {}
+    others = {}
     for path, module in _modules(model, ()):
         if isinstance(module, tuple(_CLASSES)):
             found.setdefault(id(module), (module, []))[1].append(path)
-    patterns, chosen = patterns_of(targets), {}
-    check_patterns(patterns, [path for _, paths in found.values() for path in paths], "layer")
+        elif not isinstance(module, nnx.List | nnx.Dict):
+            others[path] = type(module)
+    if not any(isinstance(z, nnx.Variable) for z in vars(model).values()):
+        others.pop("", None)  # the model is no layer itself
+    patterns, layers, chosen = patterns_of(targets), [p for _, paths in found.values() for p in paths], {}
+    refuse_unsupported(patterns, layers, others, _CLASSES, nnx)
+    check_patterns(patterns, layers, "layer")
     for layer, paths in found.values():
         chosen |= {path: layer for path in [p for p in paths if matches(p, patterns)][:1]}
     params, normalised = {}, _normalised(model)

@@ -456,3 +456,139 @@ def test_a_none_among_the_parameters_stays():
     lora = {"head/kernel": params["head"]["lora"]}
     assert set(oplora_jax.init_lora(KEY, plain, 2, "head/kernel")) == set(lora)
     chex.assert_trees_all_equal(oplora_jax.merge(plain, lora), merged)
+
+
+class Inner(nn.Module):
+    """Layers by setup: one, in a list, in a dict."""
+
+    width: int
+
+    def setup(self):
+        self.one, self.many = nn.Dense(self.width), [nn.Dense(self.width), nn.Dense(self.width)]
+        self.named = {"mix": nn.Einsum((self.width, self.width), "td,dh->th")}
+
+    def __call__(self, x):
+        return self.named["mix"](self.many[1](self.many[0](self.one(x))))
+
+    def twice(self, x):
+        return self.one(nn.tanh(self.one(x)))
+
+
+class Idioms(nn.Module):
+    width: int = 4
+
+    def setup(self):
+        self.layer, self.inner = nn.Dense(self.width), Inner(self.width)
+
+    def __call__(self, x):
+        return self.encode(x)
+
+    def encode(self, x, times=1):
+        return times * self.inner(self._first(x))
+
+    def _first(self, x):
+        return self.layer(x)
+
+    @property
+    def first_of_ones(self):
+        return self.layer(jnp.ones((1, 4)))
+
+    @property
+    def double(self):
+        return 2 * self.width
+
+    @staticmethod
+    def shifted(x):
+        return x + 1
+
+
+class Around(nn.Module):
+    tower: nn.Module
+
+    @nn.compact
+    def __call__(self, x):
+        tower = self.tower
+        return tower.layer(x) + tower.inner.many[0](x) + Idioms.encode(tower, x) * tower.width
+
+
+Y = X[0]
+# What users do with a model and its variables.
+IDIOMS = {
+    "a name": lambda m, v: m.apply(v, Y, method="encode"),
+    "a function": lambda m, v: m.apply(v, Y, 3, method=Idioms.encode),
+    "by keyword": lambda m, v: m.apply(v, x=Y, times=3, method=Idioms.encode),
+    "a private function": lambda m, v: m.apply(v, Y, method=Idioms._first),
+    "a method of it": lambda m, v: m.apply(v, Y, method=m.encode),
+    "a method of another": lambda m, v: m.apply(v, Y, method=Idioms().encode),
+    "its call": lambda m, v: m.apply(v, Y, method=Idioms.__call__),
+    "a lambda": lambda m, v: m.apply(v, Y, method=lambda m, x: m.encode(x) + m.width),
+    "a lambda of layers": lambda m, v: m.apply(v, Y, method=lambda m, x: m.inner.one(m.layer(x))),
+    "nn.apply": lambda m, v: nn.apply(lambda m, x: m.inner.many[1](m.layer(x)), m)(v, Y),
+    "nn.apply, a function": lambda m, v: nn.apply(Idioms.encode, m)(v, Y),
+    "bind": lambda m, v: m.bind(v)(Y),
+    "bind, a module": lambda m, v: m.bind(v).inner(Y),
+    "bind, of a list": lambda m, v: m.bind(v).inner.many[0](Y),
+    "bind, of a dict": lambda m, v: m.bind(v).inner.named["mix"](Y),
+    "bind, a method": lambda m, v: m.bind(v).inner.twice(Y),
+    "bind, a property": lambda m, v: m.bind(v).first_of_ones,
+    "attributes": lambda m, v: jnp.array(
+        [m.width, m.double, m.bind(v).inner.width, m.bind(v).layer.features]
+    ),
+    "a static method": lambda m, v: m.shifted(Y),
+    "init": lambda m, v: m.init(KEY, Y, method=Idioms._first)["params"]["layer"]["kernel"],
+    "within another": lambda m, v: Around(m).apply({"params": {"tower": v["params"]}}, Y),
+}
+
+
+@pytest.fixture(scope="module")
+def idioms():
+    model = loraize(Idioms(), 2, "*", alpha=4)
+    params = random_params(jax.eval_shape(model.init, KEY, Y)["params"])
+    return model, {"params": params}, {"params": merge(params)}
+
+
+@pytest.mark.parametrize("name", IDIOMS)
+def test_what_can_be_done_with_the_model(name, idioms):
+    """As with the plain model and merged weights."""
+    model, variables, merged = idioms
+    got, expected = IDIOMS[name](model, variables), IDIOMS[name](Idioms(), merged)
+    chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-4)  # float32, up to five layers
+
+
+def test_attributes_that_there_are_not(idioms):
+    model, variables, _ = idioms
+    for read in (lambda: model.depth, lambda: model.bind(variables).depth, lambda: model.layer):
+        with pytest.raises(AttributeError, match=r'"Idioms" object has no attribute "(depth|layer)"'):
+            read()
+    with pytest.raises(AttributeError, match='"Inner" object has no attribute "depth"'):
+        _ = model.bind(variables).inner.depth
+
+
+class Many(nn.Module):
+    """Layers of classes that take no LoRA, beside one that does."""
+
+    @nn.compact
+    def __call__(self, x):
+        tokens = jnp.zeros(x.shape[:2], int)
+        x = nn.Embed(3, 4, name="embed")(tokens) + nn.LayerNorm(name="norm")(x)
+        cell = nn.OptimizedLSTMCell(4, name="cell")
+        x = cell(cell.initialize_carry(KEY, x[:, 0].shape), x[:, 0])[1]
+        return nn.Dense(4, name="head")(x)
+
+
+@pytest.mark.parametrize(
+    ("target", "kind"), {"embed": "Embed", "norm": "LayerNorm", "cell": "OptimizedLSTMCell"}.items()
+)
+def test_layers_of_other_classes_are_named(target, kind):
+    expected = f"'{target}': nn.{kind} is not supported, expected one of nn.Dense, nn.Dense.*or a subclass"
+    for targets in (target, ["head", target]):
+        with pytest.raises(ValueError, match=expected):
+            jax.eval_shape(loraize(Many(), 2, targets).init, KEY, X)
+    with pytest.raises(ValueError, match=r"no layer matches 'embedding'.*'head'"):
+        jax.eval_shape(loraize(Many(), 2, "embedding").init, KEY, X)
+    jax.eval_shape(loraize(Many(), 2, "*").init, KEY, X)
+
+
+def test_a_model_that_is_a_layer_of_another_class():
+    with pytest.raises(ValueError, match=r"'': nn\.Embed is not supported"):
+        jax.eval_shape(loraize(nn.Embed(3, 4), 2, "*").init, KEY, jnp.zeros(2, int))

@@ -226,7 +226,7 @@ def test_what_is_refused_leaves_the_model_alone():
     with pytest.raises(ValueError, match="'': this LoRALinear has LoRA already"):
         loraize(flax_lora, 2, "*", rngs=nnx.Rngs(1))
     with pytest.raises(ValueError, match=r"no layer matches '.*'.*are: none"):
-        loraize(nnx.LayerNorm(4, rngs=nnx.Rngs(0)), 2, ".*", rngs=nnx.Rngs(1))
+        loraize(nnx.Sequential(nnx.relu), 2, ".*", rngs=nnx.Rngs(1))
     layer = nnx.Linear(4, 8, rngs=nnx.Rngs(0))
     layer.kernel.set_value(jnp.ones((4, 8, 3)))
     with pytest.raises(ValueError, match=r"the kernel is \(4, 8, 3\); expected \(4, 8\)"):
@@ -242,6 +242,31 @@ def test_what_is_refused_leaves_the_model_alone():
         merge(coded)
     with pytest.raises(ValueError, match="'': Own has a __call__ of its own"):
         merge(Own(4, 8, 2, rngs=nnx.Rngs(0)))
+
+
+OTHERS = {
+    "embed": lambda rngs: nnx.Embed(3, 4, rngs=rngs),
+    "norm": lambda rngs: nnx.BatchNorm(4, rngs=rngs),
+    "dropout": lambda rngs: nnx.Dropout(0.1, rngs=rngs),
+    "lora": lambda rngs: nnx.LoRA(4, 2, 4, rngs=rngs),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_layers_of_other_classes_are_named(name):
+    rngs = nnx.Rngs(0)
+    model = nnx.Dict({name: OTHERS[name](rngs), "head": nnx.Linear(4, 3, rngs=rngs)})
+    graphdef, kind = nnx.graphdef(model), type(model[name]).__name__
+    expected = f"'{name}': nnx.{kind} is not supported, expected one of nnx.Linear, nnx.Linear.*or a subclass"
+    for targets in (name, ["head", name]):
+        with pytest.raises(ValueError, match=expected):
+            loraize(model, 2, targets, rngs=rngs)
+    with pytest.raises(ValueError, match="no layer matches 'heads'"):
+        loraize(model, 2, "heads", rngs=rngs)
+    assert nnx.graphdef(model) == graphdef and loraize(model, 2, "*", rngs=rngs) == ["head"]
+    found = "no layer matches" if kind == "Dropout" else f"'': nnx.{kind} is not supported"
+    with pytest.raises(ValueError, match=found):
+        loraize(OTHERS[name](rngs), 2, "*", rngs=rngs)
 
 
 def normalised(kind, layer):
