@@ -328,7 +328,8 @@ def check_factors(matrix: LowRank, name: str) -> None:
     if len(a) < 2 or len(b) != len(a) or a[:-2] != b[:-2] or a[-1] != b[-2] or a[-1] == 0:
         raise ValueError(
             f"{name}: factors a {a} and b {b} do not fit; expected a (*batch, n, r) and b (*batch, r, m) "
-            "with the same batch axes and the same rank r >= 1"
+            "with the same batch axes and the same rank r >= 1. oplora_jax.linen.add_lora makes "
+            "them so for layers that nn.scan stacks along another axis than the first"
         )
     if not matrix.scale > 0:
         raise ValueError(f"{name}: scale is {matrix.scale}; expected a positive number, alpha / r")

@@ -14,6 +14,7 @@ from oplora_jax.adapters.checks import refuse_unsupported
 from oplora_jax.adapters.init import Alpha, Rank, checked
 from oplora_jax.adapters.paths import Targets, check_patterns, matches, patterns_of
 from oplora_jax.linen.apply import LAYERS, SPLIT, WithLoRA, call_with_lora
+from oplora_jax.linen.parameters import map_layers, spaced
 
 
 def loraize(
@@ -110,7 +111,8 @@ class LoRA(nn.Module):
 
     @nn.nowrap
     def init_with_output(self, rngs: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
-        return super().init_with_output(rngs, *args, method=_of_lora(method), **kwargs)
+        y, variables = super().init_with_output(rngs, *args, method=_of_lora(method), **kwargs)
+        return y, map_layers(spaced, variables)
 
     def __getattr__(self, name: str) -> Any:
         model = vars(self).get("model")

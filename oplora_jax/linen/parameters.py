@@ -51,7 +51,7 @@ def add_lora(model: nn.Module, rngs: Any, params: Any, *args: Any, **kwargs: Any
     @jax.jit  # so that no array is made that is given
     def missing(rngs: Any) -> Any:
         tree = model.lazy_init(rngs, *args, **kwargs)["params"]
-        tree = map_layers(lambda layer, path: spaced(layer), tree if boxed else meta.unbox(tree))
+        tree = map_layers(spaced, tree if boxed else meta.unbox(tree))
         expected.update(by_name(tree))
         if not any(map(is_low_rank, jax.tree.leaves(tree, is_leaf=is_low_rank))):
             raise ValueError(f"the model has no LoRA parameter; it has: {', '.join(expected)}")
@@ -74,7 +74,7 @@ def add_lora(model: nn.Module, rngs: Any, params: Any, *args: Any, **kwargs: Any
     return map_layers(placed, tree)
 
 
-def spaced(layer: dict[str, Any]) -> dict[str, Any]:
+def spaced(layer: dict[str, Any], path: str) -> dict[str, Any]:
     """A layer's parameters, its LoRA stacked as the optimizers need it: see `with_space`."""
     return layer | {name: with_space(z) for name, z in layer.items() if isinstance(z, LowRank)}
 
