@@ -137,7 +137,7 @@ def test_serialization_of_nodes_in_containers():
         serialization.from_bytes(target, serialization.to_bytes(tree)),
     ):
         chex.assert_trees_all_equal(restored, tree)
-    with pytest.raises(ValueError, match="layer/lora: the state of a LowRank has a; expected .* a and b"):
+    with pytest.raises(ValueError, match=r"layer/lora: the state of a LowRank has a; expected .* a and b"):
         serialization.from_state_dict({"layer": {"lora": lora}}, {"layer": {"lora": {"a": lora.a}}})
 
 
