@@ -9,13 +9,20 @@ from flax.nnx import State, Variable
 from oplora_jax.adapters.checks import refuse_old_names
 from oplora_jax.matrix import LowRank
 
-serialization.register_serialization_state(
-    LowRank,
-    lambda node: {name: serialization.to_state_dict(getattr(node, name)) for name in "ab"},
-    lambda node, state: node.with_factors(
-        *(serialization.from_state_dict(getattr(node, name), state[name], name=name) for name in "ab")
-    ),
-)
+
+def _to_state(node: LowRank) -> dict[str, Any]:
+    return {name: serialization.to_state_dict(getattr(node, name)) for name in "ab"}
+
+
+def _from_state(node: LowRank, state: dict[str, Any]) -> LowRank:
+    if set(state) != {"a", "b"}:
+        at = f"{serialization.current_path()}: the state of a LowRank"
+        raise ValueError(f"{at} has {', '.join(sorted(state)) or 'nothing'}; expected its factors a and b")
+    restored = (serialization.from_state_dict(getattr(node, name), state[name], name=name) for name in "ab")
+    return node.with_factors(*restored)
+
+
+serialization.register_serialization_state(LowRank, _to_state, _from_state)
 
 # Flax refuses a dict that lacks a name before it asks any handler of ours, which could say how to rename. So
 # its own handler of dicts gets a check in front; there is no public way to ask Flax for that handler.

@@ -46,13 +46,13 @@ def add_lora(model: nn.Module, rngs: Any, params: Any, *args: Any, **kwargs: Any
     given = by_name(params)
     is_box = lambda node: isinstance(node, meta.AxisMetadata)
     boxed = any(map(is_box, jax.tree.leaves(params, is_leaf=is_box)))
-    expected: dict[str, Any] = {}
+    expected: dict[str, tuple[int, ...]] = {}
 
     @jax.jit  # so that no array is made that is given
     def missing(rngs: Any) -> Any:
         tree = model.lazy_init(rngs, *args, **kwargs)["params"]
         tree = map_layers(spaced, tree if boxed else meta.unbox(tree))
-        expected.update(by_name(tree))
+        expected.update((name, leaf.shape) for name, leaf in by_name(tree).items())
         if not any(map(is_low_rank, jax.tree.leaves(tree, is_leaf=is_low_rank))):
             raise ValueError(f"the model has no LoRA parameter; it has: {', '.join(expected)}")
         return jax.tree.map_with_path(lambda path, leaf: None if path_name(path) in given else leaf, tree)
@@ -61,8 +61,8 @@ def add_lora(model: nn.Module, rngs: Any, params: Any, *args: Any, **kwargs: Any
     for name, leaf in given.items():
         if name not in expected:
             raise ValueError(f"{name}: the model has no such parameter; it has: {', '.join(expected)}")
-        if leaf.shape != expected[name].shape:
-            raise ValueError(f"{name}: the array is {leaf.shape}; the model needs {expected[name].shape}")
+        if leaf.shape != expected[name]:
+            raise ValueError(f"{name}: the array is {leaf.shape}; the model needs {expected[name]}")
     # A None of the model's own is no parameter, and stays.
     fill = lambda path, leaf: given.get(path_name(path)) if leaf is None else leaf
     tree = jax.tree.map_with_path(fill, tree, is_leaf=lambda leaf: leaf is None)

@@ -68,7 +68,14 @@ def value_and_grad(
             args, kwargs = jax.tree.map(at_places, (args, kwargs), is_leaf=lambda z: isinstance(z, _Place))
             out = loss_fn(inner[0], *args, **kwargs)
             loss, aux = out if has_aux else (out, None)
-            return loss, (aux, nnx.state(inner, nnx.Not(in_model)))
+            after = nnx.state(inner, nnx.Not(in_model))
+            new = [] if microbatches is None else sorted(_paths(after) - _paths(rest))
+            if new:
+                raise ValueError(
+                    f"microbatches={microbatches}: the loss makes the variables {', '.join(new)}, which one "
+                    "microbatch cannot hand to the next. Make them before, or return them as auxiliary data"
+                )
+            return loss, (aux, after)
 
         differentiate = stateful_value_and_grad(pure_loss, gradient, moments, microbatches)
         loss, (aux, rest_after), grads = differentiate(params.get(0, nnx.State({})), rest, args, kwargs)
@@ -82,6 +89,11 @@ class _Place(NamedTuple):
     """Where an NNX object stands among the arguments, and its number."""
 
     index: int
+
+
+def _paths(state: Any) -> set[str]:
+    """The variables' paths within their objects."""
+    return {"/".join(map(str, path[1:])) for path, _ in nnx.to_flat_state(state)}
 
 
 def _is_object(leaf: Any) -> bool:

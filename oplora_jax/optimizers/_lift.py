@@ -12,10 +12,8 @@ from oplora_jax.matrix import LowRank, check_factors, is_low_rank
 from oplora_jax.optimizers._trees import (
     checked_gradients,
     is_column,
-    mapped,
     names,
     owners,
-    restored,
     split,
     walk,
 )
@@ -46,7 +44,7 @@ def lora_optimizer(
 
     The rest is done here, once: the walk over the tree and its checks; types, with parameters and states in
     float32 at least within the step and rounded once behind it; a step that is not finite, which is not taken
-    and is counted in `skipped`; meshes, and containers that take states apart.
+    and is counted in `skipped`; meshes.
 
     Args:
       init: (param, key) -> state, a NamedTuple of arrays, of `LowRank` matrices and of None: the same for
@@ -143,11 +141,7 @@ def lora_optimizer(
         trees = structure.unflatten(spread(column) for column in zip(*rows, strict=True))
         return spread(changes), trees, sum(~z for z in finite)
 
-    def restore_fn(trees, params):
-        of_column = lambda column: mapped(restored, params, column)
-        return jax.tree.map(of_column, trees, is_leaf=lambda z: is_column(z, params))
-
-    return _lift(_OnTrees(init_fn, restore_fn, update_fn), in_dtype(others, stored), joint)
+    return _lift(_OnTrees(init_fn, update_fn), in_dtype(others, stored), joint)
 
 
 def lora_transformation(
@@ -162,15 +156,11 @@ def lora_transformation(
     """
     tx = optax.with_extra_args_support(tx)
 
-    def restore_fn(state, params):
-        of_column = lambda column: mapped(restored, params, column)
-        return optax.tree.map_params(tx, of_column, state, is_leaf=lambda _: True)
-
     def update_fn(updates, state, params, count, **extra_args):
         del count
         return _skip_nonfinite(tx, *tx.update(updates, state, params, **extra_args), state)
 
-    return _lift(_OnTrees(tx.init, restore_fn, update_fn), others, None)
+    return _lift(_OnTrees(tx.init, update_fn), others, None)
 
 
 def each(
@@ -208,7 +198,6 @@ class _OnTrees(NamedTuple):
     """An optimizer of trees of LoRA parameters alone."""
 
     init: Callable[[Any], Any]
-    restore: Callable[[Any, Any], Any]  # (state, params): undoes what a container has made of the state
     update: Callable[..., Any]  # to (updates, state, how many steps were left out); is given the step's count
 
 
@@ -240,10 +229,9 @@ def _lift(lora: _OnTrees, others: Any, joint: str | None) -> optax.GradientTrans
             raise ValueError(f"{joint}: a step in the backward pass sees one LoRA parameter at a time")
         updates = checked_gradients(updates, params)
         (lora_updates, other_updates), (at, other_params) = split(updates, params), split(params, params)
-        old = lora.restore(state.lora, at)
         step = lambda updates, old, at, count: lora.update(updates, old, at, count=count, **extra_args)
-        like = lambda: specs_of((at, old, state.skipped))
-        found = under_auto_sharding(step, like, lora_updates, old, at, state.count)
+        like = lambda: specs_of((at, state.lora, state.skipped))
+        found = under_auto_sharding(step, like, lora_updates, state.lora, at, state.count)
         lora_updates, lora_state, skipped = found
         other_updates, other_state = others.update(other_updates, state.others, other_params, **extra_args)
         updates = jax.tree.map(

@@ -1,6 +1,6 @@
 """Trees of parameters, some of which are LoRA parameters."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -34,14 +34,6 @@ def names(params: Any) -> list[str]:
     ]
 
 
-def restored(node: LowRank, part: Any) -> Any:
-    """What a container has made a dict of, as `nnx.Optimizer` does of the `LowRank` nodes of a state."""
-    if not isinstance(part, Mapping) or not set(part) <= {"a", "b"}:
-        return part
-    # Such a container drops a factor without state.
-    return node.with_factors(*(part[name] if name in part else optax.MaskedNode() for name in ("a", "b")))
-
-
 def is_column(part: Any, params: Any) -> bool:
     """Whether a part of a state is a tree with one entry at each LoRA parameter, and nothing elsewhere."""
     nodes, treedef = jax.tree.flatten(params, is_leaf=is_low_rank)
@@ -49,7 +41,7 @@ def is_column(part: Any, params: Any) -> bool:
         parts = treedef.flatten_up_to(part)
     except ValueError:
         return False
-    is_entry = lambda z: isinstance(z, LowRank | Mapping) or hasattr(z, "shape")
+    is_entry = lambda z: isinstance(z, LowRank) or hasattr(z, "shape")
     fits = lambda node, z: is_entry(z) if is_low_rank(node) else not jax.tree.leaves(z)
     return all(map(fits, nodes, parts))
 

@@ -340,8 +340,20 @@ def test_ranks_and_einsums_that_do_not_fit():
     for equation, shape in {"btd,td->btd": (5, 4), "btd,dhe->bth": (4, 2, 3), "bbd,dh->bdh": (4, 2)}.items():
         with pytest.raises(ValueError, match=f"einsum '{equation}'"):
             nnx.eval_shape(lambda e=equation, s=shape: lora_nnx.LoRAEinsum(e, s, 1, rngs=nnx.Rngs(0)))
+    # The kernel's roles are swapped, and it is still (4, 4): merged weights would be other ones.
     layer = lora_nnx.LoRAEinsum("btd,dh->bth", (4, 4), 1, rngs=nnx.Rngs(0))
-    assert layer(x, "btd,hd->bth").shape == (2, 5, 4)  # the kernel's roles are swapped: still (4, 4)
+    swapped = nnx.Sequential(nnx.Einsum("btd,hd->bth", (4, 4), rngs=nnx.Rngs(0)))
+    lora_nnx.loraize(swapped, 1, "layers/0", rngs=nnx.Rngs(1))
+    for call in (
+        lambda: layer(x, "btd,hd->bth"),
+        lambda: nnx.jit(lambda layer: layer(x, einsum_str="btd,hd->bth"))(layer),
+        lambda: swapped.layers[0](x, "btd,dh->bth"),
+    ):
+        with pytest.raises(
+            ValueError, match=r"the einsum 'btd,\w\w->bth' takes the kernel's axes as .* has roles="
+        ):
+            call()
+    assert layer(x, "btd,dh->tbh").shape == (5, 2, 4)  # the same matrix
     layer = lora_nnx.LoRAEinsum("btd,dh->bth", (4, 3), 1, rngs=nnx.Rngs(0))
     with pytest.raises(
         ValueError, match=r"'btd,hd->bth' takes the kernel \(4, 3\).*LoRA parameter is \(4, 3\)"

@@ -1,5 +1,10 @@
 """Training linen LoRA layers: gradients under transformations, TrainState, checkpoints."""
 
+import os
+import pathlib
+import subprocess
+import sys
+
 import chex
 import flax.linen as nn
 import jax
@@ -116,3 +121,63 @@ def test_flax_serialization_keeps_a_train_state():
     restored = serialization.from_bytes(other, serialization.to_bytes(state))
     chex.assert_trees_all_equal(restored.params, state.params)
     chex.assert_trees_all_equal(restored.opt_state, state.opt_state)
+
+
+def test_serialization_of_nodes_in_containers():
+    """By to_state_dict and from_state_dict, bytes and msgpack; the scale and the roles are the target's."""
+    lora = oplora_jax.LowRank(normal(0, 2, 4, 1), normal(1, 2, 1, 3), 2.0, "oi")
+    tree = {"layer": {"lora": lora, "kernel": normal(2, 3, 4)}, "list": [lora], "masked": optax.MaskedNode()}
+    target = jax.tree.map(jnp.zeros_like, tree)
+    state = serialization.to_state_dict(tree)
+    assert set(state["layer"]["lora"]) == set(state["list"]["0"]) == {"a", "b"}
+    packed = serialization.msgpack_restore(serialization.msgpack_serialize(state))
+    for restored in (
+        serialization.from_state_dict(target, state),
+        serialization.from_state_dict(target, packed),
+        serialization.from_bytes(target, serialization.to_bytes(tree)),
+    ):
+        chex.assert_trees_all_equal(restored, tree)
+    with pytest.raises(ValueError, match=r"layer/lora: the state of a LowRank has a; expected .* a and b"):
+        serialization.from_state_dict({"layer": {"lora": lora}}, {"layer": {"lora": {"a": lora.a}}})
+
+
+PROGRAMS = {
+    "oplora_jax first": """
+        import oplora_jax
+        from flax import serialization
+    """,
+    "flax first": """
+        from flax import serialization
+        import oplora_jax
+    """,
+    "oplora_jax.nnx": """
+        import oplora_jax.nnx
+        from flax import serialization
+    """,
+}
+ROUND_TRIP = """
+import jax.numpy as jnp
+lora = oplora_jax.LowRank(jnp.ones((3, 1)), jnp.ones((1, 2)))
+state = serialization.to_bytes({"lora": lora})
+restored = serialization.from_bytes({"lora": lora.with_factors(0 * lora.a, 0 * lora.b)}, state)
+assert restored["lora"].b.all() and isinstance(restored["lora"], oplora_jax.LowRank)
+"""
+WITHOUT_FLAX = """
+import sys
+sys.modules["flax"] = None
+import oplora_jax
+assert not [name for name in sys.modules if name.startswith("flax.")]
+try:
+    import oplora_jax.linen
+except ImportError as error:
+    assert "flax" in str(error)
+"""
+
+
+@pytest.mark.parametrize("name", [*PROGRAMS, "without flax"])
+def test_whichever_module_is_imported(name):
+    program = "".join(line.strip() + "\n" for line in PROGRAMS.get(name, "").splitlines()) + ROUND_TRIP
+    program = WITHOUT_FLAX if name == "without flax" else program
+    root = pathlib.Path(oplora_jax.__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-W", "error", "-c", program], check=True, env=environment)

@@ -210,6 +210,15 @@ def test_paths_are_those_of_the_parameters(name):
         assert {z.removesuffix("/lora") for z in params} == {*tree, path}
 
 
+def test_add_lora_leaks_no_tracer():
+    pretrained = jax.tree.map(jnp.ones_like, Pair().init(KEY, X)["params"])
+    with jax.checking_leaks():
+        params = add_lora(loraize(Pair(), 2, "*d"), KEY, pretrained, X)
+        with pytest.raises(ValueError, match="f: the model has no such parameter"):
+            add_lora(loraize(Pair(), 2, "*d"), KEY, {**pretrained, "f": X}, X)
+    assert set(params["d"]) == {"kernel", "bias", "lora"}
+
+
 def test_train_state_trains_lora_and_a_head():
     """optax.partition: OPLoRA for LoRA, and its SGD for the head; the rest stays, bit for bit."""
     model = loraize(

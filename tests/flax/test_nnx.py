@@ -165,6 +165,18 @@ def test_each_microbatch_updates_other_objects(transform):
     assert objects["calls"][...] == 2
 
 
+def test_variables_that_a_microbatch_makes():
+    def loss_fn(model, x):
+        model.outputs = nnx.Intermediate(model(x))
+        return jnp.sum(model.outputs[...] ** 2)
+
+    model = LoRALinear(4, 3, 2, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="microbatches=2: the loss makes the variables outputs, which"):
+        value_and_grad(loss_fn, microbatches=2)(model, X)
+    value_and_grad(loss_fn)(model, X)
+    assert model.outputs.shape == (8, 3)
+
+
 def test_a_model_among_the_other_arguments():
     """The same object twice, and one that holds the model's layer, are differentiated through every use."""
 

@@ -326,7 +326,7 @@ def test_groups_without_a_lora_parameter(kind):
     "make_optimizer", [lambda: make("toy"), lambda: optimizer(init=lambda p, k: Nothing())]
 )
 def test_nnx(make_optimizer):
-    """An `nnx.Optimizer` makes dicts of the `LowRank` nodes in a state."""
+    """As an `nnx.Optimizer` steps, which takes the state apart."""
     model = LoRALinear(4, 3, 2, rngs=nnx.Rngs(0))
     x, y = normals(0, jnp.float32)(8, 4), normals(1, jnp.float32)(8, 3)
     wrapped = nnx.Optimizer(model, make_optimizer(), wrt=nnx.LoRAParam)
