@@ -18,6 +18,7 @@ from oplora_jax.optimizers._trees import (
     restored,
     split,
     walk,
+    warn_of_no_lora,
 )
 from oplora_jax.optimizers._types import cast, cast_up, check_state_dtype, in_dtype, widest
 from oplora_jax.sharding import specs_of, under_auto_sharding
@@ -223,6 +224,8 @@ def _lift(lora: _OnTrees, others: Any, joint: str | None) -> optax.GradientTrans
     def start(params):
         for name, node in zip(names(params), walk(params)[0](params), strict=True):
             check_factors(node, name)
+        if jax.tree.leaves(params) and not names(params):
+            warn_of_no_lora(params)
         of_lora, of_others = split(params, params)
         zero = jnp.zeros((), jnp.int32)
         return LoRAState(zero, lora.init(of_lora), others.init(of_others), skipped=jnp.zeros_like(zero))
