@@ -1,6 +1,7 @@
 """An optimizer as a step of LoRA parameters, lifted to trees of parameters."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -169,7 +170,7 @@ def lora_transformation(
 
     def update_fn(updates, state, params, count, **extra_args):
         del count
-        return _skip_nonfinite(tx, *tx.update(updates, state, params, **extra_args), state)
+        return _skip_nonfinite(tx, *tx.update(updates, state, params, **extra_args), state, params)
 
     return _lift(_OnTrees(tx.init, restore_fn, update_fn), others, None)
 
@@ -262,7 +263,7 @@ def _lift(lora: _OnTrees, others: Any, joint: str | None) -> optax.GradientTrans
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _skip_nonfinite(tx: Any, updates: Any, state: Any, old: Any) -> tuple[Any, Any, Array]:
+def _skip_nonfinite(tx: Any, updates: Any, state: Any, old: Any, params: Any) -> tuple[Any, Any, Array]:
     """No updates and the old state for LoRA parameters where either is not finite; and how many these are."""
     nodes, treedef = jax.tree.flatten(updates, is_leaf=is_low_rank)
     arrays, structure = jax.tree.flatten(state)
@@ -273,8 +274,12 @@ def _skip_nonfinite(tx: Any, updates: Any, state: Any, old: Any) -> tuple[Any, A
         if i >= 0:
             parts[i].append(array)
     finite = list(map(_is_finite, parts))
-    keep = lambda i, new, old: jax.lax.select(finite[i], new, old)
-    updates = [jax.tree.map(lambda u, i=i: keep(i, u, jnp.zeros_like(u)), u) for i, u in enumerate(nodes)]
+    keep = lambda i, new, old: jax.lax.select(finite[i], new.astype(old.dtype), old)
+    still = map(partial(jax.tree.map, jnp.zeros_like), jax.tree.leaves(params, is_leaf=is_low_rank))
+    updates = [
+        jax.tree.map(partial(keep, i), node, zeros)
+        for i, (node, zeros) in enumerate(zip(nodes, still, strict=True))
+    ]
     kept = [
         z if i < 0 else keep(i, z, o) for i, z, o in zip(owner, arrays, jax.tree.leaves(old), strict=True)
     ]
