@@ -164,6 +164,17 @@ def lora_transformation(
     """
     tx = optax.with_extra_args_support(tx)
 
+    def init_fn(params):
+        state = tx.init(params)
+        try:
+            owners(tx, state, params)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                "the state of the base does not tell which of its arrays belongs to which parameter, as that "
+                "of optax.flatten does not: take the base without it"
+            ) from error
+        return state
+
     def restore_fn(state, params):
         of_column = lambda column: mapped(restored, params, column)
         return optax.tree.map_params(tx, of_column, state, is_leaf=lambda _: True)
@@ -172,7 +183,7 @@ def lora_transformation(
         del count
         return _skip_nonfinite(tx, *tx.update(updates, state, params, **extra_args), state, params)
 
-    return _lift(_OnTrees(tx.init, restore_fn, update_fn), others, None)
+    return _lift(_OnTrees(init_fn, restore_fn, update_fn), others, None)
 
 
 def each(
