@@ -18,6 +18,7 @@ def value_and_grad(
     wrt: Any = nnx.LoRAParam,
     moments: Structure | None = None,
     microbatches: int | None = None,
+    weight: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """`oplora_jax.value_and_grad` for a loss of an NNX module.
 
@@ -26,7 +27,7 @@ def value_and_grad(
     Args:
       loss_fn: a function of (model, *args, **kwargs) that returns a scalar loss, or with `has_aux` a pair.
       wrt: an NNX filter, the variables to differentiate by; the same as the optimizer's.
-      gradient, has_aux, moments, microbatches: as for `oplora_jax.value_and_grad`.
+      gradient, has_aux, moments, microbatches, weight: as for `oplora_jax.value_and_grad`.
 
     Returns:
       A function of (model, *args, **kwargs) that returns (value, gradients), the latter an `nnx.State` for
@@ -56,7 +57,7 @@ def value_and_grad(
             loss, aux = out if has_aux else (out, None)
             return loss, (aux, nnx.state(inner, nnx.Not(wrt)))
 
-        differentiate = stateful_value_and_grad(pure_loss, gradient, moments, microbatches)
+        differentiate = stateful_value_and_grad(pure_loss, gradient, moments, microbatches, weight)
         loss, (aux, rest_after), grads = differentiate(params, rest, args, kwargs)
         nnx.update(model, rest_after)
         return ((loss, aux) if has_aux else loss), grads
