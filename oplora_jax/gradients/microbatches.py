@@ -1,5 +1,6 @@
 """Gradients of a batch, gathered over its parts one after the other."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -8,15 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from oplora_jax._jax import Tracer
 from oplora_jax.matrix import OuterProduct, compute_dtype
 from oplora_jax.sharding import entries, partition, under_auto_sharding
 
 
-def accumulate(differentiate: Callable[..., Any], microbatches: int) -> Callable[..., Any]:
-    """A gradient function of (params, state, args, kwargs), applied to each of k microbatches in a scan.
+def accumulate(
+    differentiate: Callable[..., Any], microbatches: int, weight: Callable[..., Any] | None
+) -> Callable[..., Any]:
+    """A gradient function of (params, state, args, kwargs, share), applied to k microbatches in a scan.
 
-    It returns (value, (aux, state), gradients), and so does the result: values and gradients are added up,
-    outer products put side by side, aux is stacked, and the state goes from each microbatch to the next.
+    It returns (value, (aux, state), gradients), of a microbatch's share of the mean, and so does the result:
+    values and gradients are added up, outer products put side by side, aux is stacked, and the state goes
+    from each microbatch to the next.
     """
     is_outer = lambda node: isinstance(node, OuterProduct)
     side_by_side = lambda outer: OuterProduct(_side_by_side(outer.x), _side_by_side(outer.dy))
@@ -26,22 +31,30 @@ def accumulate(differentiate: Callable[..., Any], microbatches: int) -> Callable
 
         # Traced once: for the shapes of the sums, and for the scan.
         @jax.jit
-        def one(params, state, part):
-            return differentiate(params, state, rebuild(part), kwargs)
+        def one(params, state, part, share):
+            return differentiate(params, state, rebuild(part), kwargs, share)
 
-        first = jax.tree.map(lambda z: jax.lax.index_in_dim(z, 0, keepdims=False), parts)
-        *_, gradients = jax.eval_shape(one, params, state, first)
+        shares = _shares(weight, microbatches, parts, rebuild, kwargs)
+        first = jax.tree.map(lambda z: jax.lax.index_in_dim(z, 0, keepdims=False), (parts, shares))
+        *_, gradients = jax.eval_shape(one, params, state, *first)
         nodes, treedef = jax.tree.flatten(gradients, is_leaf=is_outer)
 
         def body(carry, part):
-            state, sums = carry
-            value, (aux, state), gradients = one(params, state, part)
-            new = treedef.flatten_up_to(gradients)
+            (state, sums), (part, share) = carry, part
+            value, (aux, state), gradients = one(params, state, part, share)
+            value, new = _without_nothing(share, value), treedef.flatten_up_to(gradients)
+            new = [
+                OuterProduct(g.x, _without_nothing(share, g.dy))
+                if is_outer(g)
+                else _without_nothing(share, g)
+                for g in new
+            ]
             sums = [None if s is None else s + g.astype(s.dtype) for s, g in zip(sums, new, strict=True)]
             return (state, sums), (value, aux, [g for g in new if is_outer(g)])
 
         start = [None if is_outer(node) else _zeros(node) for node in nodes]
-        (state, sums), (values, aux, outers) = jax.lax.scan(body, (state, start), parts)
+        (state, sums), (values, aux, outers) = jax.lax.scan(body, (state, start), (parts, shares))
+        _warn_of_nan(values)
         outers = iter(outers)
         total = [
             side_by_side(next(outers)) if s is None else s.astype(node.dtype)
@@ -51,6 +64,32 @@ def accumulate(differentiate: Callable[..., Any], microbatches: int) -> Callable
         return value, (aux, state), treedef.unflatten(total)
 
     return accumulated
+
+
+def _shares(weight: Any, microbatches: int, parts: Any, rebuild: Any, kwargs: Any) -> Array | np.ndarray:
+    """Each microbatch's share of the mean, (k,)."""
+    if weight is None:
+        return np.full(microbatches, 1 / microbatches)
+    weights = jax.lax.map(lambda part: jnp.asarray(weight(*rebuild(part), **kwargs)), parts)
+    if weights.ndim != 1:
+        raise ValueError(f"weight returns an array {weights.shape[1:]} for a microbatch; expected a scalar")
+    weights = weights.astype(float)
+    return weights / jnp.sum(weights)
+
+
+def _without_nothing(share: Array, tree: Any) -> Any:
+    """What a microbatch adds: if nothing counts in it, which may make 0 / 0, zero for what is not finite."""
+    return jax.tree.map(lambda z: jnp.where((share != 0) | jnp.isfinite(z), z, 0), tree)
+
+
+def _warn_of_nan(values: Array) -> None:
+    """Warns of NaN, where the values are known: outside of compiled functions."""
+    if not isinstance(values, Tracer) and (places := np.flatnonzero(np.isnan(values)).tolist()):
+        warnings.warn(
+            f"the loss is NaN in microbatches {places}, counted from 0. If it is a mean over what counts, as "
+            "by a mask, and nothing counts there, say with weight= how much does",
+            stacklevel=4,
+        )
 
 
 def split(args: Any, microbatches: int) -> tuple[Any, Callable[[Any], Any]]:

@@ -27,6 +27,7 @@ def value_and_grad(
     *,
     moments: Structure | None = None,
     microbatches: int | None = None,
+    weight: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Like `jax.value_and_grad` by the first argument, but exact at LoRA parameters.
 
@@ -53,6 +54,10 @@ def value_and_grad(
         their first axis, a multiple of k, and microbatch i takes the rows i, i + k, i + 2 k, ... Keyword
         arguments are passed whole. Value and gradients are those of the mean over the microbatches;
         auxiliary data, arrays, are stacked along a new first axis.
+      weight: of a microbatch in that mean, for a loss that is a mean over what counts, such as the tokens of
+        a mask: a function of the loss's arguments behind params that returns their number, such as
+        ``lambda x, y, mask: mask.sum()``. Value and gradients are then those of the whole batch, and a
+        microbatch in which nothing counts adds nothing. By default all weigh the same.
 
     Returns:
       A function with the arguments of `loss_fn` that returns (value, gradients).
@@ -77,7 +82,7 @@ def value_and_grad(
         loss, aux = out if has_aux else (out, None)
         return loss, (aux, state)
 
-    differentiate = stateful_value_and_grad(loss_and_state, gradient, moments, microbatches)
+    differentiate = stateful_value_and_grad(loss_and_state, gradient, moments, microbatches, weight)
 
     @functools.wraps(loss_fn)
     def value_and_grad_fn(params: Any, *args: Any, **kwargs: Any) -> Any:
@@ -88,7 +93,7 @@ def value_and_grad(
 
 
 def stateful_value_and_grad(
-    loss_fn: Callable[..., Any], gradient: Any, moments: Any, microbatches: Any
+    loss_fn: Callable[..., Any], gradient: Any, moments: Any, microbatches: Any, weight: Any = None
 ) -> Callable[..., Any]:
     """`value_and_grad` of a loss (params, state, *args, **kwargs) -> (loss, (aux, state)).
 
@@ -101,14 +106,14 @@ def stateful_value_and_grad(
     if microbatches is not None and microbatches < 1:
         raise ValueError(f"microbatches is {microbatches}; expected a positive number, or None")
 
-    def differentiate(params, state, args, kwargs):
+    def differentiate(params, state, args, kwargs, share=None):
         paths_and_nodes, treedef = jax.tree.flatten_with_path(params, is_leaf=is_low_rank)
         nodes = [node for _, node in paths_and_nodes]
 
         def loss(nodes):
             value, rest = loss_fn(treedef.unflatten(nodes), state, *args, **kwargs)
             # The gradients of microbatches add up: each is of its share of the mean.
-            return (value if microbatches is None else value / microbatches), rest
+            return (value if share is None else value * share.astype(value.dtype)), rest
 
         program = TracedLoss(loss, paths_and_nodes)
         zeros = [
@@ -125,7 +130,7 @@ def stateful_value_and_grad(
         grads = [g if z is None else from_tap(g) for g, z in zip(grads, zeros, strict=True)]
         return value, program.rest(rest), treedef.unflatten(grads)
 
-    return differentiate if microbatches is None else accumulate(differentiate, microbatches)
+    return differentiate if microbatches is None else accumulate(differentiate, microbatches, weight)
 
 
 def grad(
@@ -135,6 +140,7 @@ def grad(
     *,
     moments: Structure | None = None,
     microbatches: int | None = None,
+    weight: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Like `jax.grad`, but exact at LoRA parameters: `value_and_grad` without the value.
 
@@ -145,7 +151,8 @@ def grad(
       >>> grad(lambda lora: to_dense(lora).sum())(lora).tolist()
       [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
     """
-    value_and_grad_fn = value_and_grad(loss_fn, gradient, has_aux, moments=moments, microbatches=microbatches)
+    of_all = {"moments": moments, "microbatches": microbatches, "weight": weight}
+    value_and_grad_fn = value_and_grad(loss_fn, gradient, has_aux, **of_all)
 
     @functools.wraps(loss_fn)
     def grad_fn(*args: Any, **kwargs: Any) -> Any:

@@ -19,6 +19,7 @@ def value_and_grad(
     wrt: Any = nnx.LoRAParam,
     moments: Structure | None = None,
     microbatches: int | None = None,
+    weight: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """`oplora_jax.value_and_grad` for a loss of an NNX module.
 
@@ -30,7 +31,7 @@ def value_and_grad(
       loss_fn: a function of (model, *args, **kwargs) that returns a scalar loss, or with `has_aux` a pair.
         Any argument may be an NNX object, or hold some in containers.
       wrt: an NNX filter, the model's variables to differentiate by; the same as the optimizer's.
-      gradient, has_aux, moments, microbatches: as for `oplora_jax.value_and_grad`.
+      gradient, has_aux, moments, microbatches, weight: as for `oplora_jax.value_and_grad`.
 
     Returns:
       A function of (model, *args, **kwargs) that returns (value, gradients), the latter an `nnx.State` for
@@ -77,7 +78,7 @@ def value_and_grad(
                 )
             return loss, (aux, after)
 
-        differentiate = stateful_value_and_grad(pure_loss, gradient, moments, microbatches)
+        differentiate = stateful_value_and_grad(pure_loss, gradient, moments, microbatches, weight)
         loss, (aux, rest_after), grads = differentiate(params.get(0, nnx.State({})), rest, args, kwargs)
         nnx.update(objects, rest_after)
         return ((loss, aux) if has_aux else loss), grads

@@ -1,6 +1,7 @@
 """An optimizer as a step of LoRA parameters, lifted to trees of parameters."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from oplora_jax.optimizers._trees import (
     owners,
     split,
     walk,
+    warn_of_no_lora,
 )
 from oplora_jax.optimizers._types import cast, cast_up, check_state_dtype, in_dtype, widest
 from oplora_jax.sharding import specs_of, under_auto_sharding
@@ -156,11 +158,22 @@ def lora_transformation(
     """
     tx = optax.with_extra_args_support(tx)
 
+    def init_fn(params):
+        state = tx.init(params)
+        try:
+            owners(tx, state, params)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                "the state of the base does not tell which of its arrays belongs to which parameter, as that "
+                "of optax.flatten does not: take the base without it"
+            ) from error
+        return state
+
     def update_fn(updates, state, params, count, **extra_args):
         del count
-        return _skip_nonfinite(tx, *tx.update(updates, state, params, **extra_args), state)
+        return _skip_nonfinite(tx, *tx.update(updates, state, params, **extra_args), state, params)
 
-    return _lift(_OnTrees(tx.init, update_fn), others, None)
+    return _lift(_OnTrees(init_fn, update_fn), others, None)
 
 
 def each(
@@ -212,6 +225,8 @@ def _lift(lora: _OnTrees, others: Any, joint: str | None) -> optax.GradientTrans
     def start(params):
         for name, node in zip(names(params), walk(params)[0](params), strict=True):
             check_factors(node, name)
+        if jax.tree.leaves(params) and not names(params):
+            warn_of_no_lora(params)
         of_lora, of_others = split(params, params)
         zero = jnp.zeros((), jnp.int32)
         return LoRAState(zero, lora.init(of_lora), others.init(of_others), skipped=jnp.zeros_like(zero))
@@ -247,7 +262,7 @@ def _lift(lora: _OnTrees, others: Any, joint: str | None) -> optax.GradientTrans
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _skip_nonfinite(tx: Any, updates: Any, state: Any, old: Any) -> tuple[Any, Any, Array]:
+def _skip_nonfinite(tx: Any, updates: Any, state: Any, old: Any, params: Any) -> tuple[Any, Any, Array]:
     """No updates and the old state for LoRA parameters where either is not finite; and how many these are."""
     nodes, treedef = jax.tree.flatten(updates, is_leaf=is_low_rank)
     arrays, structure = jax.tree.flatten(state)
@@ -258,8 +273,12 @@ def _skip_nonfinite(tx: Any, updates: Any, state: Any, old: Any) -> tuple[Any, A
         if i >= 0:
             parts[i].append(array)
     finite = list(map(_is_finite, parts))
-    keep = lambda i, new, old: jax.lax.select(finite[i], new, old)
-    updates = [jax.tree.map(lambda u, i=i: keep(i, u, jnp.zeros_like(u)), u) for i, u in enumerate(nodes)]
+    keep = lambda i, new, old: jax.lax.select(finite[i], new.astype(old.dtype), old)
+    still = map(partial(jax.tree.map, jnp.zeros_like), jax.tree.leaves(params, is_leaf=is_low_rank))
+    updates = [
+        jax.tree.map(partial(keep, i), node, zeros)
+        for i, (node, zeros) in enumerate(zip(nodes, still, strict=True))
+    ]
     kept = [
         z if i < 0 else keep(i, z, o) for i, z, o in zip(owner, arrays, jax.tree.leaves(old), strict=True)
     ]

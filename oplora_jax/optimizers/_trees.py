@@ -1,5 +1,7 @@
 """Trees of parameters, some of which are LoRA parameters."""
 
+import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,6 +34,24 @@ def names(params: Any) -> list[str]:
     return [
         jax.tree_util.keystr(p) or "the LoRA parameter" for p, node in paths_and_nodes if is_low_rank(node)
     ]
+
+
+# Whose frames are not the program's, where a warning is to point to.
+_LIBRARIES = {"oplora_jax", "optax", "jax", "flax", "jaxtyping", "contextlib", "functools"}
+
+
+def warn_of_no_lora(params: Any) -> None:
+    """Warns, where the program calls `init`, that a tree has no LoRA parameter."""
+    paths = [jax.tree_util.keystr(path) or "the parameter" for path, _ in jax.tree.leaves_with_path(params)]
+    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    frame, level = inspect.currentframe(), 1
+    while frame and frame.f_globals.get("__name__", "").partition(".")[0] in _LIBRARIES:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(
+        f"no LoRA parameter, a LowRank, is among the parameters: {', '.join(paths[:3])}{more}. They all take "
+        "the steps of other parameters. oplora_jax.pair_factors pairs factors that are leaves of their own",
+        stacklevel=level,
+    )
 
 
 def is_column(part: Any, params: Any) -> bool:
@@ -129,7 +149,8 @@ def update_part(
       options: for `tx.update`.
     """
     only = lambda some: treedef.unflatten(some.get(i, optax.MaskedNode()) for i in range(treedef.num_leaves))
-    part, places = jax.tree.structure(jax.eval_shape(tx.init, only(params))), sorted(arrays)
+    with warnings.catch_warnings(action="ignore"):  # the part may have no LoRA parameter
+        part, places = jax.tree.structure(jax.eval_shape(tx.init, only(params))), sorted(arrays)
     before = part.unflatten(arrays[k] for k in places)
     updates, after = tx.update(only(gradients), before, only(params), **options)
     return treedef.flatten_up_to(updates), dict(zip(places, jax.tree.leaves(after), strict=True))

@@ -34,7 +34,7 @@ def svdlora(
       factors are balanced, a^T a = b b^T.
 
     Raises:
-      ValueError: a rank larger than a parameter's.
+      ValueError: a rank larger than a parameter's; a base whose state mixes parameters, as `optax.flatten`'s.
 
     Example:
       >>> import jax.numpy as jnp, optax, oplora_jax

@@ -80,6 +80,104 @@ def test_gradients_are_those_of_the_whole_batch(case, x64):
         chex.assert_trees_all_close(actual, wanted, rtol=1e-12, atol=1e-14)
 
 
+def per_example(loss_fn, params, x, y):
+    if loss_fn is scanned:
+        body = lambda h, layer: (jnp.tanh(lora_dot(h, *layer)), None)
+        h = jax.lax.scan(jax.checkpoint(body), x, (normal(2, LAYERS, N, N), params["layers"]))[0] @ normal(
+            3, N, M
+        )
+    elif loss_fn is merged:
+        h = jnp.tanh(x @ to_dense(params["lora"]))
+    else:
+        h = jnp.tanh(lora_dot(x, normal(2, N, M), params["lora"]))
+        h = (
+            h + jnp.tanh(lora_dot(x[..., ::-1], normal(2, N, M), params["lora"]))
+            if loss_fn is used_twice
+            else h
+        )
+    return jnp.mean((h + params["bias"][None, None] - y) ** 2, axis=(1, 2))
+
+
+COUNTS = {
+    "uneven": [1, 0, 1, 1, 0, 1, 1, 0],
+    "some empty": [1, 1, 0, 0.5, 0, 0, 0, 0],
+}
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("case", LOSSES)
+def test_a_mean_over_what_counts(case, counts, x64):
+    """All are those of the whole batch, also where nothing counts in a microbatch."""
+    loss_fn, params, settings = LOSSES[case]
+    params, x, y, counts = jax.tree.map(jnp.float64, (params, *DATA(), jnp.asarray(COUNTS[counts])))
+
+    def mean(params, x, y, counts):
+        losses = per_example(loss_fn, params, x, y)
+        return jnp.sum(losses * counts) / jnp.sum(counts), jnp.sum(counts)
+
+    weight = lambda x, y, counts: jnp.sum(counts)
+    run = lambda k: jax.jit(
+        oplora_jax.value_and_grad(mean, **settings, has_aux=True, microbatches=k, weight=weight)
+    )(params, x, y, counts)
+    (value, _), expected = run(None)
+    for k in (4, 8) if case == "one layer, outer" else (4,):
+        (got_value, aux), got = run(k)
+        chex.assert_trees_all_equal_shapes_and_dtypes(got, expected)
+        # float64: sums in another order
+        actual, wanted = (got_value, formed(got)), (value, formed(expected))
+        chex.assert_trees_all_close(actual, wanted, rtol=1e-12, atol=1e-14)
+        np.testing.assert_array_equal(aux, counts.reshape(-1, k).sum(0))
+
+
+def test_a_count_by_keyword_and_of_integers():
+    """Counts may be of any type, and the batch's weight may come with keyword arguments."""
+    mean = lambda p, x, mask, *, w: (
+        jnp.sum(jnp.sum(lora_dot(x, w, p) ** 2, -1) * mask) / jnp.sum(mask * w[0, 0])
+    )
+    x, mask, w = normal(5, BATCH, N), jnp.arange(BATCH) < 3, jnp.ones((N, M))
+    settings = {"microbatches": 4, "weight": lambda x, mask, w: mask.sum() * w[0, 0]}
+    for count in (mask, mask.astype(jnp.int32), mask.astype(jnp.bfloat16)):
+        got = oplora_jax.grad(mean, **settings)(low_rank(), x, count, w=w)
+        expected = oplora_jax.grad(mean)(low_rank(), x, count, w=w)
+        chex.assert_trees_all_close(to_dense(got), to_dense(expected), rtol=1e-5)  # float32 sums of 8 rows
+    with pytest.raises(
+        ValueError, match=r"weight returns an array \(2,\) for a microbatch; expected a scalar"
+    ):
+        oplora_jax.grad(mean, microbatches=4, weight=lambda x, mask, w: mask)(low_rank(), x, mask, w=w)
+
+
+def test_nothing_counts():
+    """In a microbatch: a warning, and NaN that shows. In the whole batch: NaN as without microbatches."""
+    mean = lambda p, x, mask: jnp.sum(jnp.mean(lora_dot(x, jnp.ones((N, M)), p), -1) * mask) / jnp.sum(mask)
+    x, mask = normal(5, BATCH, N), (jnp.arange(BATCH) < 3) * 1.0
+    with pytest.warns(UserWarning, match=r"NaN in microbatches \[3\], .*weight="):
+        value, gradient = oplora_jax.value_and_grad(mean, microbatches=4)(low_rank(), x, mask)
+    assert jnp.isnan(value) and jnp.isnan(to_dense(gradient)).all()
+    value, gradient = jax.jit(oplora_jax.value_and_grad(mean, microbatches=4))(low_rank(), x, mask)
+    assert jnp.isnan(value) and jnp.isnan(to_dense(gradient)).all()
+    run = jax.jit(oplora_jax.value_and_grad(mean, microbatches=4, weight=lambda x, mask: mask.sum()))
+    value, gradient = run(low_rank(), x, 0 * mask)
+    assert jnp.isnan(value) and jnp.isnan(to_dense(gradient)).all()
+    # What is NaN itself, in a microbatch that counts, stays one.
+    value, gradient = run(low_rank(), x.at[0].set(jnp.nan), mask)
+    assert jnp.isnan(value) and jnp.isnan(to_dense(gradient)).any()
+
+
+def test_a_mean_over_what_counts_in_nnx():
+    model, (x, y), counts = LoRALinear(N, M, R, rngs=nnx.Rngs(0)), DATA(), jnp.asarray(COUNTS["some empty"])
+    mean = lambda model, x, y, counts: jnp.sum(jnp.mean((model(x) - y) ** 2, (1, 2)) * counts) / counts.sum()
+    value, expected = nnx_value_and_grad(mean)(model, x, y, counts)
+    for transform in (lambda f: f, nnx.jit):
+        step = nnx_value_and_grad(mean, microbatches=4, weight=lambda x, y, counts: counts.sum())
+        got_value, got = transform(step)(model, x, y, counts)
+        # float32 sums of 24 rows
+        actual, wanted = (
+            (got_value, to_dense(got["lora"].get_value())),
+            (value, to_dense(expected["lora"].get_value())),
+        )
+        chex.assert_trees_all_close(actual, wanted, rtol=1e-4, atol=1e-6)
+
+
 def test_what_is_split_and_what_is_not():
     """Nested arrays and NumPy's are split, every k-th row; other leaves and keyword arguments are not."""
     seen = []

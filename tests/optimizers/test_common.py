@@ -374,6 +374,71 @@ def test_others(name):
 
 
 @each
+def test_float32_parameters_where_x64_is_on(name):
+    """Steps and states are those of float32; Adam's bias corrections cancel to 1e-5 there, and not in x64."""
+    params, loss_fn = problem()
+    gradient = gradient_of(loss_fn, CASES[name].kinds[-1])(params)
+    (expected, before), tx = run(make(name), params, lambda _: gradient, 2), make(name)
+    with jax.enable_x64(True):
+        state = tx.init(params)
+        assert signature(state) == signature(before)
+        updates, after = jax.eval_shape(tx.update, gradient, state, params)
+        assert signature(after) == signature(before)
+        chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+        found, _ = run(tx, params, lambda _: gradient, 2)
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@each
+def test_settings_of_float64_where_x64_is_on(name):
+    """Arrays, and a schedule of them, change no type of a LoRA parameter's."""
+    case, (params, loss_fn) = CASES[name], problem()
+    gradient = gradient_of(loss_fn, case.kinds[0])(params)
+    with jax.enable_x64(True):
+        numbers = {key: jnp.float64(z) for key, z in case.settings.items() if type(z) is float}
+        tx = case.factory(lambda count: jnp.float64(0.1) / (count + 1), **case.settings | numbers)
+        state = tx.init(params)
+        updates, after = jax.eval_shape(tx.update, gradient, state, params)
+    # Not of the other leaves: Optax's own states become float64.
+    assert signature(after.lora) == signature(state.lora)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates["first"], params["first"])
+
+
+@each
+def test_strict_dtype_promotion(name):
+    """Also of bfloat16 parameters, whose steps are in float32, and with a schedule."""
+    for dtype in (jnp.float32, jnp.bfloat16):
+        params, loss_fn = problem(dtype)
+        gradient = gradient_of(loss_fn, CASES[name].kinds[0])(params)
+        with jax.numpy_dtype_promotion("strict"):
+            tx = make(name, optax.linear_schedule(0.1, 0.0, 10))
+            updates, _ = jax.eval_shape(lambda p, g, tx=tx: tx.update(g, tx.init(p), p), params, gradient)
+        chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+
+
+@each
+def test_no_array_stands_twice_in_a_fresh_state(name):
+    """So that it can be donated to a compiled step together with the parameters."""
+    params, _ = problem(layers=("first", "second"))
+    places = [z.unsafe_buffer_pointer() for z in jax.tree.leaves((params, make(name).init(params)))]
+    assert len(set(places)) == len(places)
+
+
+@pytest.mark.parametrize("name", ["oplora", "lora_rite", "scaled_oplora_dense"])
+def test_donation(name):
+    params, loss_fn = problem()
+    gradient, tx = gradient_of(loss_fn, CASES[name].kinds[0])(params), make(name)
+    expected, _ = run(tx, params, lambda _: gradient, 1)
+
+    def step(params, state):
+        updates, state = tx.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    found, _ = jax.jit(step, donate_argnums=(0, 1))(params, tx.init(params))
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)  # compiled apart: float32
+
+
+@each
 def test_trees_of_one_sort_of_leaf(name):
     tx = make(name)
     params, _ = problem()
@@ -383,6 +448,9 @@ def test_trees_of_one_sort_of_leaf(name):
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, bare)
     assert np.any(updates.b) and int(state.skipped) == 0
     plain = {"bias": params["bias"], "nested": [jnp.ones((2, 2))]}
-    updates, state = jax.jit(tx.update)(plain, tx.init(plain), plain)
+    with pytest.warns(UserWarning, match="no LoRA parameter") as found:
+        start = tx.init(plain)
+    assert len(found) == 1
+    updates, state = jax.jit(tx.update)(plain, start, plain)
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, plain)
     assert np.any(updates["nested"][0]) and int(state.skipped) == 0

@@ -182,8 +182,15 @@ def test_what_cannot_be(loss_fn, tx, words):
 def test_a_state_of_other_parameters():
     loss_fn, params, (x, y) = stack(dtype=jnp.float32)
     tx = oplora_jax.oplora(0.1)
+    other = tx.init(
+        {
+            "first": next(
+                filter(oplora_jax.is_low_rank, jax.tree.leaves(params, is_leaf=oplora_jax.is_low_rank))
+            )
+        }
+    )
     with pytest.raises(ValueError, match=r"tx\.init\(params\)"):
-        oplora_jax.value_and_update(loss_fn, tx)(params, tx.init({"bias": params["bias"]}), x, y)
+        oplora_jax.value_and_update(loss_fn, tx)(params, other, x, y)
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])

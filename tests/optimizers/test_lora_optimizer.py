@@ -314,12 +314,49 @@ def test_groups_without_a_lora_parameter(kind):
     gradients = gradient_of(loss_fn, kind)(params)
     groups = {"lora": make("toy"), "others": make("toy", 0.02), "empty": make("toy")}
     tx = optax.partition(groups, {"first": "lora", "bias": "others"})
-    state = tx.init(params)
+    with pytest.warns(UserWarning, match=r"no LoRA parameter.*: \['bias'\]\.") as warned:
+        state = tx.init(params)
+    assert len(warned) == 1
     updates, after = jax.jit(tx.update)(gradients, state, params)
     assert signature(after) == signature(state)
     one, _ = jax.jit(make("toy").update)(gradients, make("toy").init(params), params)
     chex.assert_trees_all_close(updates["first"], one["first"], rtol=1e-5)  # compiled apart: float32
     np.testing.assert_allclose(updates["bias"], -0.02 * gradients["bias"], rtol=1e-6)  # one rounding
+
+
+def test_a_warning_of_no_lora_parameter():
+    """Once, where `init` is called, with the first paths; and none of trees without any leaf."""
+    leaves = {"a": jnp.ones((6, 2)), "b": [jnp.ones((2, 5)), jnp.ones(2)], "c": jnp.ones(2), "d": jnp.ones(2)}
+    inits = [
+        make("toy").init,
+        oplora_jax.oplora(0.1).init,
+        oplora_jax.svdlora(optax.adam(0.1)).init,
+        optax.chain(optax.clip(1.0), optax.MultiSteps(make("toy"), 2)).init,
+        optax.inject_hyperparams(oplora_jax.altlora)(learning_rate=0.1).init,
+        optax.masked(make("toy"), {**jax.tree.map(lambda _: True, leaves), "c": False}).init,
+        jax.jit(make("toy").init),
+        lambda params: jax.eval_shape(make("toy").init, params),
+    ]
+    for init in inits:
+        with pytest.warns(
+            UserWarning, match=r"\['a'\], \['b'\]\[0\], \['b'\]\[1\] and [12] more.*pair_factors"
+        ) as found:
+            init(leaves)
+        assert [warning.filename for warning in found] == [__file__]
+    with pytest.warns(UserWarning, match="parameters: the parameter. They"):
+        make("toy").init(jnp.ones(3))
+    for empty in ({}, None, {"a": None}, optax.MaskedNode(), {"a": [optax.MaskedNode()]}):
+        make("toy").init(empty)
+    params, loss_fn = problem()
+    for tx in (make("toy"), oplora_jax.svdlora(optax.adam(0.1))):
+        state = tx.init(params)
+        optax.tree.map_params(tx, jnp.zeros_like, state)
+        optax.masked(tx, {"first": True, "bias": False}).init(params)
+    tx = optax.partition({"lora": make("toy"), "rest": optax.sgd(0.1)}, {"first": "lora", "bias": "rest"})
+    tx.update(jax.grad(loss_fn)(params), tx.init(params), params)
+    oplora_jax.value_and_update(loss_fn, make("toy"))(params, make("toy").init(params))
+    factors = {"lora_a": jnp.ones((6, 2)), "lora_b": jnp.ones((2, 5)), "bias": jnp.ones(5)}
+    oplora_jax.pair_factors(make("toy")).init(factors)
 
 
 @pytest.mark.parametrize(
