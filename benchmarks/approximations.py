@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Float
 
 from oplora_jax import LowRank, OuterProduct, svd
-from oplora_jax.matrix import Matrix, Terms, left_product, right_product, thin_factors, transpose
+from oplora_jax.matrix import Matrix, Terms, left_product, right_product, thin_factors
+from oplora_jax.products import transpose
 
 RATE = 0.1
 TURN = 0.3  # how far the anchor is from the sum's first singular vectors: the tangent of the angle

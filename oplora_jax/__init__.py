@@ -23,13 +23,7 @@ from oplora_jax.gradients import (
     value_and_grad,
 )
 from oplora_jax.lorsum import lorsum
-from oplora_jax.matrix import (
-    DenseGradient,
-    LowRank,
-    OuterProduct,
-    is_low_rank,
-    to_dense,
-)
+from oplora_jax.matrix import DenseGradient, LowRank, OuterProduct, is_low_rank, to_dense
 from oplora_jax.metrics import KroneckerMetric
 from oplora_jax.norms import frobenius_norm, inner_product
 from oplora_jax.optimizers import *  # noqa: F403

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from oplora_jax import matrix
-from oplora_jax.matrix import LowRank, Terms, is_zero, left_product, times, transpose, transposed
+from oplora_jax.matrix import LowRank, Terms, is_zero, left_product, transposed
 from oplora_jax.metrics import KroneckerMetric, checked_metric, powers, times_output
+from oplora_jax.products import compute_dtype, times, transpose
 from oplora_jax.sharding import specs_of, under_auto_sharding
 from oplora_jax.solve import inverse
 from oplora_jax.together import together
@@ -62,7 +63,7 @@ def lorsum(
     if first not in ("a", "b"):
         raise ValueError(f"first is {first!r}; expected 'a' or 'b'")
     shape = matrix.common_shape(terms)
-    metric = metric and checked_metric(metric, shape, matrix.compute_dtype(terms[0][1]))
+    metric = metric and checked_metric(metric, shape, compute_dtype(terms[0][1]))
 
     def solve(terms, regularization, metric):
         (weight, anchor), *rest = terms

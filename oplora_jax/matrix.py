@@ -16,11 +16,8 @@ from jaxtyping import Array, Float
 
 from oplora_jax import seal as seals
 from oplora_jax.marker import mark
+from oplora_jax.products import HIGHEST, as_wide, compute_dtype, matmul, times, transpose
 from oplora_jax.sharding import entries, partition, under_auto_sharding
-
-# Products of rank-sized matrices decide how well conditioned a solve is. TPUs, and GPUs with TF32, would
-# multiply float32 in 8 to 11 bits of mantissa unless told otherwise.
-HIGHEST = jax.lax.Precision.HIGHEST
 
 
 @jax.tree_util.register_dataclass
@@ -97,7 +94,7 @@ class LowRank:
         return mark("dense", dense, dense, self.a, self.b, scale=self.scale)
 
 
-@jax.tree_util.register_dataclass
+@jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class OuterProduct:
     r"""The matrix :math:`x^\top dy`, never formed: the exact gradient of a dense layer's weight.
@@ -110,16 +107,21 @@ class OuterProduct:
     Args:
       x: the layer's inputs, `Float[Array, "*batch N n"]`, one row a token.
       dy: the gradient at its outputs, `Float[Array, "*batch N m"]`.
-      seal: left out. What tells that all leaves have been scaled alike.
+      seal: left out. What tells that all leaves were scaled alike: a third leaf wherever there are leaves.
     """
 
     x: Any  # Float[Array, "*batch N n"]
     dy: Any  # Float[Array, "*batch N m"]
-    seal: Any = None  # Float[Array, "*batch 3"]; (*batch, 1), once opened: what x^T dy is multiplied with
+    seal: Any = None  # see seal.py; opened, (*batch, 1), what x^T dy is to be multiplied with, or ()
 
-    def __post_init__(self) -> None:
-        if self.seal is None and isinstance(self.x, jax.Array | np.ndarray):
-            object.__setattr__(self, "seal", seals.made(jnp.asarray(self.x), jnp.asarray(self.dy)))
+    def tree_flatten_with_keys(self) -> Any:
+        seal = seals.seal_of(self.x, self.dy) if self.seal is None else self.seal
+        leaves = {"x": self.x, "dy": self.dy, "seal": seal}
+        return tuple((jax.tree_util.GetAttrKey(name), leaf) for name, leaf in leaves.items()), None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, leaves: Any) -> "OuterProduct":
+        return cls(*leaves)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -130,23 +132,23 @@ class OuterProduct:
 
     def opened(self) -> "OuterProduct":
         """The same matrix, its seal read once and for all; ValueError if that is broken."""
-        if self.seal is None or self.seal.shape[-1] == 1:
-            return self
-        return OuterProduct(self.x, self.dy, seals.opened(self.seal, self.x, self.dy)[..., None])
+        seal = seals.opened(self.seal, self.x, self.dy)
+        return self if seal is self.seal else OuterProduct(self.x, self.dy, seal)
 
     def times(self, factor: Any) -> "OuterProduct":
         """The matrix times a number, of the same x and dy."""
-        return OuterProduct(self.x, self.dy, seals.times(self.seal, factor))
+        seal = seals.seal_of(self.x, self.dy) if self.seal is None else self.seal
+        return OuterProduct(self.x, self.dy, seals.times(seal, factor))
 
     def scaled(self, product: Float[Array, "*batch k l"]) -> Float[Array, "*batch k l"]:
         """What is computed of x and dy, as far as it is linear in the matrix, with the scaling done to it."""
-        factor = self.opened().seal
-        return product if factor is None else product * factor[..., None].astype(product.dtype)
+        seal = self.opened().seal
+        return product if isinstance(seal, tuple) else product * seal[..., None].astype(product.dtype)
 
     def to_dense(self) -> Float[Array, "*batch n m"]:
         form = lambda x, dy, seal: OuterProduct(x, dy, seal).scaled(matmul(transpose(x), dy))
         spec = lambda: partition(*matrix_entries(self))
-        return under_auto_sharding(form, spec, *jax.tree.leaves(self.opened())).astype(self.dtype)
+        return under_auto_sharding(form, spec, self.x, self.dy, self.opened().seal).astype(self.dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -209,43 +211,6 @@ def is_zero(value: Any) -> bool:
     return value is None or (isinstance(value, int | float) and value == 0)
 
 
-def transpose(x: Float[Array, "*batch n m"]) -> Float[Array, "*batch m n"]:
-    """The transposed matrix, batch axes left alone."""
-    return jnp.swapaxes(x, -1, -2)
-
-
-def compute_dtype(*arrays: Any) -> jnp.dtype:
-    """The type to accumulate and solve in: that of arrays or matrices, float32 at least."""
-    return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
-
-
-def matmul(x: Array, y: Array, precision: Any = None) -> Array:
-    """x @ y over batch axes, accumulated and returned in float32 at least."""
-    return jnp.matmul(x, y, precision=precision, preferred_element_type=compute_dtype(x, y))
-
-
-def times(*matrices: Array) -> Array:
-    """The product of small or thin matrices, from the left, in the highest precision and float32 at least."""
-    first, *rest = matrices
-    for matrix in rest:
-        first = matmul(first, matrix, HIGHEST)
-    return first
-
-
-def gram(rows: Float[Array, "*batch r n"]) -> Float[Array, "*batch r r"]:
-    """The products of the rows, rows rows^T."""
-    return times(rows, transpose(rows))
-
-
-def as_wide(thin: Float[Array, "*batch k n"]) -> Float[Array, "*batch k n"]:
-    """The same matrix, which XLA then computes with its few rows as rows.
-
-    On CPU a product over the tokens with 16 rows takes a fourth of the time of one with 16 columns, and XLA
-    would turn the first into the second, to save the transpose of the result.
-    """
-    return jax.lax.optimization_barrier(thin)
-
-
 def right_product(matrix: Matrix, right: Float[Array, "*#batch m k"]) -> Float[Array, "*batch n k"]:
     """matrix @ right, in float32 at least."""
     return transpose(as_wide(left_product(transpose(right), transposed(matrix))))
@@ -268,7 +233,7 @@ def transposed(matrix: Matrix) -> Matrix:
     if isinstance(matrix, LowRank):
         return matrix.T
     if isinstance(matrix, OuterProduct):
-        return OuterProduct(matrix.dy, matrix.x, None if matrix.seal is None else seals.swapped(matrix.seal))
+        return OuterProduct(matrix.dy, matrix.x, seals.swapped(matrix.seal))
     return transpose(to_dense(matrix))
 
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from oplora_jax import matrix
-from oplora_jax.matrix import DenseGradient, LowRank, Matrix, OuterProduct, matmul, times, transpose
+from oplora_jax.matrix import DenseGradient, LowRank, Matrix, OuterProduct
+from oplora_jax.products import compute_dtype, gram, matmul, times, transpose
 from oplora_jax.solve import eigh
 
 Structure = Literal["diagonal", "dense"]
@@ -65,8 +66,8 @@ def shampoo_moments(gradient: Matrix, structure: Structure, loss_reduction: Redu
     factors = matrix.thin_factors(gradient) if isinstance(gradient, LowRank | OuterProduct) else None
     if factors is not None and factors[0].shape[-2] * (n + m) <= n * m:  # the smaller not to form
         left, right = factors
-        first = second_moment(left, structure, matmul(matrix.gram(right), left))
-        second = second_moment(right, structure, matmul(matrix.gram(left), right))
+        first = second_moment(left, structure, matmul(gram(right), left))
+        second = second_moment(right, structure, matmul(gram(left), right))
     else:
         dense = matrix.to_dense(gradient)
         first, second = (second_moment(z, structure) for z in (transpose(dense), dense))
@@ -90,7 +91,7 @@ def second_moment(rows: Float[Array, "*batch N n"], structure: Structure, other:
     other = rows if other is None else other
     if structure == "dense":
         return matmul(transpose(rows), other.astype(rows.dtype))
-    dtype = matrix.compute_dtype(rows)
+    dtype = compute_dtype(rows)
     return jnp.sum(rows.astype(dtype) * other.astype(dtype), axis=-2)
 
 

@@ -7,16 +7,12 @@ from oplora_jax.matrix import (
     LowRank,
     Matrix,
     OuterProduct,
-    compute_dtype,
-    gram,
     left_product,
-    matmul,
     matrix_entries,
     thin_factors,
-    times,
     to_dense,
-    transpose,
 )
+from oplora_jax.products import compute_dtype, gram, matmul, times, transpose
 from oplora_jax.sharding import partition, under_auto_sharding
 from oplora_jax.solve import triangle
 

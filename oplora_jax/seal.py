@@ -9,7 +9,9 @@ and dy is the same in all terms, and then x^T dy / t is right as well.
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from oplora_jax._jax import Tracer
@@ -19,29 +21,39 @@ from oplora_jax.sharding import entries, partition, under_auto_sharding
 _SAMPLE = 32
 
 
-def made(x: Float[Array, "*batch N n"], dy: Float[Array, "*batch N m"]) -> Float[Array, "*batch 3"]:
-    """The seal of an outer product as it is."""
+def seal_of(x: Any, dy: Any) -> Any:
+    """The seal of an outer product as it is; of types of arrays its type; None if these are neither."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.eval_shape(seal_of, x, dy)
+    if not isinstance(x, jax.Array | np.ndarray):
+        return None
 
     def form(x, dy):
         p, q = _squared_norm(x, 1.0), _squared_norm(dy, 1.0)
         return jnp.stack([jnp.ones_like(p), p, q], axis=-1)
 
-    return under_auto_sharding(form, lambda: partition(*entries(x)[:-2]), x, dy)
+    return under_auto_sharding(form, lambda: partition(*entries(x)[:-2]), jnp.asarray(x), jnp.asarray(dy))
 
 
-def opened(seal: Float[Array, "*batch 3"], x: Array, dy: Array) -> Float[Array, "*batch"]:
-    """1 / t, what x^T dy is to be multiplied with; NaN where that is a sum, and 0 where all was scaled by 0.
+def opened(seal: Any, x: Array, dy: Array) -> Any:
+    """What x^T dy is to be multiplied with, 1 / t: (*batch, 1), or () for 1.
+
+    It is NaN where x^T dy is a sum, and 0 where all was scaled by 0. An opened seal is returned as it is.
 
     Raises:
       ValueError: a sum, outside of traced programs.
     """
+    if seal is None:
+        return ()
+    if isinstance(seal, tuple) or seal.shape[-1] == 1:
+        return seal
 
     def form(seal, x, dy):
         t, *norms = (seal[..., k] for k in range(3))
         undo = jnp.where(t == 0, 1, t)
         differs = [_differs(z, undo, norm) for z, norm in zip((x, dy), norms, strict=True)]
         is_sum = differs[0] & differs[1]
-        return jnp.where(t == 0, 0, 1 / undo), is_sum
+        return jnp.where(t == 0, 0, 1 / undo)[..., None], is_sum[..., None]
 
     batch = lambda: partition(*entries(x)[:-2])
     factor, is_sum = under_auto_sharding(form, lambda: (batch(), batch()), seal, x, dy)
@@ -54,15 +66,15 @@ def opened(seal: Float[Array, "*batch 3"], x: Array, dy: Array) -> Float[Array, 
     return jnp.where(is_sum, jnp.nan, factor)
 
 
-def swapped(seal: Float[Array, "*batch k"]) -> Float[Array, "*batch k"]:
+def swapped(seal: Any) -> Any:
     """The seal of the transposed matrix."""
-    return seal if seal.shape[-1] == 1 else jnp.stack([seal[..., k] for k in (0, 2, 1)], axis=-1)
+    if seal is None or isinstance(seal, tuple) or seal.shape[-1] == 1:
+        return seal
+    return jnp.stack([seal[..., k] for k in (0, 2, 1)], axis=-1)
 
 
-def times(seal: Float[Array, "*batch k"], factor: Any) -> Float[Array, "*batch k"]:
+def times(seal: Float[Array, "*batch 3"], factor: Any) -> Float[Array, "*batch 3"]:
     """The seal of the matrix times a number, of the same x and dy."""
-    if seal.shape[-1] == 1:
-        return seal * factor
     t, p, q = (seal[..., k] for k in range(3))
     return jnp.stack([t / factor, p * factor, q * factor], axis=-1)
 

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from oplora_jax.matrix import is_zero, times, transpose
+from oplora_jax.matrix import is_zero
+from oplora_jax.products import times, transpose
 
 
 def inverse(gram: Float[Array, "*batch r r"], regularization: Any) -> Float[Array, "*batch r r"]:

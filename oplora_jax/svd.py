@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from oplora_jax import matrix, solve
-from oplora_jax.matrix import LowRank, OuterProduct, Terms, thin_factors, times, to_dense, transpose
+from oplora_jax.matrix import LowRank, OuterProduct, Terms, thin_factors, to_dense
+from oplora_jax.products import compute_dtype, times, transpose
 from oplora_jax.sharding import partition, under_auto_sharding
 
 
@@ -39,7 +40,7 @@ def svd(terms: Terms, rank: int, scale: float | int = 1.0) -> LowRank:
 
 
 def _svd(terms: Terms, rank: int, scale: float | int) -> LowRank:
-    dtype = matrix.compute_dtype(*jax.tree.leaves([t for _, t in terms]))
+    dtype = compute_dtype(*jax.tree.leaves([t for _, t in terms]))
     factored = all(isinstance(t, LowRank | OuterProduct) for _, t in terms)
     if factored and sum(thin_factors(t)[0].shape[-2] for _, t in terms) < min(terms[0][1].shape[-2:]):
         pairs = [(c * x, y) for c, t in terms for x, y in [thin_factors(t)]]

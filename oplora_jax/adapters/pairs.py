@@ -12,7 +12,8 @@ from jaxtyping import Array
 
 from oplora_jax.adapters.init import positive_number
 from oplora_jax.adapters.paths import leaf_name
-from oplora_jax.matrix import LowRank, is_matrix, transpose
+from oplora_jax.matrix import LowRank, is_matrix
+from oplora_jax.products import transpose
 
 # How the paths of a and b end: flax.nnx.LoRA and Qwix (kernel_lora_a), and PyTorch's habit; as arrays, or
 # as dense layers of their own.

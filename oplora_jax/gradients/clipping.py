@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from oplora_jax.matrix import DenseGradient, OuterProduct, compute_dtype
+from oplora_jax.matrix import DenseGradient, OuterProduct
 from oplora_jax.norms import frobenius_norm
+from oplora_jax.products import compute_dtype
 
 
 def global_norm(updates: Any) -> Float[Array, ""]:

@@ -13,7 +13,8 @@ import jax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
-from oplora_jax.matrix import LowRank, as_wide, formed, transpose
+from oplora_jax.matrix import LowRank, formed
+from oplora_jax.products import as_wide, transpose
 
 
 class Sizes(NamedTuple):

@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Array
 
 from oplora_jax._jax import Tracer
-from oplora_jax.matrix import OuterProduct, compute_dtype
+from oplora_jax.matrix import OuterProduct
+from oplora_jax.products import compute_dtype
 from oplora_jax.sharding import entries, partition, under_auto_sharding
 
 
@@ -24,7 +25,6 @@ def accumulate(
     from each microbatch to the next.
     """
     is_outer = lambda node: isinstance(node, OuterProduct)
-    side_by_side = lambda outer: OuterProduct(_side_by_side(outer.x), _side_by_side(outer.dy))
 
     def accumulated(params, state, args, kwargs):
         parts, rebuild = split(args, microbatches)
@@ -44,20 +44,18 @@ def accumulate(
             value, (aux, state), gradients = one(params, state, part, share)
             value, new = _without_nothing(share, value), treedef.flatten_up_to(gradients)
             new = [
-                OuterProduct(g.x, _without_nothing(share, g.dy))
-                if is_outer(g)
-                else _without_nothing(share, g)
+                (g.x, _without_nothing(share, g.dy)) if is_outer(g) else _without_nothing(share, g)
                 for g in new
             ]
             sums = [None if s is None else s + g.astype(s.dtype) for s, g in zip(sums, new, strict=True)]
-            return (state, sums), (value, aux, [g for g in new if is_outer(g)])
+            return (state, sums), (value, aux, [g for g in new if isinstance(g, tuple)])
 
         start = [None if is_outer(node) else _zeros(node) for node in nodes]
         (state, sums), (values, aux, outers) = jax.lax.scan(body, (state, start), (parts, shares))
         _warn_of_nan(values)
         outers = iter(outers)
         total = [
-            side_by_side(next(outers)) if s is None else s.astype(node.dtype)
+            OuterProduct(*map(_side_by_side, next(outers))) if s is None else s.astype(node.dtype)
             for s, node in zip(sums, nodes, strict=True)
         ]
         value = jnp.sum(values, dtype=compute_dtype(values)).astype(values.dtype)

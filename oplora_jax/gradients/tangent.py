@@ -6,17 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from oplora_jax.matrix import (
-    LowRank,
-    Matrix,
-    check_factors,
-    compute_dtype,
-    gram,
-    left_product,
-    right_product,
-    times,
-    transpose,
-)
+from oplora_jax.matrix import LowRank, Matrix, check_factors, left_product, right_product
+from oplora_jax.products import compute_dtype, gram, times, transpose
 from oplora_jax.sharding import specs_of, under_auto_sharding
 from oplora_jax.solve import inverse
 from oplora_jax.together import together

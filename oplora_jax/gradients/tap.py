@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from oplora_jax.gradients.views import View
-from oplora_jax.matrix import DenseGradient, OuterProduct, matmul, transpose
+from oplora_jax.matrix import DenseGradient, OuterProduct
 from oplora_jax.metrics import second_moment
+from oplora_jax.products import matmul, transpose
 from oplora_jax.sharding import shard_like, specs_of, under_auto_sharding
 
 

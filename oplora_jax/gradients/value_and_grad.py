@@ -13,8 +13,9 @@ from oplora_jax.gradients.evaluate import evaluate
 from oplora_jax.gradients.microbatches import accumulate
 from oplora_jax.gradients.tap import Tap, from_tap
 from oplora_jax.gradients.views import whole
-from oplora_jax.matrix import LowRank, check_factors, compute_dtype, is_low_rank, matrix_entries
+from oplora_jax.matrix import LowRank, check_factors, is_low_rank, matrix_entries
 from oplora_jax.metrics import Structure
+from oplora_jax.products import compute_dtype
 from oplora_jax.sharding import partition, zeros
 
 Kind = Literal["auto", "outer", "dense"]

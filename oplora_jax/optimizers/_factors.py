@@ -12,16 +12,9 @@ from jaxtyping import Array, Float
 
 from oplora_jax import solve
 from oplora_jax.gradients.tangent import factor_gradients
-from oplora_jax.matrix import (
-    LowRank,
-    Matrix,
-    compute_dtype,
-    gram,
-    times,
-    to_unit_scale,
-    transpose,
-)
+from oplora_jax.matrix import LowRank, Matrix, to_unit_scale
 from oplora_jax.optimizers._trees import mapped
+from oplora_jax.products import compute_dtype, gram, times, transpose
 
 Wide = Float[Array, "*batch r n"]
 Pair = tuple[Float[Array, "*batch r n"], Float[Array, "*batch r m"]]  # a^T and b

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from oplora_jax.lorsum import Sums, lorsums
-from oplora_jax.matrix import LowRank, Matrix, compute_dtype, from_unit_scale, is_zero
+from oplora_jax.matrix import LowRank, Matrix, from_unit_scale, is_zero
+from oplora_jax.products import compute_dtype
 
 
 def random_start(param: LowRank, key: jax.Array, rank: Any = None) -> LowRank:

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import optax
 
 from oplora_jax.gradients.tangent import factor_gradients
-from oplora_jax.matrix import compute_dtype, is_zero, times, transpose
+from oplora_jax.matrix import is_zero
 from oplora_jax.optimizers._factors import from_wide, gram_inverse, wide
 from oplora_jax.optimizers._facts import facts
 from oplora_jax.optimizers._lift import at_step, each, lora_optimizer
+from oplora_jax.products import compute_dtype, times, transpose
 
 
 class AltLoRAState(NamedTuple):

@@ -82,7 +82,7 @@ def value_and_update(
                 )
             at, arrays = (0,) * (a.ndim - 2), dict(zip([*own[i], *counters], held, strict=True))
             arrays |= {k: arrays[k][at] for k in counters}
-            at_node = {i: nodes[i].with_factors(a, b)}, {i: OuterProduct(x, dy, jnp.ones((*x.shape[:-2], 1)))}
+            at_node = {i: nodes[i].with_factors(a, b)}, {i: OuterProduct(x, dy)}
             updates, new = update_part(tx, treedef, *at_node, arrays, in_backward=True)
             ran, last = jnp.ones(a.shape[:-2]), counters[-1]
             skipped = jnp.zeros_like(ran).at[at].set((new[last] - arrays[last]).astype(ran.dtype))

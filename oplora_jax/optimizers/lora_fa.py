@@ -4,10 +4,11 @@ from typing import Any
 
 import optax
 
-from oplora_jax.matrix import LowRank, Matrix, left_product, times
+from oplora_jax.matrix import LowRank, Matrix, left_product
 from oplora_jax.optimizers._factors import gram_inverse, on_factor, preconditioned, wide
 from oplora_jax.optimizers._facts import facts
 from oplora_jax.optimizers._lift import lora_transformation
+from oplora_jax.products import times
 
 
 @facts(gradient="factors", source="2308.03303", invariant="none")

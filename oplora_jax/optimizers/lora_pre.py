@@ -8,12 +8,13 @@ from jaxtyping import Array
 
 from oplora_jax.gradients.tangent import full_gradient
 from oplora_jax.lorsum import lorsum
-from oplora_jax.matrix import LowRank, from_unit_scale, is_zero, left_product, times, to_dense, transpose
+from oplora_jax.matrix import LowRank, from_unit_scale, is_zero, left_product, to_dense
 from oplora_jax.optimizers._factors import gram_inverse, orthonormal, wide_at_unit_scale
 from oplora_jax.optimizers._facts import facts
 from oplora_jax.optimizers._lift import at_step, each, lora_optimizer
 from oplora_jax.optimizers._momentum import random_start
 from oplora_jax.optimizers._types import cast_up
+from oplora_jax.products import times, transpose
 
 
 class LoRAPreState(NamedTuple):

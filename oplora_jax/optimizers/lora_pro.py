@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import optax
 
 from oplora_jax.gradients.tangent import factor_gradients, tangent_gradient
-from oplora_jax.matrix import LowRank, compute_dtype, gram, is_zero, times, to_dense, transpose
+from oplora_jax.matrix import LowRank, is_zero, to_dense
 from oplora_jax.optimizers._factors import from_wide, gram_inverse, preconditioned, sylvester, wide
 from oplora_jax.optimizers._facts import facts
 from oplora_jax.optimizers._lift import lora_transformation
 from oplora_jax.optimizers._trees import mapped
+from oplora_jax.products import compute_dtype, gram, times, transpose
 
 XMode = Literal["sylvester", "zero"]
 

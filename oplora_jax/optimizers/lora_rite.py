@@ -9,10 +9,11 @@ from jaxtyping import Array
 
 from oplora_jax import solve
 from oplora_jax.gradients.tangent import factor_gradients
-from oplora_jax.matrix import LowRank, compute_dtype, gram, times, transpose
+from oplora_jax.matrix import LowRank
 from oplora_jax.optimizers._factors import from_wide, orthonormal, pseudo_inverse, wide
 from oplora_jax.optimizers._facts import facts
 from oplora_jax.optimizers._lift import at_step, lora_optimizer
+from oplora_jax.products import compute_dtype, gram, times, transpose
 
 
 class LoRARITEState(NamedTuple):

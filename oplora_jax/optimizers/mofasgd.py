@@ -9,10 +9,11 @@ from jaxtyping import Array
 
 from oplora_jax import solve
 from oplora_jax.gradients.tangent import full_gradient
-from oplora_jax.matrix import LowRank, Matrix, compute_dtype, left_product, times, transpose, transposed
+from oplora_jax.matrix import LowRank, Matrix, left_product, transposed
 from oplora_jax.optimizers._factors import is_determined, orthonormal, wide
 from oplora_jax.optimizers._facts import facts
 from oplora_jax.optimizers._lift import at_step, each, lora_optimizer
+from oplora_jax.products import compute_dtype, times, transpose
 from oplora_jax.svd import svd
 
 

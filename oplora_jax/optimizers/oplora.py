@@ -8,12 +8,13 @@ import optax
 
 from oplora_jax.gradients.tangent import full_gradients
 from oplora_jax.lorsum import lorsum
-from oplora_jax.matrix import LowRank, from_unit_scale, is_zero, left_product, times, transpose, transposed
+from oplora_jax.matrix import LowRank, from_unit_scale, is_zero, left_product, transposed
 from oplora_jax.optimizers._factors import gram_inverse, wide_at_unit_scale
 from oplora_jax.optimizers._facts import facts
 from oplora_jax.optimizers._lift import at_step, each, lora_optimizer
 from oplora_jax.optimizers._momentum import heavy_ball, random_start
 from oplora_jax.optimizers._types import check_state_dtype
+from oplora_jax.products import times, transpose
 
 
 class OPLoRAState(NamedTuple):

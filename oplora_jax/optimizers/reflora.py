@@ -9,11 +9,11 @@ from jaxtyping import Array, Float
 
 from oplora_jax import solve
 from oplora_jax.gradients.tangent import factor_gradients
-from oplora_jax.matrix import times, transpose
 from oplora_jax.optimizers._factors import from_wide, is_determined, orthonormal, wide
 from oplora_jax.optimizers._facts import facts
 from oplora_jax.optimizers._lift import lora_transformation
 from oplora_jax.optimizers._trees import mapped
+from oplora_jax.products import times, transpose
 
 
 class RefLoRAState(NamedTuple):

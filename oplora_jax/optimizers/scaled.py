@@ -6,10 +6,11 @@ from typing import Any
 import optax
 
 from oplora_jax.gradients.tangent import factor_gradients
-from oplora_jax.matrix import LowRank, Matrix, from_unit_scale, is_zero, times, transpose
+from oplora_jax.matrix import LowRank, Matrix, from_unit_scale, is_zero
 from oplora_jax.optimizers._factors import gram_inverse, preconditioned, wide, wide_at_unit_scale
 from oplora_jax.optimizers._facts import facts
 from oplora_jax.optimizers._lift import lora_transformation
+from oplora_jax.products import times, transpose
 
 
 @facts(

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import optax
 
 from oplora_jax.gradients.tangent import full_gradients
-from oplora_jax.matrix import DenseGradient, LowRank, OuterProduct, compute_dtype, is_zero
+from oplora_jax.matrix import DenseGradient, LowRank, OuterProduct, is_zero
 from oplora_jax.metrics import KroneckerMetric, Structure, average, kfac_moments, powers, shampoo_moments
 from oplora_jax.optimizers._facts import facts
 from oplora_jax.optimizers._lift import at_step, lora_optimizer
 from oplora_jax.optimizers._momentum import heavy_ball, random_start
 from oplora_jax.optimizers._types import check_state_dtype
+from oplora_jax.products import compute_dtype
 
 
 class ScaledOPLoRAState(NamedTuple):

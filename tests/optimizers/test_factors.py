@@ -17,8 +17,8 @@ from oplora_jax import (
     lora_rite,
     reflora,
 )
-from oplora_jax.matrix import gram
 from oplora_jax.optimizers._factors import from_wide, gram_inverse, orthonormal, pseudo_inverse, sylvester
+from oplora_jax.products import gram
 
 seeds = st.integers(0, 2**16)
 batches = st.sampled_from([(), (2,)])
