@@ -45,6 +45,7 @@ def oplora_step(factors, moments, gradient, lr, mu, dampening=0.0, num_iters=1, 
     step = -lr * (1 - dampening) * gradient - lr * mu * (moments[0] @ moments[1])
     new = lorsum(factors, weight, step, num_iters, ridge)
     shrinkage = min(1e-6, 2e-3 * ridge)
-    ma, mb, _ = lorsum(moments, mu, (1 - dampening) * gradient, num_iters, ridge, shrinkage=shrinkage)
+    # Of a Jacobi step the momentum would diverge.
+    ma, mb, _ = lorsum(moments, mu, (1 - dampening) * gradient, max(num_iters, 1), ridge, shrinkage=shrinkage)
     root = max(1.0, np.sqrt(np.linalg.norm(mb) / np.linalg.norm(ma)))
     return new[:2], (ma * root, mb / root)

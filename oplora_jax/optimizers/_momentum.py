@@ -38,6 +38,11 @@ def heavy_ball(
 ) -> list[tuple[LowRank, LowRank | None]]:
     """P <- LoRSum[w P - lr (share G + decay M)] and M <- LoRSum[decay M + share G], in one pass over each G.
 
+    A Jacobi step, num_iters=0, takes each change S of an anchor a b to (a + S b^+)(b + a^+ S): twice what
+    lies in the rows and columns of both factors, and S (a b)^+ S besides. M changes by more than it is, and
+    all of it lies there: decay M + G would be decay^2 M + 2 decay G + G M^+ G, whose sign never turns where M
+    has full rank. So M is solved for by alternation, in a pass of its own.
+
     Args:
       params: P of each parameter.
       momenta: M, of all parameters or of none.
@@ -45,7 +50,7 @@ def heavy_ball(
       metrics: of the first sum, as for `Sums`.
       learning_rate, decay, share, weight: lr, decay, share and w.
       regularization: of both sums.
-      num_iters: as for `lorsum`.
+      num_iters: as for `lorsum`; for the momentum 1 at least.
     """
     mixing, rates = [[weight, -learning_rate * decay], [0.0, decay]], [-learning_rate * share, share]
     # The authors' code adds 1e-6 to the diagonal of every Gram matrix. It shows in the momentum alone, which
@@ -63,7 +68,17 @@ def heavy_ball(
         shrinkage=shrinkage[:sums],
         num_iters=num_iters,
     )
+    if sums == 2 and not (isinstance(num_iters, int) and num_iters):
+        alone = [Sums([m], [(1.0, g)]) for m, g in zip(momenta, gradients, strict=True)]
+        ridges, once = (regularization[1:], shrinkage[1:]), at_least_one(num_iters)
+        moments = lorsums(alone, [[decay]], [share], ridges[0], shrinkage=ridges[1], num_iters=once)
+        found = [[new, moment] for (new, _), (moment,) in zip(found, moments, strict=True)]
     return [(new, _balanced(moment[0]) if moment else None) for new, *moment in found]
+
+
+def at_least_one(num_iters: Any) -> Any:
+    """The number of alternating iterations where a Jacobi step diverges."""
+    return max(num_iters, 1) if isinstance(num_iters, int) else jnp.maximum(num_iters, 1)
 
 
 def _balanced(moment: LowRank) -> LowRank:

@@ -12,7 +12,7 @@ from oplora_jax.matrix import LowRank, from_unit_scale, is_zero, left_product, t
 from oplora_jax.optimizers._factors import gram_inverse, wide_at_unit_scale
 from oplora_jax.optimizers._facts import facts
 from oplora_jax.optimizers._lift import at_step, each, lora_optimizer
-from oplora_jax.optimizers._momentum import heavy_ball, random_start
+from oplora_jax.optimizers._momentum import at_least_one, heavy_ball, random_start
 from oplora_jax.optimizers._types import check_state_dtype
 from oplora_jax.products import times, transpose
 
@@ -55,7 +55,8 @@ def oplora(
       learning_rate: eta, a scalar or a schedule, of SGD's size in the full weight.
       momentum: mu. With 0 or None no momentum is kept.
       dampening: d.
-      num_iters: alternating iterations of each LoRSum; 0 is the Jacobi step, preconditioned LoRA.
+      num_iters: alternating iterations of each LoRSum; 0 is the Jacobi step of the weights, preconditioned
+        LoRA, which near full rank goes up to twice as far. The momentum takes one iteration at least.
       regularization: of the solves for the weights; multiplied by the learning rate.
       momentum_regularization: of the solves for the momentum, likewise; as `regularization` if None.
       momentum_rank: k, the rank of the momentum; the parameter's if None.
@@ -131,7 +132,8 @@ def oplora(
             return new, [OPLoRAState(moment) for _, moment in found]
         # These add their momentum to the plain step.
         if kind == "extrapolated":
-            settings["regularization"] = ridges[0]
+            # The extrapolation of a Jacobi step would be 2 decay long, more than there is.
+            settings = {"regularization": ridges[0], "num_iters": at_least_one(num_iters)}
             ahead = lambda z, state: lorsum([(1 + decay, z), (-decay, state.momentum)], **settings)
             return [*map(ahead, new, states)], [OPLoRAState(z) for z in new]
         carry = lambda z, gradient, state, _: _projected(z, gradient, state, lr, decay, share, ridges[0])

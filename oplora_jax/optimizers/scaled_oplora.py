@@ -61,7 +61,7 @@ def scaled_oplora(
       learning_rate: eta, a scalar or a schedule, of a step in the full weight, preconditioned.
       b1: decay of the momentum. With 0 none is kept.
       b2: decay of the second moments.
-      num_iters: alternating iterations of each LoRSum; 0 is the Jacobi step, preconditioned LoRA.
+      num_iters: as for `oplora`: 0 is the Jacobi step of the weights, preconditioned LoRA.
       regularization: of the solves; multiplied by the learning rate, and the product is at least 1e-5.
       damping: delta, added to the second moments.
       power: p. 0 is the Frobenius norm, and 1 the whole preconditioner.

@@ -9,7 +9,7 @@ import oplora_jax
 from oplora_jax import LowRank, OuterProduct, is_low_rank, lora_dot, lorsum, oplora, to_dense
 from tests import reference
 from tests.arrays import f64, normals
-from tests.optimizers.cases import CASES, KINDS, dense_tree, gradient_of, problem
+from tests.optimizers.cases import CASES, KINDS, dense_tree, gradient_of, problem, run
 
 VARIANTS = [name for name in CASES if name.startswith("oplora")]
 each_variant = pytest.mark.parametrize("name", VARIANTS)
@@ -241,3 +241,46 @@ def test_the_three_kinds_of_gradient_agree_where_they_must(name):
     part = to_dense(oplora_jax.tangent_gradient(params["first"], factors["first"]))
     chex.assert_trees_all_close(step(factors), step(factors | {"first": part}), atol=1e-5)
     assert np.abs(step(factors)["first"] - step(dense)["first"]).max() > 1e-3  # which is not all
+
+
+@pytest.mark.parametrize("num_iters", [0, 1])
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_momentum_of_full_rank_is_that_of_the_full_weight(num_iters, traced, x64):
+    """Also with Jacobi steps of the weights, in which a momentum would never turn its sign."""
+    normal, size = normals(0), 4
+    params = LowRank(normal(size, size), normal(size, size), 2.0)
+    settings = {"momentum": 0.8, "dampening": 0.3, "regularization": 0.0}
+    if traced:
+        named = optax.inject_hyperparams(oplora, static_args="momentum")
+        tx = named(1e-4, num_iters=jnp.asarray(num_iters), **settings)
+    else:
+        tx = oplora(1e-4, num_iters=num_iters, **settings)
+    state, update, expected = tx.init(params), jax.jit(tx.update), np.zeros((size, size))
+    for step in range(6):
+        gradient = normal(size, size) * (1 if step % 3 else -4)
+        updates, state = update(gradient, state, params)
+        before, expected_before = to_dense(params), expected
+        expected = 0.8 * expected + 0.7 * f64(gradient)
+        params = optax.apply_updates(params, updates)
+        moment = optax.tree.get(state, "momentum")
+        # float64; the factors of a random momentum are conditioned to 1e3
+        np.testing.assert_allclose(to_dense(moment), expected, rtol=0, atol=1e-9 * np.abs(expected).max())
+        # A Jacobi step moves both factors by the whole step: twice as far, up to lr^2.
+        moved = -1e-4 * (0.7 * f64(gradient) + 0.8 * expected_before) * (1 if num_iters else 2)
+        np.testing.assert_allclose(to_dense(params) - before, moved, rtol=0, atol=1e-3 * np.abs(moved).max())
+
+
+@pytest.mark.parametrize("momentum_kind", ["low_rank", "projected", "extrapolated"])
+@pytest.mark.parametrize("shape", [(8, 6, 5), (6, 6, 6), (5, 1, 1), (2, 6, 4, 4)], ids=str)
+def test_jacobi_steps_with_momentum_near_full_rank(momentum_kind, shape, x64):
+    """They end where the SVD does, as with alternating iterations."""
+    (*batch, n, m, r), normal = shape, normals(1)
+    goal = normal(*batch, n, m)
+    singular = np.linalg.svd(f64(goal), compute_uv=False)
+    params = LowRank(normal(*batch, n, r) / np.sqrt(n), jnp.zeros((*batch, r, m)))
+    loss_fn = lambda p: jnp.sum((to_dense(p) - goal) ** 2) / 2
+    tx = oplora(0.05, momentum=0.8, num_iters=0, momentum_kind=momentum_kind)
+    params, state = run(tx, params, oplora_jax.grad(loss_fn), 400)
+    best = np.sum(singular[..., r:] ** 2) / 2
+    # 0.8^200, and a Hessian that is flat to the gaps between singular values
+    assert loss_fn(params) - best < 1e-2 * np.sum(singular**2) and int(state.skipped) == 0
