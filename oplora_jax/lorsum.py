@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from oplora_jax import matrix
-from oplora_jax.matrix import LowRank, Terms, is_zero, left_product, transposed
+from oplora_jax.matrix import LowRank, Terms, is_zero, left_product, opened, transposed
 from oplora_jax.metrics import KroneckerMetric, checked_metric, powers, times_output
 from oplora_jax.products import compute_dtype, times, transpose
 from oplora_jax.sharding import specs_of, under_auto_sharding
@@ -109,6 +109,7 @@ def lorsums(
         if isinstance(value, int | float) and value < 0:
             raise ValueError(f"{name} is {value}; expected 0 or more, a non-negative number")
     ridges = [None if is_zero(value) else value for value in regularization]
+    problems = [z._replace(gradient=[(c, opened(term)) for c, term in z.gradient]) for z in problems]
     numbers = mixing, rates, ridges, shrinkage or [0.0] * len(rates)
     return (_solve_static if isinstance(num_iters, int) else _solve)(problems, numbers, num_iters, first)
 

@@ -135,10 +135,9 @@ class OuterProduct:
         seal = seals.opened(self.seal, self.x, self.dy)
         return self if seal is self.seal else OuterProduct(self.x, self.dy, seal)
 
-    def times(self, factor: Any) -> "OuterProduct":
-        """The matrix times a number, of the same x and dy."""
-        seal = seals.seal_of(self.x, self.dy) if self.seal is None else self.seal
-        return OuterProduct(self.x, self.dy, seals.times(seal, factor))
+    def times(self, factor: Float[Array, ""]) -> "OuterProduct":
+        """The matrix times a number: that of the same x."""
+        return OuterProduct(self.x, (self.dy * factor).astype(self.dy.dtype), seals.times(self.seal, factor))
 
     def scaled(self, product: Float[Array, "*batch k l"]) -> Float[Array, "*batch k l"]:
         """What is computed of x and dy, as far as it is linear in the matrix, with the scaling done to it."""
@@ -208,7 +207,12 @@ def is_matrix(node: Any) -> bool:
 
 def is_zero(value: Any) -> bool:
     """Whether a number is None or known to be zero, and what it multiplies need not exist."""
-    return value is None or (isinstance(value, int | float) and value == 0)
+    return value is None or bool(isinstance(value, int | float) and value == 0)
+
+
+def opened(matrix: Matrix) -> Matrix:
+    """The same matrix, the seal of an outer product read once and for all."""
+    return matrix.opened() if isinstance(matrix, OuterProduct) else matrix
 
 
 def right_product(matrix: Matrix, right: Float[Array, "*#batch m k"]) -> Float[Array, "*batch n k"]:
@@ -296,7 +300,7 @@ def check_factors(matrix: LowRank, name: str) -> None:
             "with the same batch axes and the same rank r >= 1. oplora_jax.linen.add_lora makes "
             "them so for layers that nn.scan stacks along another axis than the first"
         )
-    if not matrix.scale > 0:
+    if not 0 < matrix.scale < math.inf:
         raise ValueError(f"{name}: scale is {matrix.scale}; expected a positive number, alpha / r")
 
 

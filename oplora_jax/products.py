@@ -18,7 +18,8 @@ def transpose(x: Float[Array, "*batch n m"]) -> Float[Array, "*batch m n"]:
 
 def compute_dtype(*arrays: Any) -> jnp.dtype:
     """The type to accumulate and solve in: that of arrays or matrices, float32 at least."""
-    return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
 
 
 def matmul(x: Array, y: Array, precision: Any = None) -> Array:

@@ -12,9 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from oplora_jax._jax import Tracer
+from oplora_jax.products import compute_dtype
 from oplora_jax.sharding import entries, partition, under_auto_sharding
 
 # Rows and columns of a sample, spread evenly: some differ in other inputs, whatever is padded or constant.
@@ -36,7 +37,7 @@ def seal_of(x: Any, dy: Any) -> Any:
 
 
 def opened(seal: Any, x: Array, dy: Array) -> Any:
-    """What x^T dy is to be multiplied with, 1 / t: (*batch, 1), or () for 1.
+    """What x^T dy is to be multiplied with, 1 / t: (*batch, 1), or () where it never was leaves.
 
     It is NaN where x^T dy is a sum, and 0 where all was scaled by 0. An opened seal is returned as it is.
 
@@ -73,10 +74,12 @@ def swapped(seal: Any) -> Any:
     return jnp.stack([seal[..., k] for k in (0, 2, 1)], axis=-1)
 
 
-def times(seal: Float[Array, "*batch 3"], factor: Any) -> Float[Array, "*batch 3"]:
-    """The seal of the matrix times a number, of the same x and dy."""
+def times(seal: Any, factor: Any) -> Any:
+    """The seal of x^T (factor dy)."""
+    if seal is None:
+        return None
     t, p, q = (seal[..., k] for k in range(3))
-    return jnp.stack([t / factor, p * factor, q * factor], axis=-1)
+    return jnp.stack([t, p, q * factor**2], axis=-1)
 
 
 def _differs(z: Array, undo: Array, norm: Array) -> Array:
@@ -90,5 +93,5 @@ def _squared_norm(z: Array, undo: Any) -> Array:
     """Of a sample, in float32 at least, with its scaling undone first: rounded to zero alike."""
     *_, rows, columns = z.shape
     sample = z[..., :: -(-rows // _SAMPLE), :: -(-columns // _SAMPLE)]
-    sample = sample.astype(jnp.promote_types(z.dtype, jnp.float32)) / undo
+    sample = sample.astype(compute_dtype(z)) / undo
     return jnp.sum(sample**2, axis=(-2, -1))

@@ -21,7 +21,8 @@ lorsum: a sum of low-rank matrices, brought back to rank r
 norms, metrics, svd, together: what is computed of matrices; of many parameters at once
 solve: Gram solves, and every decomposition there is
 matrix: low-rank, outer product, dense: what the others multiply with
-marker, products, seal: the mark of a use of a LoRA parameter; of arrays; what tells scaling from adding
+marker, seal: the mark of a use of a LoRA parameter; what tells a scaled outer product from a sum
+products: of arrays
 sharding: how arrays lie on a mesh
 _jax: what is not public in JAX
 """

@@ -34,7 +34,7 @@ def global_norm(updates: Any) -> Float[Array, ""]:
 def clip_by_global_norm(max_norm: Any) -> optax.GradientTransformationExtraArgs:
     """`optax.clip_by_global_norm` for trees that hold `OuterProduct` and `DenseGradient` nodes.
 
-    Every gradient is scaled by one factor, a dense one with its moments.
+    Every gradient is scaled by one factor: an outer product in one side, a dense one with its moments.
 
     Args:
       max_norm: the largest `global_norm` that passes unchanged.

@@ -88,6 +88,6 @@ def _balanced(moment: LowRank) -> LowRank:
     vanish like decay^k, until the regularization outweighed it and froze b.
     """
     left, right = (jnp.sum(jnp.square(z), axis=(-2, -1), keepdims=True) for z in (moment.a, moment.b))
-    limit = 1 / jnp.finfo(left.dtype).tiny
-    ratio = jnp.clip(jnp.where(left > 0, right / left, 1.0), 1.0, limit) ** 0.25
+    least, most = jnp.ones((), left.dtype), jnp.asarray(1 / jnp.finfo(left.dtype).tiny, left.dtype)
+    ratio = jax.lax.clamp(least, jnp.where(left > 0, right / left, 1.0), most) ** 0.25
     return moment.with_factors(moment.a * ratio, moment.b / ratio)

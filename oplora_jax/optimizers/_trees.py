@@ -109,7 +109,7 @@ def checked_gradients(updates: Any, params: Any) -> Any:
             )
         if got != expected:
             raise ValueError(f"{name}: the gradient has shape {got}; the parameter needs {expected}")
-        if isinstance(gradient, OuterProduct):
+        if isinstance(gradient, OuterProduct) and gradient.seal is not None:
             try:
                 gradients[k] = gradient.opened()
             except ValueError as error:
