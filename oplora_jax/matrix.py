@@ -20,9 +20,20 @@ from oplora_jax.products import HIGHEST, as_wide, compute_dtype, matmul, times, 
 from oplora_jax.sharding import entries, partition, under_auto_sharding
 
 
+class _Explained(type):
+    """A class that JAX's and Optax's errors about trees that do not fit name with what to do."""
+
+    def __str__(cls) -> str:
+        return (
+            f"{cls!r} (a LoRA parameter, whose exact gradient is one node: label and mask whole ones, with "
+            "is_leaf=oplora_jax.is_low_rank. optax.MultiSteps, optax.apply_if_finite and what else adds "
+            "gradients up or makes updates of them take the factor gradients of jax.grad)"
+        )
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class LowRank:
+class LowRank(metaclass=_Explained):
     r"""The matrix :math:`s\,a\,b`, kept as its two factors: a LoRA parameter, or a momentum.
 
     Leading axes are batch axes: the layers of a scanned model, or the experts of a mixture. p[i] is one of

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from oplora_jax import DenseGradient, LowRank, OuterProduct, oplora, scaled_gd, svdlora
+from oplora_jax import DenseGradient, LowRank, OuterProduct, is_low_rank, oplora, scaled_gd, svdlora
 from tests.optimizers.cases import OURS, make
 
 A, B = jnp.ones((4, 2)), jnp.ones((2, 3))
@@ -120,8 +120,22 @@ EXACT = {
 def test_what_takes_factor_gradients_alone_refuses_exact_ones(wrapper, kind):
     """JAX and Optax refuse them, with the types that differ: nothing is accumulated wrongly."""
     gradient = {"layer": {"lora": EXACT[kind]}, "bias": jnp.ones(3)}
-    with pytest.raises((ValueError, TypeError), match=r"LowRank"):
+    with pytest.raises((ValueError, TypeError), match=r"LowRank") as error:
         step(WRAPPERS[wrapper](oplora(0.1)), gradient)
+    if wrapper in ("MultiSteps", "apply_if_finite"):
+        assert "is_leaf=oplora_jax.is_low_rank" in str(error.value) and "jax.grad" in str(error.value)
+
+
+@pytest.mark.parametrize("kind", EXACT)
+@pytest.mark.parametrize("wrap", [optax.masked, lambda tx, mask: optax.partition({True: tx}, mask)])
+def test_labels_of_factors_are_refused_with_what_to_do(wrap, kind):
+    """Of whole parameters they are right."""
+    gradient = {"layer": {"lora": EXACT[kind]}, "bias": jnp.ones(3)}
+    by_leaf = jax.tree.map(lambda _: True, PARAMS)
+    with pytest.raises(ValueError, match=r"\['layer'\]\['lora'\](?s:.*)is_leaf=oplora_jax.is_low_rank"):
+        step(wrap(oplora(0.1), by_leaf), gradient)
+    step(wrap(oplora(0.1), jax.tree.map(lambda _: True, PARAMS, is_leaf=is_low_rank)), gradient)
+    assert repr(LowRank) == "<class 'oplora_jax.matrix.LowRank'>"
 
 
 def test_a_bare_parameter_has_a_name_too():
