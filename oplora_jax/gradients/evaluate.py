@@ -62,7 +62,8 @@ def _step(eqn: Any, operands: list[Any], taps: Taps, jitted: Any) -> tuple[list[
     name, params, nothing = eqn.primitive.name, eqn.params, [None] * len(eqn.outvars)
     if eqn.primitive is marker_p:
         x, y, a, b, *_ = operands
-        return [y if taps[2] is None else tapped(taps[2], params, x, y, a, b)], nothing
+        tap = _tap_of_both(*taps[2:4])
+        return [y if tap is None else tapped(tap, params, x, y, a, b)], nothing
     if any(tap is not None for tap in taps):
         if name == "scan":
             return _scan(eqn, operands, taps, jitted)
@@ -82,6 +83,13 @@ def _step(eqn: Any, operands: list[Any], taps: Taps, jitted: Any) -> tuple[list[
     if taps and taps[0] is not None and (view := moved(eqn, taps[0].view, [None] * len(operands))):
         return results, [_moved(eqn, operands, taps[0], view)]
     return results, nothing
+
+
+def _tap_of_both(a: Tap | None, b: Tap | None) -> Tap | None:
+    """What is beside the first of two factors, if they are those of one matrix."""
+    if a is None or b is None or a.view.parameter != b.view.parameter or a.view.side == b.view.side:
+        return None
+    return a if a.zeros else None
 
 
 def _moved(eqn: Any, operands: list[Any], tap: Tap, view: View) -> Tap:

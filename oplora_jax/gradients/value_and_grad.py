@@ -209,14 +209,19 @@ class TracedLoss:
         """
         values, beside = [], []
         for i, node in enumerate(self.nodes):
-            lora = i in taps
-            leaves = jax.tree.leaves(node if lora else nodes[i])
+            leaves = jax.tree.leaves(node if i in taps else nodes[i])
             values += leaves
-            sides = {int(use.transposed) for use in self.uses[i].places} if lora else ()
-            one = lambda side, z, i=i: Tap(*taps[i], view=whole(i, side, z.ndim), scale=self.nodes[i].scale)
-            beside += [one(side, z) if side in sides else None for side, z in enumerate(leaves)]
+            beside += self._beside(i, leaves, taps[i]) if i in taps else [None] * len(leaves)
         value, *rest = evaluate(self.program, values, beside)
         return value, rest
+
+    def _beside(self, i: int, factors: list[Any], tap: tuple[Any, ...]) -> list[Tap]:
+        """The tap of a parameter beside the factor, or factors, that stand first where it is used."""
+        first = {int(use.transposed) for use in self.uses[i].places}
+        of = lambda side, z: Tap(
+            *(tap if side in first else ((),)), view=whole(i, side, z.ndim), scale=self.nodes[i].scale
+        )
+        return [of(*z) for z in enumerate(factors)]
 
     def rest(self, computed: list[Any]) -> Any:
         """What the loss returned beside its value."""

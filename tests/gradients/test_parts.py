@@ -314,3 +314,13 @@ def test_parts_are_those_of_the_matrix(index):
 def test_a_transposed_kernel_keeps_the_roles_of_its_axes():
     lora = LowRank(normal(0, 4, 2), normal(1, 2, 6), roles="oio")
     assert lora.T.roles == "ioi" and lora.T.T.roles == "oio" and params().T.roles is None
+
+
+@pytest.mark.parametrize("kind", ["outer", "dense", "auto"])
+def test_a_factor_with_another_without_a_derivative(kind):
+    """Statistics of what is no part of the parameter, of another size."""
+    other = normal(7, R, M + 3)
+    still = lambda p: jax.lax.stop_gradient(jnp.sum(to_dense(LowRank(p.a, other)) ** 2))
+    loss = lambda p: summed(lora_dot(X(), W()[0], p)) * still(p)
+    lora = params()[0]
+    check(loss, lambda d: summed(X() @ (W()[0] + d)) * still(lora), [kind], lora)
