@@ -25,8 +25,8 @@ class Tap:
     """What goes through a program beside a factor of a LoRA parameter, with the same batch axes.
 
     It tells which factor that is. Beside one that stands first where the parameter is used, zeros is (x, dy)
-    to capture an outer product, (gradient,) for a dense one, and (gradient, x_moment, dy_moment, tokens) for a
-    dense one with the moments of its tokens. With a rule, a function (a, b, held, x, dy) that returns the
+    to capture an outer product, (gradient,) for a dense one, and (gradient, x_moment, dy_moment, tokens) for
+    a dense one with the moments of its tokens. With a rule, a function (a, b, held, x, dy) that returns the
     cotangents, they are anything else that is made of the factors, of the arrays in held and of the rows of x
     and dy.
     """
