@@ -35,8 +35,8 @@ def value_and_grad(
     At a `LowRank` node of the parameters the gradient is that of the whole weight W + s a b, as an
     `OuterProduct` or as an array, and not the pair of factor gradients; elsewhere it is what JAX gives. It
     works under `jax.jit`, `jax.vmap`, `nn.scan` and `nn.remat`. The loss must use its LoRA parameters through
-    `lora_dot`, `merge` or `to_dense`, whole or in parts: p[i] of a stack, the transposed p.T, casts, nodes made
-    anew of the same factors. A use that would be missed is refused. The loss is traced once.
+    `lora_dot`, `merge` or `to_dense`, whole or in parts: p[i] of a stack, the transposed p.T, a cast, a node
+    made anew of the same factors. A use that would be missed is refused. The loss is traced once.
 
     Args:
       loss_fn: a function of (params, *args, **kwargs) that returns a scalar loss, or with `has_aux` a pair
