@@ -56,7 +56,7 @@ def tapped(tap: Tap, mark: dict[str, Any], x: Any, y: Any, a: Any, b: Any) -> An
     rule = (
         functools.partial(_gradient, precision) if tap.rule is None else functools.partial(_by_rule, tap.rule)
     )
-    held = () if tap.rule is None else (a, b, *tap.held)
+    held = () if tap.rule is None else (*((transpose(b), transpose(a)) if back else (a, b)), *tap.held)
     types = [jax.typeof(zero) for zero in tap.zeros]
 
     def capture(x, held, dy):

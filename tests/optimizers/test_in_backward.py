@@ -81,6 +81,23 @@ def test_the_same_step(name, programme):
         chex.assert_trees_all_close(inside, behind, rtol=1e-9, atol=1e-9)
 
 
+PARTS = {
+    "transposed": lambda x, w, p: lora_dot(x, w.T, p.T),
+    "made anew": lambda x, w, p: lora_dot(x, w, LowRank(p.a, p.b, p.scale)),
+    "of another scale": lambda x, w, p: lora_dot(x, w, LowRank(p.a, p.b, 3.0)),
+}
+
+
+@pytest.mark.parametrize("case", PARTS)
+def test_parts_of_a_parameter(case, x64):
+    _, params, (x, y) = stack()
+    kernels = jnp.ones((LAYERS, WIDTH, WIDTH)) / WIDTH + jnp.eye(WIDTH)
+    layer = lambda x, at: (jnp.tanh(PARTS[case](x, *at)), None)
+    loss_fn = lambda p, x, y: jnp.mean((jax.lax.scan(layer, x, (kernels, p))[0] - y) ** 2)
+    results = both(oplora_jax.oplora(0.1), loss_fn, params["lora"], (x, y))
+    chex.assert_trees_all_close(*results, rtol=1e-10, atol=1e-12)  # float64
+
+
 def test_bfloat16_parameters_keep_their_type():
     loss_fn, params, batch = stack(dtype=jnp.bfloat16)
     behind, inside = both(oplora_jax.oplora(0.1, state_dtype=jnp.float32), loss_fn, params, batch, steps=1)
