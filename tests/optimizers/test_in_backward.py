@@ -91,7 +91,7 @@ PARTS = {
 @pytest.mark.parametrize("case", PARTS)
 def test_parts_of_a_parameter(case, x64):
     _, params, (x, y) = stack()
-    kernels = jnp.ones((LAYERS, WIDTH, WIDTH)) / WIDTH + jnp.eye(WIDTH)
+    kernels = jnp.ones((LAYERS, WIDTH, WIDTH)) / WIDTH + jnp.eye(WIDTH)[None]
     layer = lambda x, at: (jnp.tanh(PARTS[case](x, *at)), None)
     loss_fn = lambda p, x, y: jnp.mean((jax.lax.scan(layer, x, (kernels, p))[0] - y) ** 2)
     results = both(oplora_jax.oplora(0.1), loss_fn, params["lora"], (x, y))
