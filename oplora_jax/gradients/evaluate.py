@@ -35,7 +35,7 @@ def evaluate(program: ClosedJaxpr, values: Sequence[Any], taps: Taps) -> list[An
         run.__name__ = name
         return jax.jit(run, static_argnums=0)
 
-    return _run(program, values, taps, jitted)[0]
+    return [jnp.asarray(z) for z in _run(program, values, taps, jitted)[0]]
 
 
 def _run(program: ClosedJaxpr | Jaxpr, values: Any, taps: Any, jitted: Any) -> tuple[list[Any], list[Any]]:
@@ -102,10 +102,12 @@ def _moved(eqn: Any, operands: list[Any], tap: Tap, view: View) -> Tap:
     # Where each entry of the batch axes comes from: the equation says it, of numbers that count them.
     entries = jnp.arange(math.prod(sizes), dtype=jnp.int32).reshape(sizes)
     entries = jnp.broadcast_to(jnp.expand_dims(entries, sorted(fixed)), shape)
-    params = eqn.params | ({"fill_value": 0} if eqn.primitive.name == "gather" else {})
-    entries = eqn.primitive.bind(entries, *operands[1:], **params)
+    nowhere = {"fill_value": entries.size} if eqn.primitive.name == "gather" else {}
+    entries = eqn.primitive.bind(entries, *operands[1:], **eqn.params | nowhere)
     entries = entries[tuple(0 if axis in ("wide", "rank") else slice(None) for axis in view.axes)]
-    pick = lambda z: jnp.take(z.reshape(-1, *z.shape[len(sizes) :]), entries, axis=0, mode="clip")
+    pick = lambda z: jnp.take(
+        z.reshape(-1, *z.shape[len(sizes) :]), entries, axis=0, mode="fill", fill_value=0
+    )
     return _with(jax.tree.map(pick, tap), view)
 
 

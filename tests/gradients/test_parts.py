@@ -141,6 +141,11 @@ CASES = {
         of_row,
         SUMMED,
     ),
+    "a bank, by numbers that are not there": (
+        lambda p: summed(to_dense(jax.tree.map(lambda z: z.at[ROW + 1].get(mode="fill", fill_value=0), p))),
+        lambda d: summed(d.at[ROW + 1].get(mode="fill", fill_value=0)),
+        SUMMED,
+    ),
     "axes moved to and fro": (
         lambda p: deep(lora_dot, (W(), jax.tree.map(lambda z: jnp.moveaxis(jnp.moveaxis(z, 0, 1), 1, 0), p))),
         deep_dense,
@@ -282,6 +287,12 @@ def test_a_function_with_a_derivative_of_its_own_is_refused():
     function.defvjp(lambda p: (function(p), p), lambda p, ct: (p,))
     with pytest.raises(ValueError, match="derivative of their own"):
         oplora_jax.grad(function)(params())
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
+def test_a_loss_that_is_a_number(wrap):
+    value, gradient = wrap(oplora_jax.value_and_grad(lambda p: 3.0))(params())
+    assert value == 3 and not to_dense(gradient).any()
 
 
 def test_what_comes_back_is_a_low_rank():
