@@ -92,6 +92,6 @@ def _differs(z: Array, undo: Array, norm: Array) -> Array:
 def _squared_norm(z: Array, undo: Any) -> Array:
     """Of a sample, in float32 at least, with its scaling undone first: rounded to zero alike."""
     *_, rows, columns = z.shape
-    sample = z[..., :: -(-rows // _SAMPLE), :: -(-columns // _SAMPLE)]
+    sample = z[..., :: max(1, -(-rows // _SAMPLE)), :: max(1, -(-columns // _SAMPLE))]
     sample = sample.astype(compute_dtype(z)) / undo
     return jnp.sum(sample**2, axis=(-2, -1))
