@@ -25,9 +25,10 @@ class _Explained(type):
 
     def __str__(cls) -> str:
         return (
-            f"{cls!r} (a LoRA parameter, whose exact gradient is one node: label and mask whole ones, with "
-            "is_leaf=oplora_jax.is_low_rank. optax.MultiSteps, optax.apply_if_finite and what else adds "
-            "gradients up or makes updates of them take the factor gradients of jax.grad)"
+            f"{cls!r} (a LoRA parameter, whose exact gradient is one node: label and mask whole ones, by a "
+            "tree that is made of the parameters with is_leaf=oplora_jax.is_low_rank. optax.MultiSteps, "
+            "optax.apply_if_finite and what else adds gradients up or makes updates of them take the factor "
+            "gradients of jax.grad)"
         )
 
 
@@ -198,6 +199,8 @@ Terms: TypeAlias = Sequence[tuple[Any, Matrix]]
 
 def is_low_rank(node: Any) -> bool:
     """Whether a node of a tree is a LoRA parameter: the `is_leaf` to walk a tree of parameters with.
+
+    Give Optax labels and masks as trees: a function it calls on the gradients too, where exact ones stand.
 
     False for a node that `optax.masked` or `optax.partition` has emptied.
 

@@ -78,9 +78,23 @@ def specs_of(tree: Any) -> Any:
 
 
 def zeros(shape: tuple[int, ...], dtype: Any, spec: PartitionSpec, like: Any) -> Array:
-    """Zeros sharded by a specification on the explicit mesh of `like`."""
+    """Zeros sharded by a specification on the explicit mesh of `like`, and varying as its first array."""
     mesh = explicit_mesh(like)
-    return jnp.zeros(shape, dtype, device=None if mesh is None else NamedSharding(mesh, spec))
+    array = jnp.zeros(shape, dtype, device=None if mesh is None else NamedSharding(mesh, spec))
+    return vary_like(array, jax.tree.leaves(like)[0])
+
+
+def varying(array: Any) -> frozenset[str]:
+    """The axes of `jax.shard_map` along which devices have values of their own; none if it does not check."""
+    aval = array if isinstance(array, AbstractValue) else jax.typeof(array)
+    kind = getattr(aval, "manual_axis_type", None)  # which newer versions of JAX have instead of vma
+    return frozenset(getattr(aval, "vma", ())) if kind is None else kind.varying
+
+
+def vary_like(array: Array, like: Any) -> Array:
+    """An array that is the same on all devices, as one of each device where another is."""
+    axes = tuple(varying(like) - varying(array))
+    return jax.lax.pcast(array, axes, to="varying") if axes else array
 
 
 def shard_like(array: Array, like: Array) -> Array:

@@ -27,7 +27,8 @@ def leaf_name(path: Any) -> str:
 
 def patterns_of(targets: Targets) -> tuple[str | re.Pattern, ...]:
     """The patterns of an argument `targets`; raises ValueError for none, or for what is no pattern."""
-    patterns = (targets,) if isinstance(targets, str | re.Pattern) else tuple(targets)
+    several = isinstance(targets, Sequence) and not isinstance(targets, str)
+    patterns = tuple(targets) if several else (targets,)
     if not patterns or not all(isinstance(p, str | re.Pattern) for p in patterns):
         expected = "expected a path, a glob or a re.compile(...), or several of them"
         raise ValueError(f"targets is {targets!r}; {expected}")

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from oplora_jax._jax import ClosedJaxpr, Jaxpr, Literal
 from oplora_jax.gradients.views import SAME, View, moved, slice_of
 from oplora_jax.marker import marker_p
-from oplora_jax.sharding import entries, merged
+from oplora_jax.sharding import entries, merged, varying
 
 # Programs that run as they are written, so that taps can be put into them: those of `jax.jit` and
 # `jax.checkpoint`. A function with a derivative of its own, or a while loop, is not one.
@@ -143,6 +143,8 @@ def _step(eqn: Any, arguments: list[_Flow], places: _Places, names: _Names) -> l
         return _devices(eqn, arguments, places, names)
     if name in SAME:
         flows = [f._replace(token=None) for f in arguments]
+        if name == "pvary":
+            flows = [f._replace(view=f.view and f.view._replace(times=2)) for f in flows]
     else:
         view = arguments[0].view
         view = view and moved(eqn, view, [f.token for f in arguments[1:]])
@@ -198,10 +200,12 @@ def _record(eqn: Any, arguments: list[_Flow], places: _Places) -> _Flow:
         x, y = (v.aval for v in eqn.invars[:2])
         rows, columns = merged(entries(x)[batch:-1]), (entries(x)[-1], entries(y)[-1])
         order = -1 if transposed else 1
+        # On the devices of a `jax.shard_map` around the loss, each of which has other rows.
+        everywhere = (varying(x) | varying(y)) - varying(eqn.invars[2].aval)
         places[a.view.parameter].append(
             Use(
                 kind,
-                max(a.view.times, b.view.times),
+                max(a.view.times, b.view.times, 2 if everywhere else 1),
                 math.prod(x.shape[batch:-1]),
                 (x.dtype, y.dtype)[::order],
                 (rows, *columns[::order]),

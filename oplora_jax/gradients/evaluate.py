@@ -99,15 +99,16 @@ def _moved(eqn: Any, operands: list[Any], tap: Tap, view: View) -> Tap:
         return _with(tap, view)
     sizes = [n for n, axis in zip(shape, old.axes, strict=True) if axis in old.batch]
     fixed = [old.axes.index(axis) for axis in ("wide", "rank")]
-    # Where each entry of the batch axes comes from: the equation says it, of numbers that count them.
-    entries = jnp.arange(math.prod(sizes), dtype=jnp.int32).reshape(sizes)
+    # Where each entry of the batch axes comes from: the equation says it, of numbers that count them. What a
+    # gather fills, out of bounds, comes from none.
+    count = math.prod(sizes)
+    entries = jnp.arange(count, dtype=jnp.int32).reshape(sizes)
     entries = jnp.broadcast_to(jnp.expand_dims(entries, sorted(fixed)), shape)
-    nowhere = {"fill_value": entries.size} if eqn.primitive.name == "gather" else {}
-    entries = eqn.primitive.bind(entries, *operands[1:], **eqn.params | nowhere)
+    params = eqn.params | ({"fill_value": count} if eqn.primitive.name == "gather" else {})
+    entries = eqn.primitive.bind(entries, *operands[1:], **params)
     entries = entries[tuple(0 if axis in ("wide", "rank") else slice(None) for axis in view.axes)]
-    pick = lambda z: jnp.take(
-        z.reshape(-1, *z.shape[len(sizes) :]), entries, axis=0, mode="fill", fill_value=0
-    )
+    stack = lambda z: z.reshape(-1, *z.shape[len(sizes) :])
+    pick = lambda z: jnp.take(stack(z), entries, axis=0, mode="fill", fill_value=0)
     return _with(jax.tree.map(pick, tap), view)
 
 

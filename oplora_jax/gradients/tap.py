@@ -16,7 +16,7 @@ from oplora_jax.gradients.views import View
 from oplora_jax.matrix import DenseGradient, OuterProduct
 from oplora_jax.metrics import second_moment
 from oplora_jax.products import matmul, transpose
-from oplora_jax.sharding import shard_like, specs_of, under_auto_sharding
+from oplora_jax.sharding import shard_like, specs_of, under_auto_sharding, vary_like
 
 
 @jax.tree_util.register_dataclass
@@ -66,7 +66,8 @@ def tapped(tap: Tap, mark: dict[str, Any], x: Any, y: Any, a: Any, b: Any) -> An
         made = [cotangent.reshape(zero.shape).astype(zero.dtype) for cotangent, zero in made]
         # The sums over the devices of a `jax.shard_map` that see the same taps; elsewhere this does nothing.
         add_zeros = lambda at: [z + jnp.zeros_like(c) for z, c in zip(at, made, strict=True)]
-        return jax.vjp(add_zeros, [jnp.zeros(zero.shape, zero.dtype) for zero in types])[1](made)[0]
+        zeros = [vary_like(jnp.zeros(zero.shape, zero.dtype), zero) for zero in types]
+        return jax.vjp(add_zeros, zeros)[1](made)[0]
 
     def backward(kept, dy):
         x, held = kept

@@ -81,6 +81,8 @@ def value_and_grad(
 
     def loss_and_state(params: Any, state: None, *args: Any, **kwargs: Any) -> Any:
         out = loss_fn(params, *args, **kwargs)
+        if has_aux and not (isinstance(out, tuple | list) and len(out) == 2):
+            raise ValueError(f"with has_aux=True the loss must return (loss, auxiliary data), not {out!r}")
         loss, aux = out if has_aux else (out, None)
         return loss, (aux, state)
 
@@ -182,6 +184,9 @@ class TracedLoss:
 
         def traced(nodes):
             value, rest = loss(nodes)
+            if value is None or jnp.shape(value) != ():
+                form = "None" if value is None else f"an array {jnp.shape(value)}"
+                raise ValueError(f"the loss returns {form}; expected a scalar, or has_aux=True for a pair")
             leaves, self._treedef = jax.tree.flatten(rest)
             # Anything may come out of a loss; what is not computed need not be an array.
             self._known = {k: z for k, z in enumerate(leaves) if not isinstance(z, Tracer)}

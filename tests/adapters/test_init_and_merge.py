@@ -92,6 +92,8 @@ def test_every_pattern_matches_something():
         init_lora(jax.random.key(0), params, 1, re.compile("Query"))
     with pytest.raises(ValueError, match=r"no kernel matches '\(query'; of 40"):
         init_lora(jax.random.key(0), params, 1, "(query")
+    with pytest.raises(ValueError, match=r"targets is None; expected a path, a glob or a re.compile"):
+        oplora_jax.init_lora(jax.random.key(0), {"k": jnp.ones((4, 4))}, 2, None)
     with pytest.raises(ValueError, match=r"targets is \[\]; expected a path, a glob or a re.compile"):
         init_lora(jax.random.key(0), params, 1, [])
 

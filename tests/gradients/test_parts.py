@@ -101,6 +101,23 @@ CASES = {
         lambda d: summed(X() @ (W()[1] + d[1])),
         SUMMED,
     ),
+    "out of bounds, filled": (  # such rows go through no layer
+        lambda p: summed(
+            jax.vmap(lora_dot, (0, None, 0))(
+                X(),
+                W()[0],
+                jax.tree.map(lambda z: jnp.take(z, 2 * ROW, axis=0, mode="fill", fill_value=0), p),
+            )
+        ),
+        lambda d: summed(
+            jnp.einsum(
+                "ti,tij->tj",
+                X(),
+                W()[0][None] + jnp.take(d, 2 * ROW, axis=0, mode="fill", fill_value=0),
+            )
+        ),
+        SUMMED,
+    ),
     "a cast layer": (
         lambda p: summed(lora_dot(X(), W()[1], p[1].astype(jnp.float64).astype(p.dtype))),
         lambda d: summed(X() @ (W()[1] + d[1])),

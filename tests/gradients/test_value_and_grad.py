@@ -348,6 +348,15 @@ def test_without_jit(kind):
 def test_bad_arguments():
     with pytest.raises(ValueError, match="'auto', 'outer' or 'dense'"):
         oplora_jax.value_and_grad(lambda p: 0.0, "exact")
+    for loss, words in [
+        (lambda p: None, "returns None; expected a scalar"),
+        (lambda p: jnp.ones(3), r"returns an array \(3,\); expected a scalar"),
+        (lambda p: (1.0, 2.0), "expected a scalar, or has_aux=True for a pair"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            oplora_jax.grad(loss)(low_rank())
+    with pytest.raises(ValueError, match="must return .loss, auxiliary data., not 0.0"):
+        oplora_jax.grad(lambda p: 0.0, has_aux=True)(low_rank())
     with pytest.raises(ValueError, match=r"\['w'\].*do not fit.*same rank"):
         oplora_jax.grad(lambda p: 0.0)({"w": LowRank(jnp.ones((N, 2)), jnp.ones((3, M)))})
     for x, w, p in [
@@ -370,3 +379,44 @@ def test_shard_map_sums_over_devices():
     check(loss, layer(x)[1], low_rank(), SUMMED)
     with pytest.raises(ValueError, match="used 2 times"):
         oplora_jax.grad(loss, "outer")(low_rank())
+
+
+def test_shard_map_over_layers():
+    """Each device has layers of its own; with other rows too, the gradient adds up over the devices."""
+    mesh = jax.make_mesh((2, 2), ("layers", "data"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    x, w, spec = normal(3, 4, 8, N), kernel(N, M, (4,)), jax.sharding.PartitionSpec
+    dense = lambda d: summed(x @ (w + d))
+    for rows in (spec("layers"), spec("layers", "data")):
+        layers = spec("layers")
+        apply = jax.shard_map(lora_dot, mesh=mesh, in_specs=(rows, layers, layers), out_specs=rows)
+        check(lambda p, f=apply: summed(f(x, w, p)), dense, low_rank(batch=(4,)), SUMMED)
+
+
+def test_inside_of_shard_map():
+    """As `jax.grad`: of parameters that devices share the sum, of their own each one's; never sums of x."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    x, p, spec = normal(3, 8, N), low_rank(), jax.sharding.PartitionSpec
+    loss = lambda p, x: summed(lora_dot(x, kernel(), p))
+    varying = lambda p: jax.tree.map(lambda z: jax.lax.pcast(z, "data", to="varying"), p)
+
+    def gradient(kind, own, loss=loss):
+        def local(p, x):
+            g = to_dense(oplora_jax.grad(loss, kind)(varying(p) if own else p, x))
+            return jax.lax.psum(g, "data") if own else g
+
+        mapped = jax.shard_map(local, mesh=mesh, in_specs=(spec(), spec("data")), out_specs=spec())
+        return jax.jit(mapped)(p, x)
+
+    expected = jax.grad(layer(x)[1])(to_dense(p))
+    for kind, own in (("dense", False), ("auto", False), ("dense", True), ("outer", True)):
+        # float64 rounding of sums in another order
+        np.testing.assert_allclose(gradient(kind, own), expected, rtol=1e-10, atol=1e-10)
+    for used in (loss, lambda p, x: loss(varying(p), x)):
+        with pytest.raises(ValueError, match="used 2 times"):
+            gradient("outer", False, used)
+
+
+def test_no_tokens():
+    """An empty batch: an outer product of no rows, in a compiled function too."""
+    g = jax.jit(oplora_jax.grad(layer(normal(3, 0, N))[0], "outer"))(low_rank())
+    np.testing.assert_array_equal(to_dense(g), jnp.zeros((N, M)))
