@@ -184,8 +184,9 @@ class TracedLoss:
 
         def traced(nodes):
             value, rest = loss(nodes)
-            if value is None or jnp.shape(value) != ():
-                form = "None" if value is None else f"an array {jnp.shape(value)}"
+            shape = getattr(value, "shape", () if isinstance(value, int | float | complex) else None)
+            if shape != ():
+                form = f"an array {shape}" if shape else f"a {type(value).__name__}"
                 raise ValueError(f"the loss returns {form}; expected a scalar, or has_aux=True for a pair")
             leaves, self._treedef = jax.tree.flatten(rest)
             # Anything may come out of a loss; what is not computed need not be an array.

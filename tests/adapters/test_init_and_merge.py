@@ -77,6 +77,13 @@ def test_what_a_pattern_means(targets, expected):
     assert list(lora) == sorted(expected)
 
 
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("targets", [None, 3, [None]])
+def test_targets_that_are_no_patterns(targets):
+    with pytest.raises(ValueError, match=r"targets is .*; expected a path, a glob or a re.compile"):
+        init_lora(jax.random.key(0), {"k": jnp.ones((4, 4))}, 2, targets)
+
+
 def test_every_pattern_matches_something():
     params = {f"layers_{i}": {name: jnp.ones((2, 2)) for name in ("query", "value")} for i in range(20)}
     with pytest.raises(
@@ -92,8 +99,6 @@ def test_every_pattern_matches_something():
         init_lora(jax.random.key(0), params, 1, re.compile("Query"))
     with pytest.raises(ValueError, match=r"no kernel matches '\(query'; of 40"):
         init_lora(jax.random.key(0), params, 1, "(query")
-    with pytest.raises(ValueError, match=r"targets is None; expected a path, a glob or a re.compile"):
-        oplora_jax.init_lora(jax.random.key(0), {"k": jnp.ones((4, 4))}, 2, None)
     with pytest.raises(ValueError, match=r"targets is \[\]; expected a path, a glob or a re.compile"):
         init_lora(jax.random.key(0), params, 1, [])
 
