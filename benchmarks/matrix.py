@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import approximations, powers
+from benchmarks.counts import count
 from benchmarks.report import machine, write_settings
 from benchmarks.steps import at_least
 from experiments import ExperimentError, storage
-from experiments.counts import count
-from experiments.progress import progress
+from experiments.hooks import progress
 from oplora_jax import LowRank, lorsum, svd
 from oplora_jax.matrix import Terms
 

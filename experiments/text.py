@@ -13,7 +13,8 @@ from flax import traverse_util
 from jaxtyping import Array, Bool, Float, Int
 
 from experiments import ExperimentError, metrics, sentences, tokens
-from experiments.models.encoder import Classifier, EncoderConfig, bundled_folder, load_encoder
+from experiments.models.checkpoints import bundled_folder, load_encoder
+from experiments.models.encoder import Classifier, EncoderConfig
 from experiments.sentences import SPECS, Sentences
 from experiments.task import Task
 from oplora_jax.linen import loraize

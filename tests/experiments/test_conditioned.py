@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from experiments.conditioned import Conditioned
+from experiments.methods import method
 from experiments.storage import Config
 from experiments.training import train
 from oplora_jax import svd
@@ -39,8 +40,7 @@ def test_start_is_zero(full):
 
 
 def test_scaled_oplora_learns_what_unscaled_methods_do_not(tmp_path):
-    final = lambda method, rate: train(Config(Conditioned(True, epochs=4), method, rate, 0, tmp_path))[-1][
-        "relative_test_loss"
-    ]
-    scaled = final("scaled_oplora_1_dense", 0.003)
-    assert scaled < 0.9 * min(final("oplora_1", 1e-6), final("scaled_gd", 1e-5))
+    task = Conditioned(True, epochs=4)
+    final = lambda of, rate: train(Config(task, of, rate, 0, tmp_path))["relative_test_loss"].iloc[-1]
+    scaled = final(method("scaled_oplora", structure="dense"), 0.003)
+    assert scaled < 0.9 * min(final(method("oplora"), 1e-6), final(method("scaled_gd"), 1e-5))

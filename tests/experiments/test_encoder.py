@@ -13,7 +13,8 @@ from safetensors.numpy import save_file
 
 import oplora_jax
 from experiments import ExperimentError
-from experiments.models.encoder import Classifier, Encoder, bundled_folder, load_encoder
+from experiments.models.checkpoints import bundled_folder, load_encoder
+from experiments.models.encoder import Classifier, Encoder
 from oplora_jax import OuterProduct
 from oplora_jax.linen import add_lora, loraize
 from tests.experiments.encoders import BERT, random_tensors, write
