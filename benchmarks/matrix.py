@@ -54,10 +54,10 @@ class Matrix:
         _check(self)
         write_settings(self, "matrix")
         rows: list[dict[str, Any]] = []
-        with progress(console, len(self.sizes) * len(self.ranks)) as begin:
-            for row in measure(self, begin):
-                rows.append(row)
-                storage.write_rows(self.output / "matrix.csv", rows)
+        begin = progress(len(self.sizes) * len(self.ranks))
+        for row in measure(self, begin):
+            rows.append(row)
+            storage.write_rows(self.output / "matrix.csv", rows)
         console.print(table(rows))
         written = ["matrix.csv", "matrix.png", "matrix.json"]
         if fits := exponents(rows):

@@ -55,10 +55,10 @@ def compare(command: Any, name: str, task: Task, data: Sequence[Any], console: C
     variants = [parse(z, task) for z in expand([BASELINE, *command.methods])]
     write_settings(command, name)
     rows: list[dict[str, Any]] = []
-    with progress(console, len(variants)) as begin:
-        for row in measure(task, data, variants, command.pairs, begin):
-            rows.append(row)
-            storage.write_rows(command.output / f"{name}.csv", rows)  # what is measured stays
+    begin = progress(len(variants))
+    for row in measure(task, data, variants, command.pairs, begin):
+        rows.append(row)
+        storage.write_rows(command.output / f"{name}.csv", rows)  # what is measured stays
     console.print(table(rows))
     draw_ratios(rows, command.output / f"{name}.png")
     console.print(f"in {command.output / name}.csv, {name}.png and {name}.json", soft_wrap=True)

@@ -58,10 +58,10 @@ class Scaling:
         steps = _steps(self)
         write_settings(self, "scaling")
         rows: list[dict[str, Any]] = []
-        with progress(console, len(steps)) as begin:
-            for row in measure(steps, begin):
-                rows.append(row)
-                storage.write_rows(self.output / "scaling.csv", rows)
+        begin = progress(len(steps))
+        for row in measure(steps, begin):
+            rows.append(row)
+            storage.write_rows(self.output / "scaling.csv", rows)
         console.print(table(rows))
         for varied in VARIED:
             draw(rows, varied, self.output / f"scaling_{varied}.png")

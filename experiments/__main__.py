@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import pandas as pd
 import tyro
-from rich.console import Console
 
-from experiments import ExperimentError, catalogue, hooks, methods, storage
+from benchmarks import catalogue
+from experiments import ExperimentError, hooks, methods, storage
 from experiments.cifar100 import Cifar100
 from experiments.conditioned import Conditioned
 from experiments.linear import Linear
@@ -91,15 +92,9 @@ class Choice(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit status."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=140)
     try:
         command, choices = parse(sys.argv[1:] if arguments is None else arguments)
-        if isinstance(command, Optimizers):
-            optimizers(command, console)
-        else:
-            {Run: run, Compare: compare}[type(command)](command, choices, console)
+        {Run: run, Compare: compare, Optimizers: optimizers}[type(command)](command, choices)
     except (ExperimentError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -110,11 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str]) -> tuple[Run | Compare | Optimizers, list[Choice]]:
-    """(the command, the methods that it names).
-
-    Raises:
-      ExperimentError: no such method, or it has no such setting.
-    """
+    """(the command, the methods that it names)."""
     rest, choices = split(arguments)
     command = tyro.cli(
         Run | Compare | Optimizers,
@@ -162,22 +153,21 @@ def _number(value: str) -> float:
         raise ExperimentError(f"learning-rate is {value!r}; expected a number") from None
 
 
-def run(command: Run, choices: list[Choice], console: Console) -> None:
+def run(command: Run, choices: list[Choice]) -> None:
     """Trains one method."""
-    configs = _configs(command, choices, (command.seed,), (), ())
+    configs = _configs(command, choices, (command.seed,))
     if len(configs) > 1:
         raise ExperimentError(f"{len(configs)} runs; run takes one, and compare several")
-    [metrics] = _train(command, configs, console)
-    console.print(f"{_title(configs[0])}: {hooks.describe(metrics.iloc[-1].to_dict())}", soft_wrap=True)
-    console.print(f"in {configs[0].folder}", soft_wrap=True)
+    [metrics] = _train(command, configs)
+    print(f"{_title(configs[0])}: {hooks.describe(metrics.iloc[-1].to_dict())}\nin {configs[0].folder}")
 
 
-def compare(command: Compare, choices: list[Choice], console: Console) -> None:
+def compare(command: Compare, choices: list[Choice]) -> None:
     """Trains several methods, prints a table and draws the curves."""
     task, output = command.task, command.output
     seeds = dict.fromkeys(command.seeds or task.seeds)
     configs = _configs(command, choices, seeds, command.learning_rates, command.rate_factors)
-    _train(command, configs, console)
+    _train(command, configs)
     from experiments import report  # which takes seconds to load what draws
 
     runs = report.gather(configs)
@@ -185,8 +175,8 @@ def compare(command: Compare, choices: list[Choice], console: Console) -> None:
     print(f"after the last epoch: median (least, largest) of {len(seeds)} seed{'s' * (len(seeds) > 1)}\n")
     print(report.markdown(table, task.metrics))
     storage.write_rows(output / "summary.csv", table.to_dict("records"))
-    written = ["summary.csv", "curves.png"]
     report.draw_curves(runs, task.metrics, output / "curves.png")
+    written = ["summary.csv", "curves.png"]
     if len(table) > table["method"].nunique():
         written.append("sweep.png")
         report.draw_sweep(runs, task.metrics[0], output / "sweep.png")
@@ -194,50 +184,49 @@ def compare(command: Compare, choices: list[Choice], console: Console) -> None:
         varied = [name for name, values in choice.settings.items() if len(values) > 1]
         if len(choice.names) == 1 and 2 <= len(varied) <= 4:
             written.append("heat_map.png")
-            names = set(map(str, choice.methods()))
-            report.draw_heat_map(
-                runs[runs["method"].isin(names)], varied, task.metrics[0], output / "heat_map.png"
-            )
+            of = runs[runs["method"].isin([str(method) for method in choice.methods()])]
+            report.draw_heat_map(of, varied, task.metrics[0], output / "heat_map.png")
     print(f"\nin {', '.join(str(output / name) for name in dict.fromkeys(written))}")
 
 
-def optimizers(command: Optimizers, console: Console) -> None:
+def optimizers(command: Optimizers, choices: list[Choice]) -> None:
     """Prints the table of all optimizers, in Markdown, or writes it into a file."""
     if command.into is None:
-        print(catalogue.markdown())  # no line is to be wrapped
+        print(catalogue.markdown())
     else:
         catalogue.write_into(command.into)
-        console.print(f"in {command.into}", soft_wrap=True)
+        print(f"in {command.into}")
 
 
-def _configs(command, choices, seeds, learning_rates, rate_factors) -> list[Config]:
+def _configs(command, choices, seeds, learning_rates=(), rate_factors=()) -> list[Config]:
     """The runs of a command: each method with its rates and each seed, none twice."""
     if rate_factors and (learning_rates or any(choice.learning_rates for choice in choices)):
         raise ExperimentError("both learning rates and rate-factors are given; give one")
-    configs = []
+    configs = {}
     for choice in choices:
         for method in choice.methods():
             rates = choice.learning_rates or learning_rates
             if not rates:
                 own = method.rate(command.task.protocol)
                 rates = [float(f"{own * factor:.3g}") for factor in rate_factors] or [own]
-            configs += [
-                Config(command.task, method, rate, seed, command.output) for rate in rates for seed in seeds
-            ]
+            for rate, seed in itertools.product(rates, seeds):
+                configs[Config(command.task, method, rate, seed, command.output)] = None
     if not configs:
         raise ExperimentError(f"no method is given; behind --method there may be {methods.NAMES}")
-    return list(dict.fromkeys(configs))
+    return list(configs)
 
 
-def _train(command, configs: list[Config], console: Console) -> list:
-    with hooks.progress(console, len(configs)) as begin:
-        tables = []
-        for config in configs:
+def _train(command: Run | Compare, configs: list[Config]) -> list[pd.DataFrame]:
+    begin = hooks.progress(sum(not config.finished for config in configs))
+    tables = []
+    for config in configs:
+        watching = []
+        if not config.finished:
             watching = [begin(_title(config))]
-            if command.tensorboard and not config.finished:
+            if command.tensorboard:
                 watching.append(hooks.tensorboard(config.folder / "tensorboard"))
-            tables.append(train(config, *watching))
-        return tables
+        tables.append(train(config, *watching))
+    return tables
 
 
 def _title(config: Config) -> str:

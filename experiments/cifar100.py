@@ -76,11 +76,7 @@ class Cifar100(Classification):
         return f"cifar100_{self.data}"
 
     def load(self, seed: int) -> tuple[Images, Images]:
-        """(the training images, the test images); the same for every seed.
-
-        Raises:
-          ExperimentError: images that cannot be read, or settings that cannot be used.
-        """
+        """(the training images, the test images); the same for every seed."""
         if not 0 <= self.dropout < 1:
             raise ExperimentError(f"dropout is {self.dropout}; expected 0 or more and less than 1")
         if self.data == "folder":

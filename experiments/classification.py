@@ -24,10 +24,7 @@ class Classification(Task):
 
     shape: tuple[int, ...]  # of an image
     dropout = 0.0  # the rate; if it is not zero the model takes training=True
-    momentum = 0.9
     metrics = ("test_accuracy", "train_loss")
-    loss_reduction = "mean"
-    seeds = (0, 1, 2)
 
     def model(self, full: bool) -> nn.Module:
         """The model, with LoRA unless full."""

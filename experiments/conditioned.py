@@ -34,10 +34,7 @@ class Conditioned(Task):
 
     rank = 4
     batch_size = 64
-    momentum = 0.9
-    loss_reduction = "mean"
     metrics = ("relative_test_loss",)
-    seeds = (0, 1, 2)
     protocol = "conditioned"
 
     @property

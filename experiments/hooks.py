@@ -1,81 +1,52 @@
-"""What shows a training while it runs: bars in a terminal, a line now and then in a file, TensorBoard."""
+"""What shows a training while it runs: a bar, and TensorBoard."""
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import itertools
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from tqdm import tqdm
 
 from experiments import ExperimentError
 
-SECONDS = 5.0  # between two lines in a file
+
+def progress(runs: int) -> Callable[[str], Callable[..., None]]:
+    """Makes a hook of each run's description: a bar with the last metrics; in a file a line now and then."""
+    numbers, seconds = itertools.count(1), 0.1 if sys.stderr.isatty() else 5.0
+
+    def begin(description: str) -> Callable[..., None]:
+        title = f"{next(numbers)}/{runs} {description}"
+        bar = tqdm(desc=title, mininterval=seconds, delay=seconds, leave=False, unit="step")
+
+        def hook(step: int, steps: int, metrics: dict[str, Any], state: Any = None) -> None:
+            bar.total = steps
+            if metrics:
+                bar.set_postfix_str(describe(metrics), refresh=False)
+            bar.update(step - bar.n)
+            if step == steps:
+                bar.close()
+
+        return hook
+
+    return begin
 
 
-@contextmanager
-def progress(console: Console, runs: int) -> Iterator[Callable[[str], Callable[..., None]]]:
-    """Shows the progress of several runs.
-
-    Yields:
-      A function to call with each run's description; it gives a hook of the training loop.
-    """
-    bars = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=30),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-    )
-    with bars:
-        overall = bars.add_task("runs", total=runs, note="")
-        started, last_line = 0, time.monotonic() - SECONDS
-
-        def begin(description: str) -> Callable[..., None]:
-            nonlocal started
-            started += 1
-            number, note = started, ""
-            current = bars.add_task(description, total=None, completed=0, note="", visible=False)
-
-            def hook(step: int, steps: int, metrics: dict[str, Any], state: Any = None) -> None:
-                nonlocal last_line, note
-                note = describe(metrics) or note
-                bars.update(current, completed=step, total=steps, note=note, visible=step < steps)
-                bars.update(overall, completed=number - 1 + step / steps)
-                if not console.is_terminal and time.monotonic() - last_line >= SECONDS:
-                    console.print(
-                        f"run {number}/{runs} {description}: step {step}/{steps} {note}", soft_wrap=True
-                    )
-                    last_line = time.monotonic()
-
-            return hook
-
-        yield begin
-
-
-def describe(metrics: dict[str, Any]) -> str:
+def describe(metrics: dict[str, float]) -> str:
     """The metrics of an evaluation in one line."""
     shown = {k: v for k, v in metrics.items() if k not in ("seconds_per_step", "peak_memory_mib")}
     return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in shown.items())
 
 
 def tensorboard(folder: Path) -> Callable[..., None]:
-    """A hook that writes the metrics into a folder for TensorBoard.
-
-    Raises:
-      ExperimentError: tensorboardX is not installed.
-    """
+    """A hook that writes the metrics into a folder for TensorBoard."""
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:
         raise ExperimentError(f"{error}: pip install 'tensorboardX>=2.6.2'") from error
     writer = SummaryWriter(str(folder))
 
-    def hook(step: int, steps: int, metrics: dict[str, Any], state: Any) -> None:
+    def hook(step: int, steps: int, metrics: dict[str, float], state: Any) -> None:
         for name, value in metrics.items():
             writer.add_scalar(name, value, step)
         if step == steps:

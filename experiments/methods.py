@@ -11,8 +11,8 @@ import jax
 import optax
 
 import oplora_jax
+from benchmarks.catalogue import OPTIMIZERS
 from experiments import ExperimentError
-from experiments.catalogue import OPTIMIZERS
 
 PRESETS = tomllib.loads(Path(__file__).with_name("presets.toml").read_text())
 PRESETS |= {
@@ -63,11 +63,7 @@ class Method(NamedTuple):
         return _settings(self.preset) | dict(self.changes)
 
     def optimizer(self, task: Any, learning_rate: Any, seed: Any) -> optax.GradientTransformation:
-        """The optimizer, with what the task sets: its momentum and the reduction of its loss.
-
-        Raises:
-          ExperimentError: it does not take these settings.
-        """
+        """The optimizer, with what the task sets: its momentum and the reduction of its loss."""
         factory = _FACTORIES[self.of]
         parameters = inspect.signature(factory).parameters
         settings = {}
@@ -84,11 +80,7 @@ class Method(NamedTuple):
             raise ExperimentError(f"{self}: {error}") from error
 
     def rate(self, protocol: str) -> float:
-        """The papers' learning rate.
-
-        Raises:
-          ExperimentError: they give none.
-        """
+        """The papers' learning rate."""
         rates = PRESETS[self.preset].get("learning_rate", {})
         if protocol not in rates:
             raise ExperimentError(f"{self.preset} has no learning rate for {protocol}; name one")
@@ -96,11 +88,7 @@ class Method(NamedTuple):
 
 
 def method(name: str, **changes: Any) -> Method:
-    """The method of a preset, with other settings: `method("oplora", num_iters=2)`.
-
-    Raises:
-      ExperimentError: there is no such preset, or its optimizer has no such setting; the message lists them.
-    """
+    """The method of a preset, with other settings: `method("oplora", num_iters=2)`."""
     if name not in PRESETS:
         raise ExperimentError(f"no method {name!r}; there are {NAMES}")
     known = _settings(name)

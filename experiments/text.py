@@ -64,9 +64,6 @@ class Text(Task):
     """Of the encoder's weights and computation; LoRA and the head are float32."""
 
     rank = 8
-    momentum = 0.9
-    loss_reduction = "mean"
-    seeds = (0, 1, 2)
     evaluations = 4
     decay = True
     max_norm = 1.0
@@ -91,12 +88,7 @@ class Text(Task):
         return self.dataset or ("movies" if self.data == "bundled" else "sst2")
 
     def load(self, seed: int) -> tuple[Sentences, dict[str, Sentences]]:
-        """(what to train on, what to evaluate on by its metrics' prefix); the same for every seed.
-
-        Raises:
-          ExperimentError: data, weights or a tokenizer that are missing or do not fit, or other settings that
-            cannot be used.
-        """
+        """(what to train on, what to evaluate on by its metrics' prefix); the same for every seed."""
         if (self._dataset == "movies") != (self.data == "bundled"):
             raise ExperimentError(
                 f"dataset is {self._dataset} and data is {self.data}; movies are bundled, the others come "

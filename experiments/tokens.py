@@ -15,11 +15,7 @@ CHUNK = 10_000  # an encoding takes kilobytes until its ids are copied: not all 
 
 @functools.cache
 def load_tokenizer(folder: Path) -> tokenizers.Tokenizer:
-    """The tokenizer in a model's folder, from its tokenizer.json.
-
-    Raises:
-      ExperimentError: there is none, or it cannot be read.
-    """
+    """The tokenizer in a model's folder, from its tokenizer.json."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ExperimentError(
@@ -33,11 +29,7 @@ def load_tokenizer(folder: Path) -> tokenizers.Tokenizer:
 
 
 def check_vocabulary(tokenizer: tokenizers.Tokenizer, vocab_size: int, folder: Path) -> None:
-    """Every token has a row in the embedding table; rows to spare are padding and do no harm.
-
-    Raises:
-      ExperimentError: some token has none, and would silently get another's.
-    """
+    """Every token has a row in the embedding table; rows to spare are padding and do no harm."""
     known = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     if known > vocab_size:
         raise ExperimentError(
@@ -54,9 +46,6 @@ def encode(
     Args:
       texts: of one or two sentences each.
       max_length: of the tokens; the longer sentence of a pair is cut first.
-
-    Raises:
-      ExperimentError: there is no room for a token of each sentence.
     """
     sentences = len(texts[0])
     least = tokenizer.num_special_tokens_to_add(sentences == 2) + sentences

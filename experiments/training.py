@@ -99,11 +99,7 @@ def evaluations(task: Task, size: int) -> dict[int, float]:
 
 
 def start(config: Config) -> tuple[State, Any]:
-    """(the state before the first step, the frozen parameters).
-
-    Raises:
-      ExperimentError: settings that the optimizer does not take.
-    """
+    """(the state before the first step, the frozen parameters)."""
     trainable, frozen = config.task.init(config.seed, full=config.method.gradient == "full")
     optimizer = make_optimizer(config.task, config.method, config.learning_rate, config.seed, steps=1)
     try:

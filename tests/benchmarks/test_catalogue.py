@@ -10,8 +10,8 @@ import optax
 import pytest
 
 import oplora_jax
+from benchmarks.catalogue import OPTIMIZERS, markdown, state_size, update_operations
 from experiments.__main__ import main
-from experiments.catalogue import OPTIMIZERS, markdown, state_size, update_operations
 from experiments.methods import PRESETS, method
 from oplora_jax import LowRank
 from tests.optimizers.cases import CASES, dense_tree, gradient_of, problem, run
