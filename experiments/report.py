@@ -17,7 +17,6 @@ import seaborn as sns
 from matplotlib.colors import LogNorm
 
 FLOOR, CEILING = 1e-3, 1e5  # of the axes: what is smaller or larger is drawn there
-RELATIVE_RANGE = 1e-9, 10.0  # of those of a relative quantity: what diverged is drawn at its end
 RUN = ["method", "learning_rate"]  # the columns that runs with several seeds have in common
 # nan wherever one seed's is, which pandas's own would leave out.
 PARTS = {"median": np.median, "min": np.min, "max": np.max}
@@ -143,8 +142,6 @@ def draw_heat_map(runs: pd.DataFrame, settings: Sequence[str], metric: str, path
 
 def _drawn(values: pd.Series, name: str) -> pd.Series:
     """What is drawn of a metric: of a score what it lacks to 1, and nothing beyond the axis."""
-    if name.startswith("relative"):
-        return values.clip(*RELATIVE_RANGE)
     return (1 - values if _is_score(name) else values).clip(FLOOR, CEILING)
 
 

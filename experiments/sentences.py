@@ -2,7 +2,6 @@
 
 import functools
 import importlib.util
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,51 +92,34 @@ def load_movies(tokenizer: tokenizers.Tokenizer, max_length: int) -> Splits:
 
 
 @functools.cache
-def load_glue(name: str, folder: Path, tokenizer: tokenizers.Tokenizer, max_length: int) -> Splits:
-    """A GLUE task from the official files: the training set, and the development set or sets.
+def load_glue(
+    name: str, folder: Path | None, tokenizer: tokenizers.Tokenizer, max_length: int, tfds: bool = False
+) -> Splits:
+    """A GLUE task: the training set, and the development set or sets.
 
     Args:
       name: a key of `SPECS`, other than the bundled one.
-      folder: of the folders `CoLA`, `SST-2`, ... with `train.tsv` and `dev.tsv`.
+      folder: of the official files, `CoLA/train.tsv` and so on; or of TFDS, its own if None.
+      tokenizer: of the model.
+      max_length: of the tokens.
+      tfds: take it from TFDS, which downloads it if need be and possible.
 
     Returns:
       `train, {"": dev}`; for MNLI `train, {"": matched, "mismatched_": mismatched}`.
     """
-    spec = _spec(name)
-    inner = folder / spec.folder
-    if not inner.is_dir():
-        raise ExperimentError(
-            f"{folder} has no folder {spec.folder}; expected GLUE's official layout: "
-            f"{spec.folder}/train.tsv and so on"
-        )
+    if name not in SPECS or name == "movies":
+        known = ", ".join(z for z in SPECS if z != "movies")
+        raise ExperimentError(f"no GLUE task {name!r}; there are {known}")
 
     def read(split: str) -> Sentences:
-        texts, labels = _read(inner / f"{split}.tsv", spec, f"copy it from GLUE's {spec.folder}")
+        texts, labels = (_read_tfds if tfds else _read_official)(name, split, folder)
         return Sentences(*tokens.encode(tokenizer, texts, max_length), labels)
 
-    return _splits(name, read, "train", "dev")
-
-
-@functools.cache
-def load_tfds(name: str, folder: Path | None, tokenizer: tokenizers.Tokenizer, max_length: int) -> Splits:
-    """A GLUE task from TFDS, split as `load_glue` does; downloaded if need be and possible.
-
-    Args:
-      name: a key of `SPECS`, other than the bundled one.
-      folder: of the prepared data sets; TFDS's own if None.
-    """
-    spec = _spec(name)
-
-    def read(split: str) -> Sentences:
-        [source] = tfds_sources(f"glue/{name}", [split], folder)
-        examples = [(tuple(x[field].decode() for field in spec.fields), x["label"]) for x in source]
-        if not examples:
-            raise ExperimentError(f"{split} of TFDS's glue/{name} is empty: prepare it again")
-        texts, labels = zip(*examples, strict=True)
-        labels = np.asarray(labels, np.int32 if spec.classes else np.float32)
-        return Sentences(*tokens.encode(tokenizer, texts, max_length), labels)
-
-    return _splits(name, read, "train", "validation")
+    dev = "validation" if tfds else "dev"
+    evaluation = {"": dev}
+    if name == "mnli":
+        evaluation = {"": f"{dev}_matched", "mismatched_": f"{dev}_mismatched"}
+    return read("train"), {prefix: read(split) for prefix, split in evaluation.items()}
 
 
 def subset(sentences: Sentences, examples: int | None, seed: int = 0) -> Sentences:
@@ -150,18 +132,23 @@ def subset(sentences: Sentences, examples: int | None, seed: int = 0) -> Sentenc
     return sentences.take(np.random.default_rng(seed).permutation(size)[:examples])
 
 
-def _spec(name: str) -> Spec:
-    if name not in SPECS or name == "movies":
-        known = ", ".join(z for z in SPECS if z != "movies")
-        raise ExperimentError(f"no GLUE task {name!r}; there are {known}")
-    return SPECS[name]
+def _read_tfds(name: str, split: str, folder: Path | None) -> tuple[list[tuple[str, ...]], np.ndarray]:
+    spec = SPECS[name]
+    [source] = tfds_sources(f"glue/{name}", [split], folder)
+    examples = [(tuple(x[field].decode() for field in spec.fields), x["label"]) for x in source]
+    if not examples:
+        raise ExperimentError(f"{split} of TFDS's glue/{name} is empty: prepare it again")
+    texts, labels = zip(*examples, strict=True)
+    return texts, np.asarray(labels, np.int32 if spec.classes else np.float32)
 
 
-def _splits(name: str, read: Callable[[str], Sentences], train: str, evaluation: str) -> Splits:
-    kinds = {"": evaluation}
-    if name == "mnli":
-        kinds = {"": f"{evaluation}_matched", "mismatched_": f"{evaluation}_mismatched"}
-    return read(train), {prefix: read(split) for prefix, split in kinds.items()}
+def _read_official(name: str, split: str, folder: Path) -> tuple[list[tuple[str, ...]], np.ndarray]:
+    inner = SPECS[name].folder
+    if not (folder / inner).is_dir():
+        raise ExperimentError(
+            f"{folder} has no folder {inner}; expected GLUE's official layout: {inner}/train.tsv and so on"
+        )
+    return _read(folder / inner / f"{split}.tsv", SPECS[name], f"copy it from GLUE's {inner}")
 
 
 def _read(path: Path, spec: Spec, missing: str) -> tuple[list[tuple[str, ...]], np.ndarray]:

@@ -109,10 +109,9 @@ class Text(Task):
         tokens.check_vocabulary(tokenizer, config.vocab_size, folder)
         if self.data == "bundled":
             train, test = sentences.load_movies(tokenizer, self.max_length)
-        elif self.data == "glue":
-            train, test = sentences.load_glue(self._dataset, self.data_dir, tokenizer, self.max_length)
         else:
-            train, test = sentences.load_tfds(self._dataset, self.data_dir, tokenizer, self.max_length)
+            source = self._dataset, self.data_dir, tokenizer, self.max_length, self.data == "tfds"
+            train, test = sentences.load_glue(*source)
         return sentences.subset(train, self.examples), test
 
     def lengths(self, data: Sentences) -> Int[np.ndarray, " N"]:

@@ -185,7 +185,7 @@ def test_one_run_is_trained_once(tmp_path, monkeypatch):
         (["compare", *LINEAR, "--method", "svdlora", "oplora", "--num-iters", "2"], "no setting"),
         (["compare", *LINEAR, "--method", "oplora", "--num-iters"], "num-iters has no value"),
         (["run", *LINEAR, "--method", "oplora", "--learning-rate", "big"], "learning-rate is 'big'"),
-        (["compare", "conditioned", "--method", "scaled_oplora"], "no learning rate for conditioned"),
+        (["compare", "cifar100", "--method", "altlora"], "altlora has no learning rate for cifar100"),
         (["compare", *LINEAR, "--method", "svdlora", "--seeds", "-1"], "seed is -1"),
     ],
 )  # fmt: skip

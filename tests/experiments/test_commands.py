@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import cifar100, conditioned, mnist, sentences, text
+from experiments import cifar100, mnist, sentences, text
 from experiments.__main__ import _configs, parse
 from experiments.training import train
 from tests.experiments.encoders import BERT, random_tensors, write, write_tokenizer
@@ -46,7 +46,7 @@ def stop(*_):
 
 def test_there_are_commands():
     assert len(RESULTS) > 15 and len(OTHERS) > 8
-    assert {z.split()[1] for z in RESULTS} == {"linear", "mnist", "cifar100", "text", "conditioned"}
+    assert {z.split()[1] for z in RESULTS} == {"linear", "mnist", "cifar100", "text"}
 
 
 @pytest.mark.parametrize("command", OTHERS)
@@ -75,7 +75,6 @@ def few(tmp_path_factory):
     return {
         mnist.Mnist: {"batch_size": 8},
         cifar100.Cifar100: {"data_dir": folder, "examples": 2, "batch_size": 2},
-        conditioned.Conditioned: {},
         text.Text: {"weights": weights, "data_dir": folder, "examples": 32},
     }
 
