@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 import pandas as pd
 
@@ -135,18 +134,9 @@ class Checkpoints:
         """Writes the final parameters, which ends the run, and removes the checkpoints."""
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save((self._folder / "parameters").absolute(), parameters)
-        self._manager.close()
+        self.close()
         shutil.rmtree(self._folder / "checkpoints")
 
-    def __enter__(self) -> "Checkpoints":
-        return self
-
-    def __exit__(self, *error: Any) -> None:
+    def close(self) -> None:
+        """Closes Orbax's manager."""
         self._manager.close()
-
-
-def load_parameters(folder: Path, like: Any) -> Any:
-    """The final parameters of a finished run, as a tree like another one."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        return checkpointer.restore((folder / "parameters").absolute(), like)

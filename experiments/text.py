@@ -102,7 +102,7 @@ class Text(Task):
             raise ExperimentError(f"dropout is {self.dropout}; expected 0 or more and less than 1")
         folder = self._weights
         config, _ = _pretrained(folder, self.dtype)
-        longest = config.max_positions - config.position_offset
+        longest = config.max_position_embeddings - config.position_offset
         if self.max_length > longest:
             raise ExperimentError(f"max-length is {self.max_length}; the encoder in {folder} takes {longest}")
         tokenizer = tokens.load_tokenizer(folder)

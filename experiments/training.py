@@ -1,5 +1,6 @@
 """One run: from its configuration to its folder, resumed where it was interrupted."""
 
+import contextlib
 import itertools
 import math
 import time
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pandas as pd
 from jaxtyping import Float, Int
 
@@ -60,7 +62,7 @@ def train(config: Config, *hooks: Hook, checkpoint_seconds: float = 10.0) -> pd.
     state, frozen = start(config)
     frozen = jax.device_put(frozen)
     storage.write(folder / "config.json", config.to_json().encode())
-    with storage.Checkpoints(folder, checkpoint_seconds) as checkpoints:
+    with contextlib.closing(storage.Checkpoints(folder, checkpoint_seconds)) as checkpoints:
         done, state = checkpoints.restore(state)
         metrics_file = storage.Metrics(folder, sum(end <= done for end in ends))
         train_step = make_step(config, max(ends), frozen)
@@ -153,7 +155,9 @@ def load_parameters(config: Config) -> tuple[Any, Any]:
       (what was trained, what was frozen), as the task's `init` gives them.
     """
     state, frozen = start(config)
-    return storage.load_parameters(config.folder, state.trainable), frozen
+    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state.trainable)
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore((config.folder / "parameters").absolute(), like), frozen
 
 
 def make_optimizer(

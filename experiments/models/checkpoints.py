@@ -1,5 +1,6 @@
 """Hugging Face checkpoints: folders of config.json, and the tensors as safetensors."""
 
+import dataclasses
 import importlib.util
 import json
 import re
@@ -16,16 +17,8 @@ from experiments import ExperimentError
 from experiments.models.encoder import ACTIVATIONS, Encoder, EncoderConfig
 
 _ROBERTA = ("roberta", "xlm-roberta", "camembert")
-# The fields without a default, by their names in config.json.
-_FIELDS = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_heads",
-    "intermediate_size": "intermediate_size",
-    "max_position_embeddings": "max_positions",
-    "type_vocab_size": "type_vocab_size",
-}
+# The fields without a default are whole numbers in config.json.
+_SIZES = [z.name for z in dataclasses.fields(EncoderConfig) if z.default is dataclasses.MISSING]
 # Checkpoints' names of the modules, those of a layer by their path in it.
 _MODULES = {
     "words": "embeddings.word_embeddings",
@@ -129,13 +122,13 @@ def _read_config(folder: Path) -> EncoderConfig:
     path, kind = folder / "config.json", values.get("model_type")
     if kind not in ("bert", *_ROBERTA):
         raise ExperimentError(f"{path}: model_type is {kind!r}; expected one of bert, {', '.join(_ROBERTA)}")
-    missing = [key for key in _FIELDS if not isinstance(values.get(key), int)]
+    missing = [key for key in _SIZES if not isinstance(values.get(key), int)]
     if missing:
         raise ExperimentError(f"{path}: no whole number for {', '.join(missing)}")
     pad = values.get("pad_token_id")
     pad = int(kind in _ROBERTA) if pad is None else pad
     config = EncoderConfig(
-        **{field: values[key] for key, field in _FIELDS.items()},
+        **{key: values[key] for key in _SIZES},
         layer_norm_eps=values.get("layer_norm_eps", 1e-12),
         pad_token_id=pad,
         position_offset=pad + 1 if kind in _ROBERTA else 0,
@@ -145,10 +138,9 @@ def _read_config(folder: Path) -> EncoderConfig:
         raise ExperimentError(
             f"{path}: hidden_act is {config.activation!r}; expected one of {', '.join(ACTIVATIONS)}"
         )
-    if config.hidden_size % config.num_heads:
-        raise ExperimentError(
-            f"{path}: hidden_size {config.hidden_size} is no multiple of the {config.num_heads} heads"
-        )
+    if config.hidden_size % config.num_attention_heads:
+        sizes = f"hidden_size {config.hidden_size} is no multiple of the {config.num_attention_heads} heads"
+        raise ExperimentError(f"{path}: {sizes}")
     # What would change the computation, and what each must be.
     plain = {"position_embedding_type": "absolute", "is_decoder": False, "quantization_config": None}
     for key, expected in plain.items():

@@ -24,11 +24,11 @@ class EncoderConfig:
 
     vocab_size: int
     hidden_size: int
-    """A multiple of num_heads."""
-    num_layers: int
-    num_heads: int
+    """A multiple of num_attention_heads."""
+    num_hidden_layers: int
+    num_attention_heads: int
     intermediate_size: int
-    max_positions: int
+    max_position_embeddings: int
     """Rows of the position embeddings, position_offset of which no token uses."""
     type_vocab_size: int
     layer_norm_eps: float = 1e-12
@@ -64,7 +64,7 @@ class Attention(nn.Module):
         self, x: Float[Array, "N L d"], mask: Bool[Array, "N L"], deterministic: bool
     ) -> Float[Array, "N L d"]:
         """The heads' outputs, mixed by a dense layer."""
-        width, heads = self.config.hidden_size, self.config.num_heads
+        width, heads = self.config.hidden_size, self.config.num_attention_heads
         dense = partial(_dense, width, dtype=self.dtype)
         query, key, value = (
             dense(name=name)(x).reshape(*x.shape[:2], heads, width // heads)
@@ -133,16 +133,16 @@ class Encoder(nn.Module):
           deterministic: False for dropout, with an rng "dropout".
         """
         config = self.config
-        longest = config.max_positions - config.position_offset
+        longest = config.max_position_embeddings - config.position_offset
         if tokens.shape[1] > longest:
             raise ExperimentError(f"rows of {tokens.shape[1]} tokens; the encoder takes at most {longest}")
         embed = partial(_embed, features=config.hidden_size, dtype=self.dtype)
         x = embed(config.vocab_size, name="words")(tokens)
-        x += embed(config.max_positions, name="positions")(_positions(config, tokens))
+        x += embed(config.max_position_embeddings, name="positions")(_positions(config, tokens))
         x += embed(config.type_vocab_size, name="token_types")(segments)
         x = _norm(config, self.dtype, "norm")(x)
         x = nn.Dropout(self.dropout)(x, deterministic=deterministic)
-        for i in range(config.num_layers):
+        for i in range(config.num_hidden_layers):
             x = Layer(config, self.dropout, self.dtype, name=f"layer_{i}")(x, mask, deterministic)
         return x
 

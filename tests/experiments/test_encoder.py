@@ -177,7 +177,7 @@ def test_lora(tmp_path):
     value, grads = jax.jit(oplora_jax.value_and_grad(loss, "outer"))(params)
     np.testing.assert_allclose(value, jnp.sum(expected**2), **TOLERANCE)
     leaves = jax.tree.leaves(grads, is_leaf=lambda node: isinstance(node, OuterProduct))
-    assert sum(isinstance(leaf, OuterProduct) for leaf in leaves) == 2 * config.num_layers
+    assert sum(isinstance(leaf, OuterProduct) for leaf in leaves) == 2 * config.num_hidden_layers
 
 
 def test_sharded_and_prefixed_checkpoints(tmp_path):
