@@ -31,37 +31,38 @@ Task = Linear | Mnist | Cifar100 | Text
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """Train one method once. An interrupted run goes on where it was; a finished one is not run again."""
+class Training:
+    """What all that trains has in common."""
 
     task: Task
-    seed: int = 0
-    """Of the start and of the order of the examples."""
     output: Path = Path("outputs")
-    """Folder that the run's own folder is made in."""
+    """Folder for the runs' own folders, and for a comparison's table and figures."""
     tensorboard: bool = False
     """Write the metrics for TensorBoard too; it takes tensorboardX."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Compare:
+class Run(Training):
+    """Train one method once. An interrupted run goes on where it was; a finished one is not run again."""
+
+    seed: int = 0
+    """Of the start and of the order of the examples."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Compare(Training):
     """Train several methods, with several seeds and learning rates, and compare them.
 
-    Prints a table, and writes it and figures of the curves. Runs that are there already are not repeated.
+    Prints a table, and writes summary.csv, curves.png, with several learning rates sweep.png, and with several
+    values of two settings or more of a method heat_map.png. Runs that are there already are not repeated.
     """
 
-    task: Task
     learning_rates: tuple[float, ...] = ()
     """For every method without its own --learning-rate; the papers' if not given."""
     rate_factors: tuple[float, ...] = ()
     """Multiples of each method's own learning rate to take instead, as 0.3 1 3."""
     seeds: tuple[int, ...] = ()
     """The papers' if not given: 0 to 4 for linear, 0 to 2 for the others."""
-    output: Path = Path("outputs")
-    """Folder for the runs' folders, summary.csv, curves.png, with several learning rates sweep.png, and with
-    several values of two settings of a method heat_map.png."""
-    tensorboard: bool = False
-    """Write the metrics for TensorBoard too; it takes tensorboardX."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +216,7 @@ def _configs(command, choices, seeds, learning_rates=(), rate_factors=()) -> lis
     return list(configs)
 
 
-def _train(command: Run | Compare, configs: list[Config]) -> list[pd.DataFrame]:
+def _train(command: Training, configs: list[Config]) -> list[pd.DataFrame]:
     begin = hooks.progress(sum(not config.finished for config in configs))
     tables = []
     for config in configs:
