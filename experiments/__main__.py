@@ -53,7 +53,7 @@ class Run(Training):
 class Compare(Training):
     """Train several methods, with several seeds and learning rates, and compare them.
 
-    Prints a table, and writes summary.csv, curves.png, with several learning rates sweep.png, and with several
+    Prints a table; writes summary.csv, curves.png, with several learning rates sweep.png, and with several
     values of two settings or more of a method heat_map.png. Runs that are there already are not repeated.
     """
 
