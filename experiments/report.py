@@ -90,7 +90,7 @@ def draw_curves(runs: pd.DataFrame, metrics: Sequence[str], path: Path) -> None:
 def draw_sweep(runs: pd.DataFrame, metric: str, path: Path) -> None:
     """Draws the final metric against the learning rate."""
     grid = _lines(final(runs), "learning_rate", [metric])
-    grid.set(xscale="log", xlabel="learning rate", ylabel=f"{_quantity(metric)}, after the last epoch")
+    grid.set(xscale="log", xlabel="learning rate", title=f"{_quantity(metric)}, after the last epoch")
     _write(grid, path)
 
 
@@ -118,7 +118,7 @@ def _lines(runs: pd.DataFrame, x: str, metrics: Sequence[str]) -> sns.FacetGrid:
     )
     grid.set(yscale="log")
     for name, axis in grid.axes_dict.items():
-        axis.set(title="", ylabel=name)
+        axis.set(title=name, ylabel="")
         axis.grid(alpha=0.3, which="both")
     return grid
 

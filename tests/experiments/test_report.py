@@ -93,4 +93,4 @@ def test_what_is_drawn(tmp_path):
     [axis] = grid.axes.flat
     lines = [line.get_ydata().tolist() for line in axis.get_lines() if len(line.get_ydata())]
     assert lines == [[4.0, 2.0], [1e5, 1e5]]
-    assert axis.get_yscale() == "log" and axis.get_ylabel() == "x loss"
+    assert axis.get_yscale() == "log" and axis.get_title() == "x loss"
