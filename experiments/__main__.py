@@ -135,7 +135,9 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[Choice]]:
         if name in ("method", "methods"):
             names = [z for value in values for z in (methods.PRESETS if value == "all" else [value])]
             choices.append(Choice(tuple(dict.fromkeys(names)), {}, ()))
-        elif choices and name == "learning_rate":
+        elif name == "learning_rate":
+            if not choices:
+                raise ExperimentError("learning-rate stands before --method; expected behind it")
             choices[-1] = choices[-1]._replace(learning_rates=tuple(map(_number, values)))
         elif any(name in methods.method(z).settings for choice in choices[-1:] for z in choice.names):
             if not values:

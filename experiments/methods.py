@@ -95,6 +95,8 @@ def method(name: str, **changes: Any) -> Method:
     for key in changes.keys() - known.keys():
         raise ExperimentError(f"{name} has no setting {key!r}; it has {', '.join(known) or 'none'}")
     for key, value in changes.items():
+        if isinstance(value, str) and (known[key] == "task.momentum" or isinstance(known[key], int | float)):
+            raise ExperimentError(f"{name}: {key} is {value!r}; expected a number, true or false")
         if isinstance(known[key], float) and type(value) is int:
             changes[key] = float(value)  # 1 and 1.0 are one run
     return Method(name, tuple((k, changes[k]) for k in known if k in changes and changes[k] != known[k]))

@@ -106,7 +106,7 @@ def start(config: Config) -> tuple[State, Any]:
     optimizer = make_optimizer(config.task, config.method, config.learning_rate, config.seed, steps=1)
     try:
         return State(trainable, optimizer.init(trainable)), frozen
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ExperimentError(f"{config.method}: {error}") from error
 
 
