@@ -46,11 +46,11 @@ lint: $(VENV)/.test
 
 demo: $(VENV)/.experiments
 	$(BIN)/python -m experiments compare mnist --epochs 10 --seeds 0 1 --output outputs/demo \
-		--methods svdlora lora_sgd lora_adamw scaled_gd oplora_1 oplora_2
+		--method svdlora lora_sgd lora_adamw scaled_gd --method oplora --num-iters 1 2
 
 demo-text: $(VENV)/.experiments $(VENV)/.bundled
 	$(BIN)/python -m experiments compare text --examples 1024 --epochs 1 --batch-size 16 --max-length 32 --dropout 0 \
-		--seeds 0 --output outputs/demo-text --methods full_adamw lora_adamw scaled_gd oplora_1 scaled_oplora_1
+		--seeds 0 --output outputs/demo-text --method full_adamw lora_adamw scaled_gd oplora scaled_oplora
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

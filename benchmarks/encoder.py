@@ -11,7 +11,7 @@ from rich.console import Console
 
 from benchmarks import report
 from benchmarks.steps import DEFAULT, NAMES, PLAIN
-from experiments.models.encoder import bundled_folder
+from experiments.models.checkpoints import bundled_folder
 from experiments.text import Batch, Text
 
 SENTENCES, LENGTH = 16, 32

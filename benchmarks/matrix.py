@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import approximations, powers
+from benchmarks.counts import count
 from benchmarks.report import machine, write_settings
 from benchmarks.steps import at_least
 from experiments import ExperimentError, storage
-from experiments.counts import count
-from experiments.progress import progress
+from experiments.hooks import progress
 from oplora_jax import LowRank, lorsum, svd
 from oplora_jax.matrix import Terms
 
@@ -54,10 +54,10 @@ class Matrix:
         _check(self)
         write_settings(self, "matrix")
         rows: list[dict[str, Any]] = []
-        with progress(console, len(self.sizes) * len(self.ranks)) as begin:
-            for row in measure(self, begin):
-                rows.append(row)
-                storage.write_rows(self.output / "matrix.csv", rows)
+        begin = progress(len(self.sizes) * len(self.ranks))
+        for row in measure(self, begin):
+            rows.append(row)
+            storage.write_rows(self.output / "matrix.csv", rows)
         console.print(table(rows))
         written = ["matrix.csv", "matrix.png", "matrix.json"]
         if fits := exponents(rows):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.ticker import NullLocator
 
-from experiments.report import MARKERS, label_ticks, plt, write_figure
+from benchmarks.figures import MARKERS, label_ticks, plt, write_figure
 
 
 class Line(NamedTuple):

@@ -12,10 +12,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.steps import BASELINE, at_least, measure, parse
-from experiments import methods, storage
-from experiments.progress import progress
-from experiments.report import label_ticks, plt, write_figure
+from benchmarks.figures import label_ticks, plt, write_figure
+from benchmarks.steps import BASELINE, at_least, expand, measure, parse
+from experiments import storage
+from experiments.hooks import progress
 from experiments.task import Task
 
 # (title, name of the column, unit and its name)
@@ -52,13 +52,13 @@ def compare(command: Any, name: str, task: Task, data: Sequence[Any], console: C
       ExperimentError: settings that cannot be measured.
     """
     at_least(0, pairs=command.pairs)
-    variants = [parse(z, task) for z in methods.expand([BASELINE, *command.methods])]
+    variants = [parse(z, task) for z in expand([BASELINE, *command.methods])]
     write_settings(command, name)
     rows: list[dict[str, Any]] = []
-    with progress(console, len(variants)) as begin:
-        for row in measure(task, data, variants, command.pairs, begin):
-            rows.append(row)
-            storage.write_rows(command.output / f"{name}.csv", rows)  # what is measured stays
+    begin = progress(len(variants))
+    for row in measure(task, data, variants, command.pairs, begin):
+        rows.append(row)
+        storage.write_rows(command.output / f"{name}.csv", rows)  # what is measured stays
     console.print(table(rows))
     draw_ratios(rows, command.output / f"{name}.png")
     console.print(f"in {command.output / name}.csv, {name}.png and {name}.json", soft_wrap=True)

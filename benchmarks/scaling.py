@@ -13,9 +13,9 @@ from rich.table import Table
 from benchmarks import powers
 from benchmarks.layers import Layers
 from benchmarks.report import machine, write_settings
-from benchmarks.steps import BASELINE, NAMES, Variant, parse, prepare
-from experiments import ExperimentError, methods, storage
-from experiments.progress import progress
+from benchmarks.steps import BASELINE, NAMES, Variant, expand, parse, prepare
+from experiments import ExperimentError, storage
+from experiments.hooks import progress
 
 # (name of the column, title, unit)
 QUANTITIES = (
@@ -58,10 +58,10 @@ class Scaling:
         steps = _steps(self)
         write_settings(self, "scaling")
         rows: list[dict[str, Any]] = []
-        with progress(console, len(steps)) as begin:
-            for row in measure(steps, begin):
-                rows.append(row)
-                storage.write_rows(self.output / "scaling.csv", rows)
+        begin = progress(len(steps))
+        for row in measure(steps, begin):
+            rows.append(row)
+            storage.write_rows(self.output / "scaling.csv", rows)
         console.print(table(rows))
         for varied in VARIED:
             draw(rows, varied, self.output / f"scaling_{varied}.png")
@@ -82,7 +82,7 @@ def _steps(command: Scaling) -> list[Step]:
         name: sorted(set(values))
         for name, values in zip(VARIED, (command.layers, command.widths, command.tokens), strict=True)
     }
-    names = methods.expand(command.methods)
+    names = expand(command.methods)
     if not names or not all(sizes.values()):
         raise ExperimentError("no methods, layers, widths or tokens; give at least one of each")
     least = {name: values[0] for name, values in sizes.items()}

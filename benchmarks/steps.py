@@ -1,6 +1,7 @@
 """The cost of training steps, next to the step of LoRA with AdamW."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,9 +13,10 @@ import optax
 
 import oplora_jax
 from benchmarks.bounds import measure_rates
+from benchmarks.counts import Counts, compile_anew, count
 from benchmarks.timing import alternate, runner
 from experiments import ExperimentError, methods
-from experiments.counts import Counts, compile_anew, count
+from experiments.methods import Method
 from experiments.task import Task
 from experiments.training import State, advance, make_optimizer, size_in_bytes
 
@@ -22,9 +24,9 @@ BASELINE = "lora_adamw"
 PLAIN = "plain"
 IN_BACKWARD = "in_backward"
 NAMES = (
-    f"{methods.NAMES}; with :outer, :dense or :factors behind a name that of an exact gradient, for the kind "
-    f"to train with, or :in_backward, for value_and_update; all for every method; {PLAIN} for {BASELINE} "
-    "without lora_dot"
+    f"{methods.NAMES}; _K behind a name for num_iters=K; with :outer, :dense or :factors behind that of an "
+    "exact gradient, for the kind to train with, or :in_backward, for value_and_update; all for every "
+    f"method, {PLAIN} for {BASELINE} without lora_dot"
 )
 # Every optimizer, and the kinds of gradient and iterations of those that there are several of.
 DEFAULT = (
@@ -32,11 +34,7 @@ DEFAULT = (
     *(f"oplora_{k}:{kind}" for kind in ("outer", "dense", "factors") for k in (1, 2, 8)),
     *(f"scaled_oplora_{k}" for k in (1, 2, 8)),
     "svdlora",
-    *(
-        name
-        for name in methods.ALL
-        if name not in (BASELINE, "svdlora", "oplora_1", "oplora_2", "scaled_oplora_1")
-    ),
+    *(name for name in methods.PRESETS if name not in (BASELINE, "svdlora", "oplora", "scaled_oplora")),
 )
 COUNTED = (
     "flops",
@@ -64,7 +62,7 @@ class Variant(NamedTuple):
     """A method and the kind of gradient it trains with."""
 
     name: str
-    method: str
+    method: Method
     gradient: str
     plain: bool = False
 
@@ -76,15 +74,22 @@ def parse(name: str, task: Task) -> Variant:
       ExperimentError: there is no such method for the task, or it does not train with this gradient.
     """
     if name == PLAIN and hasattr(task, "plain"):
-        return Variant(name, BASELINE, "factors", plain=True)
-    method, _, kind = name.partition(":")
-    needed = methods.find(method).gradient
+        return Variant(name, methods.method(BASELINE), "factors", plain=True)
+    named, _, kind = name.partition(":")
+    preset, k = re.fullmatch(r"(.*?)(?:_(\d+))?", named).groups()
+    method = methods.method(preset, **({"num_iters": int(k)} if k else {}))
+    needed = method.gradient
     allowed = ("outer", "dense", "factors") if needed == "exact" else (needed,)
-    if methods.find(method).of.startswith(("oplora", "scaled_oplora")):
+    if method.of in ("oplora", "scaled_oplora"):
         allowed += (IN_BACKWARD,)
     if kind and kind not in allowed:
-        raise ExperimentError(f"{method} with gradient {kind!r}; expected one of {', '.join(allowed)}")
+        raise ExperimentError(f"{named} with gradient {kind!r}; expected one of {', '.join(allowed)}")
     return Variant(name, method, kind or needed)
+
+
+def expand(names: Sequence[str]) -> list[str]:
+    """The names, each once, with those of all methods in the place of "all"."""
+    return list(dict.fromkeys(z for name in names for z in (methods.PRESETS if name == "all" else [name])))
 
 
 def build(task: Task, variant: Variant) -> tuple[Callable[..., Any], Callable[[], tuple[State, Any]]]:

@@ -8,4 +8,4 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 class ExperimentError(Exception):
-    """Something the user can put right; its message is all that is shown."""
+    """Something the user can put right: a file, a setting, a package. Its message is all that is shown."""

@@ -1,6 +1,10 @@
-"""The command line: `python -m experiments run|compare|ablate TASK`, or `optimizers`.
+"""The command line: `python -m experiments run|compare TASK --method NAME`, or `optimizers`.
 
-TASK is linear, mnist, cifar100, text or conditioned.
+TASK is linear, mnist, cifar100 or text. Behind --method NAME come the settings in which the
+method is changed, arguments of its optimizer: --method oplora --num-iters 2 --momentum-rank 16, and its
+--learning-rate. `compare` takes several names, --method svdlora lora_adamw, and values, --num-iters 1 2 8,
+of which all combinations are trained, and --method again for others. experiments/presets.toml has the names;
+all stands for every one.
 """
 
 import dataclasses
@@ -8,73 +12,57 @@ import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import NamedTuple
 
+import pandas as pd
 import tyro
-from rich.console import Console
 
-from experiments import ExperimentError, catalogue, methods, report, storage
-from experiments.progress import describe, progress
-from experiments.storage import Config, Task
+from benchmarks import catalogue
+from experiments import ExperimentError, hooks, methods, storage
+from experiments.cifar100 import Cifar100
+from experiments.linear import Linear
+from experiments.methods import Method
+from experiments.mnist import Mnist
+from experiments.storage import Config
+from experiments.text import Text
 from experiments.training import train
 
+Task = Linear | Mnist | Cifar100 | Text
+
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class Training:
+    """What all that trains has in common."""
+
+    task: Task
+    output: Path = Path("outputs")
+    """Folder for the runs' own folders, and for a comparison's table and figures."""
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard too; it takes tensorboardX."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run(Training):
     """Train one method once. An interrupted run goes on where it was; a finished one is not run again."""
 
-    task: Task
-    method: Annotated[str, tyro.conf.arg(help=methods.NAMES)]
-    learning_rate: float | None = None
-    """The papers' for the method and task if not given."""
     seed: int = 0
     """Of the start and of the order of the examples."""
-    output: Path = Path("outputs")
-    """Folder that the run's own folder is made in."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Compare:
+class Compare(Training):
     """Train several methods, with several seeds and learning rates, and compare them.
 
-    Prints a table, and writes it and figures of the curves. Runs that are there already are not repeated.
+    Prints a table; writes summary.csv, curves.png, with several learning rates sweep.png, and with several
+    values of two settings or more of a method heat_map.png. Runs that are there already are not repeated.
     """
 
-    task: Task
-    methods: tuple[str, ...]
-    """Names as for `run`; `all` for every method, with the usual K."""
     learning_rates: tuple[float, ...] = ()
-    """For every method; the papers' for each if not given. Several make a figure over them."""
+    """For every method without its own --learning-rate; the papers' if not given."""
     rate_factors: tuple[float, ...] = ()
     """Multiples of each method's own learning rate to take instead, as 0.3 1 3."""
     seeds: tuple[int, ...] = ()
     """The papers' if not given: 0 to 4 for linear, 0 to 2 for the others."""
-    output: Path = Path("outputs")
-    """Folder for the runs' folders, summary.csv, curves.png and sweep.png."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Ablate:
-    """Train scaled OPLoRA with every combination of settings, and draw a heat map.
-
-    Prints a table, and writes it and the map. Runs that are there already are not repeated.
-    """
-
-    task: Task
-    learning_rates: tuple[float, ...] = ()
-    """For every combination, which is drawn at the best of them; the method's usual one if not given."""
-    damping: tuple[float, ...] = (1e-6, 1e-3, 1e-1)
-    """Added to the second moments."""
-    power: tuple[float, ...] = (0.25, 0.5, 1.0)
-    """Of the damped second moments."""
-    structure: tuple[Literal["diagonal", "dense"], ...] = ("diagonal", "dense")
-    """Of the second moments."""
-    num_iters: tuple[int, ...] = (1, 2)
-    """Alternating iterations, K."""
-    seeds: tuple[int, ...] = (0,)
-    """Of the start and of the order of the examples."""
-    output: Path = Path("outputs")
-    """Folder for the runs' folders, summary.csv and ablation.png."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,118 +73,162 @@ class Optimizers:
     """A Markdown file whose table of optimizers is to be replaced instead, as README.md."""
 
 
+class Choice(NamedTuple):
+    """The methods behind one --method."""
+
+    names: tuple[str, ...]
+    settings: dict[str, list]  # the values of each
+    learning_rates: tuple[float, ...]
+
+    def methods(self) -> list[Method]:
+        """Each name with each combination of values."""
+        combinations = list(itertools.product(*self.settings.values()))
+        return [
+            methods.method(name, **dict(zip(self.settings, values, strict=True)))
+            for name in self.names
+            for values in combinations
+        ]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit status."""
+    try:
+        command, choices = parse(sys.argv[1:] if arguments is None else arguments)
+        {Run: run, Compare: compare, Optimizers: optimizers}[type(command)](command, choices)
+    except (ExperimentError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse(arguments: Sequence[str]) -> tuple[Run | Compare | Optimizers, list[Choice]]:
+    """(the command, the methods that it names)."""
+    rest, choices = split(arguments)
     command = tyro.cli(
-        Run | Compare | Ablate | Optimizers,
+        Run | Compare | Optimizers,
         prog="python -m experiments",
         description=__doc__,
-        args=arguments,
+        args=rest,
         config=(
             tyro.conf.OmitArgPrefixes,
             tyro.conf.OmitSubcommandPrefixes,
             tyro.conf.CascadeSubcommandArgs,
         ),
     )
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=140)
+    return command, choices
+
+
+def split(arguments: Sequence[str]) -> tuple[list[str], list[Choice]]:
+    """(what is not a method's, the methods): each --method takes the settings of its optimizer behind it."""
+    options: list[list[str]] = [[]]
+    for argument in arguments:
+        if argument.startswith("--"):
+            options.append(argument.split("=", 1))
+        else:
+            options[-1].append(argument)
+    rest, choices = list(options[0]), []
+    for option, *values in options[1:]:
+        name = option[2:].replace("-", "_")
+        if name in ("method", "methods"):
+            names = [z for value in values for z in (methods.PRESETS if value == "all" else [value])]
+            choices.append(Choice(tuple(dict.fromkeys(names)), {}, ()))
+        elif name == "learning_rate":
+            if not choices:
+                raise ExperimentError("learning-rate stands before --method; expected behind it")
+            choices[-1] = choices[-1]._replace(learning_rates=tuple(map(_number, values)))
+        elif any(name in methods.method(z).settings for choice in choices[-1:] for z in choice.names):
+            if not values:
+                raise ExperimentError(f"{option[2:]} has no value")
+            choices[-1].settings[name] = [methods.parse(value) for value in values]
+        else:
+            rest += [option, *values]
+    return rest, choices
+
+
+def _number(value: str) -> float:
     try:
-        commands = {
-            Run: run,
-            Compare: compare,
-            Ablate: ablate,
-            Optimizers: optimizers,
-        }
-        commands[type(command)](command, console)
-    except (ExperimentError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from the last finished epoch", file=sys.stderr)
-        return 130
-    return 0
+        return float(value)
+    except ValueError:
+        raise ExperimentError(f"learning-rate is {value!r}; expected a number") from None
 
 
-def run(command: Run, console: Console) -> None:
+def run(command: Run, choices: list[Choice]) -> None:
     """Trains one method."""
-    config = _config(command, command.method, command.learning_rate, command.seed)
-    rows = _train([config], console)[0]
-    console.print(f"{_title(config)}: {describe(rows[-1])}", soft_wrap=True)
-    console.print(f"in {config.folder}", soft_wrap=True)
+    configs = _configs(command, choices, (command.seed,))
+    if len(configs) > 1:
+        raise ExperimentError(f"{len(configs)} runs; run takes one, and compare several")
+    [metrics] = _train(command, configs)
+    print(f"{_title(configs[0])}: {hooks.describe(metrics.iloc[-1].to_dict())}\nin {configs[0].folder}")
 
 
-def compare(command: Compare, console: Console) -> None:
+def compare(command: Compare, choices: list[Choice]) -> None:
     """Trains several methods, prints a table and draws the curves."""
     task, output = command.task, command.output
-    groups = _groups(command, command.methods, console)
-    written = [output / "summary.csv", output / "curves.png"]
-    report.draw_curves(groups, task.metrics, written[1])
-    if len(groups) > len({group.method for group in groups}):
-        written.append(output / "sweep.png")
-        report.draw_sweep(groups, task.metrics[0], written[2])
-    console.print(f"in {', '.join(map(str, written))}", soft_wrap=True)
+    seeds = dict.fromkeys(command.seeds or task.seeds)
+    configs = _configs(command, choices, seeds, command.learning_rates, command.rate_factors)
+    _train(command, configs)
+    from experiments import report  # which takes seconds to load what draws
+
+    runs = report.gather(configs)
+    table = report.summary(runs, task.metrics)
+    print(f"after the last epoch: median (least, largest) of {len(seeds)} seed{'s' * (len(seeds) > 1)}\n")
+    print(report.markdown(table, task.metrics))
+    storage.write_rows(output / "summary.csv", table.to_dict("records"))
+    report.draw_curves(runs, task.metrics, output / "curves.png")
+    written = ["summary.csv", "curves.png"]
+    if len(table) > table["method"].nunique():
+        written.append("sweep.png")
+        report.draw_sweep(runs, task.metrics[0], output / "sweep.png")
+    for choice in choices:
+        varied = [name for name, values in choice.settings.items() if len(values) > 1]
+        if len(choice.names) == 1 and 2 <= len(varied) <= 4:
+            written.append("heat_map.png")
+            of = runs[runs["method"].isin([str(method) for method in choice.methods()])]
+            report.draw_heat_map(of, varied, task.metrics[0], output / "heat_map.png")
+    print(f"\nin {', '.join(str(output / name) for name in dict.fromkeys(written))}")
 
 
-def ablate(command: Ablate, console: Console) -> None:
-    """Trains the variants of scaled OPLoRA, prints a table and draws the heat map."""
-    output = command.output
-    settings = (command.structure, command.num_iters, command.damping, command.power)
-    variants = {methods.scaled_oplora_name(*values): values for values in itertools.product(*settings)}
-    groups = _groups(command, tuple(variants), console)
-    report.draw_ablation(groups, variants, command.task.metrics[0], output / "ablation.png")
-    console.print(f"in {output / 'summary.csv'}, {output / 'ablation.png'}", soft_wrap=True)
-
-
-def optimizers(command: Optimizers, console: Console) -> None:
+def optimizers(command: Optimizers, choices: list[Choice]) -> None:
     """Prints the table of all optimizers, in Markdown, or writes it into a file."""
     if command.into is None:
-        print(catalogue.markdown())  # no line is to be wrapped
+        print(catalogue.markdown())
     else:
         catalogue.write_into(command.into)
-        console.print(f"in {command.into}", soft_wrap=True)
+        print(f"in {command.into}")
 
 
-def _groups(command: Compare | Ablate, names: tuple[str, ...], console: Console) -> list[report.Group]:
-    """Trains methods, prints the table and writes it."""
-    metrics, seeds = command.task.metrics, command.seeds or command.task.seeds
-    configs = [
-        _config(command, method, rate, seed)
-        for method in methods.expand(names)
-        for rate in _rates(command, method)
-        for seed in dict.fromkeys(seeds)
-    ]
+def _configs(command, choices, seeds, learning_rates=(), rate_factors=()) -> list[Config]:
+    """The runs of a command: each method with its rates and each seed, none twice."""
+    if rate_factors and (learning_rates or any(choice.learning_rates for choice in choices)):
+        raise ExperimentError("both learning rates and rate-factors are given; give one")
+    configs = {}
+    for choice in choices:
+        for method in choice.methods():
+            rates = choice.learning_rates or learning_rates
+            if not rates:
+                own = method.rate(command.task.protocol)
+                rates = [float(f"{own * factor:.3g}") for factor in rate_factors] or [own]
+            for rate, seed in itertools.product(rates, seeds):
+                configs[Config(command.task, method, rate, seed, command.output)] = None
     if not configs:
-        raise ExperimentError(f"no methods to compare; there are {methods.NAMES}")
-    _train(configs, console)
-    groups = report.gather(configs)
-    rows = report.summary(groups, metrics)
-    console.print(report.table(rows, metrics, len(set(seeds))))
-    storage.write_rows(command.output / "summary.csv", rows)
-    return groups
+        raise ExperimentError(f"no method is given; behind --method there may be {methods.NAMES}")
+    return list(configs)
 
 
-def _rates(command: Compare | Ablate, method: str) -> list[float | None]:
-    """The learning rates to try, None for the method's own."""
-    factors = getattr(command, "rate_factors", ())
-    if not factors:
-        return list(dict.fromkeys(command.learning_rates or (None,)))
-    if command.learning_rates:
-        raise ExperimentError("both learning-rates and rate-factors are given; give one")
-    own = methods.protocol_rate(method, command.task.protocol)
-    return [float(f"{own * factor:.3g}") for factor in dict.fromkeys(factors)]
-
-
-def _config(command: Run | Compare | Ablate, method: str, learning_rate: float | None, seed: int) -> Config:
-    if learning_rate is None:
-        learning_rate = methods.protocol_rate(method, command.task.protocol)
-    methods.find(method)
-    return Config(command.task, method, learning_rate, seed, command.output)
-
-
-def _train(configs: list[Config], console: Console) -> list[list[dict]]:
-    with progress(console, len(configs)) as begin:
-        return [train(config, begin(_title(config))) for config in configs]
+def _train(command: Training, configs: list[Config]) -> list[pd.DataFrame]:
+    begin = hooks.progress(sum(not config.finished for config in configs))
+    tables = []
+    for config in configs:
+        watching = []
+        if not config.finished:
+            watching = [begin(_title(config))]
+            if command.tensorboard:
+                watching.append(hooks.tensorboard(config.folder / "tensorboard"))
+        tables.append(train(config, *watching))
+    return tables
 
 
 def _title(config: Config) -> str:

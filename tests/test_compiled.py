@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import oplora_jax
-from experiments.counts import distinct_fusions
+from benchmarks.counts import distinct_fusions
 from oplora_jax import LowRank, lora_dot
 
 LAYERS, WIDTH, TOKENS, RANK = 12, 768, 4096, 8

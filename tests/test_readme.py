@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.catalogue import markdown
+from benchmarks.catalogue import markdown
 
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
 

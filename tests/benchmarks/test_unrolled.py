@@ -10,7 +10,7 @@ import pytest
 from benchmarks import steps
 from benchmarks.__main__ import main
 from benchmarks.blocks import Blocks
-from experiments.counts import instructions
+from benchmarks.counts import instructions
 from oplora_jax import is_low_rank
 
 TINY = ["unrolled", "--blocks", "1", "--width", "8", "--tokens", "4", "--rank", "2"]

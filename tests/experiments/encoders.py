@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import tokenizers
 from safetensors.numpy import save_file
 
 BERT = {
@@ -45,4 +46,17 @@ def write(folder, values, tensors):
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(values))
     save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def write_tokenizer(folder, words):
+    """BERT's tokenizer in lower case, as tokenizer.json."""
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    special = {word: vocabulary[word] for word in ("[SEP]", "[CLS]")}
+    tokenizer.post_processor = tokenizers.processors.BertProcessing(*special.items())
+    tokenizer.add_special_tokens([word for word in words if word.startswith("[")])
+    tokenizer.save(str(folder / "tokenizer.json"))
     return folder

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import ExperimentError, data, methods
+from experiments import ExperimentError, data
 from experiments.cifar100 import MEAN, STD, Cifar100, PatchMLP, stratified
 from experiments.data import Images
+from experiments.methods import method
 from experiments.storage import Config
 from oplora_jax import LowRank
 
@@ -90,11 +91,20 @@ def test_hundred_classes_without_a_folder():
     assert trainable["LoRADense_8/lora"].a.shape == (256, 16)
 
 
-@pytest.mark.parametrize("name", ["oplora_1", "oplora_1_momentum4x", "svdlora", "lora_adamw", "scaled_adamw"])
-def test_optimizers_take_its_head(task, name):
+@pytest.mark.parametrize(
+    "of",
+    [
+        method("oplora"),
+        method("oplora", momentum_rank=64),
+        method("svdlora"),
+        method("lora_adamw"),
+        method("scaled_adamw"),
+    ],
+    ids=str,
+)
+def test_optimizers_take_its_head(task, of):
     trainable, _ = jax.eval_shape(lambda: task.init(0, full=False))
-    settings = methods.Settings(0.1, task.momentum, task.rank, task.loss_reduction, seed=0)
-    jax.eval_shape(methods.find(name).optimizer(settings).init, trainable)
+    jax.eval_shape(of.optimizer(task, 0.1, seed=0).init, trainable)
 
 
 def test_dropout_in_training_alone(task, parameters):
@@ -167,7 +177,7 @@ def test_tfds():
 
 
 def test_folders_of_runs_differ_by_their_images(tmp_path):
-    config = lambda **fields: Config(Cifar100(**fields), "oplora_1", 0.01, 0, tmp_path)
+    config = lambda **fields: Config(Cifar100(**fields), method("oplora"), 0.01, 0, tmp_path)
     one, other = (config(data="folder", data_dir=tmp_path / name) for name in "ab")
     assert one.folder != other.folder
     assert config().folder == config(data_dir=tmp_path).folder  # the same images, wherever they lie
@@ -178,7 +188,7 @@ def test_protocol(data):
     task = Cifar100(data)
     assert (task.epochs, task.batch_size, task.momentum, task.rank) == (20, 64, 0.9, 16)
     assert task.name == f"cifar100_{data}"
-    rates = {"svdlora": 0.005, "oplora_1": 0.01, "lora_sgd": 0.01, "scaled_adamw": 5e-4, "full_adamw": 1e-3}
-    assert {name: methods.protocol_rate(name, task.protocol) for name in rates} == rates
+    rates = {"svdlora": 0.005, "oplora": 0.01, "lora_sgd": 0.01, "scaled_adamw": 5e-4, "full_adamw": 1e-3}
+    assert {name: method(name).rate(task.protocol) for name in rates} == rates
     with pytest.raises(ExperimentError, match="altlora has no learning rate for cifar100; name one"):
-        methods.protocol_rate("altlora", task.protocol)
+        method("altlora").rate(task.protocol)

@@ -1,126 +1,197 @@
 """The command line, from arguments to files, and what it says about wrong ones."""
 
-import csv
-import itertools
+import inspect
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
-from matplotlib.axes import Axes
 
-from experiments import report, storage
-from experiments.__main__ import main
-from experiments.catalogue import markdown
-from experiments.conditioned import Conditioned
+from benchmarks.catalogue import markdown
+from experiments import methods, storage
+from experiments.__main__ import Task, main, split
 from experiments.linear import Linear
+from experiments.methods import method
 from experiments.storage import Config
 
 LINEAR = ["linear", "--epochs", "2"]
+PNG = b"\x89PNG"
 
 
-@pytest.fixture
-def panels(monkeypatch):
-    """The tables that are drawn as heat maps."""
-    tables, imshow = [], Axes.imshow
-    record = lambda axis, table, **options: tables.append(table) or imshow(axis, table, **options)
-    monkeypatch.setattr(Axes, "imshow", record)
-    return tables
+def rows(path):
+    return pd.read_csv(path / "summary.csv")
+
+
+def names_and_rates(path):
+    return list(rows(path)[["method", "learning_rate"]].itertuples(index=False, name=None))
 
 
 def test_run(tmp_path, capsys):
-    arguments = ["run", *LINEAR, "--method", "oplora_1", "--output", str(tmp_path)]
+    arguments = ["run", *LINEAR, "--method", "oplora", "--num-iters", "2", "--output", str(tmp_path)]
     assert main(arguments) == 0
-    [folder] = (tmp_path / "linear_stochastic" / "oplora_1").iterdir()
-    assert folder.name.startswith("lr0.1_seed0_")
+    [folder] = (tmp_path / "linear_stochastic" / "oplora").iterdir()
+    assert folder.name.startswith("num_iters=2_lr0.1_seed0_")
     printed = capsys.readouterr().out
-    assert "epoch 2" in printed and str(folder) in printed
+    assert "oplora(num_iters=2) lr 0.1 seed 0: epoch 2" in printed and str(folder) in printed
     assert main(arguments) == 0
+    assert "epoch 2" in capsys.readouterr().out
+
+
+def test_tensorboard(tmp_path):
+    pytest.importorskip("tensorboardX")
+    output = ["--output", str(tmp_path)]
+    for expected in (True, False):  # nothing is written of a finished run
+        assert main(["run", *LINEAR, "--method", "oplora", "--tensorboard", *output]) == 0
+        [written] = tmp_path.rglob("tensorboard/*")
+        content = written.read_bytes()
+        assert b"excess_loss" in content and b"train_loss" in content
+        if expected:
+            size = len(content)
+    assert len(content) == size
 
 
 def test_compare_writes_a_table_and_figures(tmp_path, capsys):
-    rates = ["--learning-rates", "0.001", "0.002"]
-    arguments = ["compare", *LINEAR, "--methods", "lora_sgd", "oplora_2", "--seeds", "0", "1", "2", *rates]
+    several = ["--method", "lora_sgd", "--method", "oplora", "--num-iters", "1", "2"]
+    arguments = ["compare", *LINEAR, *several, "--seeds", "0", "1", "2", "--learning-rates", "0.001", "0.002"]
     assert main([*arguments, "--output", str(tmp_path)]) == 0
-    with open(tmp_path / "summary.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    names = [(row["method"], float(row["learning_rate"])) for row in rows]
-    assert names == [(m, lr) for m in ("lora_sgd", "oplora_2") for lr in (0.001, 0.002)]
-    configs = [Config(Linear(epochs=2), "oplora_2", 0.002, seed, tmp_path) for seed in range(3)]
-    finals = [storage.read_metrics(config.folder)[-1]["excess_loss"] for config in configs]
-    assert float(rows[3]["excess_loss_median"]) == np.median(finals)
-    assert float(rows[3]["excess_loss_min"]) == min(finals)
-    assert float(rows[3]["excess_loss_max"]) == max(finals)
-    printed = capsys.readouterr().out
-    assert f"{np.median(finals):.3g} ({min(finals):.3g}, {max(finals):.3g})" in printed
+    expected = [(m, lr) for m in ("lora_sgd", "oplora", "oplora(num_iters=2)") for lr in (0.001, 0.002)]
+    assert names_and_rates(tmp_path) == expected
+    config = lambda seed: Config(Linear(epochs=2), method("oplora", num_iters=2), 0.002, seed, tmp_path)
+    finals = [storage.read_metrics(config(seed).folder)["excess_loss"].iloc[-1] for seed in range(3)]
+    row = rows(tmp_path).iloc[5]
+    spread = [np.median(finals), min(finals), max(finals)]
+    assert [row[f"excess_loss_{part}"] for part in ("median", "min", "max")] == pytest.approx(
+        spread, rel=1e-12
+    )
+    assert "{:.3g} ({:.3g}, {:.3g})".format(*spread) in capsys.readouterr().out
     for name in ("curves.png", "sweep.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+        assert (tmp_path / name).read_bytes().startswith(PNG)
+    assert not (tmp_path / "heat_map.png").exists()
 
 
 def test_compare_around_each_methods_own_rate(tmp_path, capsys):
     factors = ["--rate-factors", "0.5", "1", "--output", str(tmp_path)]
-    arguments = ["compare", *LINEAR, "--methods", "oplora_1", "lora_sgd", "--seeds", "0", *factors]
+    arguments = ["compare", *LINEAR, "--method", "oplora", "lora_sgd", "--seeds", "0", *factors]
     assert main(arguments) == 0
-    with open(tmp_path / "summary.csv", newline="") as file:
-        rows = [(row["method"], float(row["learning_rate"])) for row in csv.DictReader(file)]
-    assert rows == [("oplora_1", 0.05), ("oplora_1", 0.1), ("lora_sgd", 0.001), ("lora_sgd", 0.002)]
-    assert (tmp_path / "sweep.png").exists()
+    expected = [("oplora", 0.05), ("oplora", 0.1), ("lora_sgd", 0.001), ("lora_sgd", 0.002)]
+    assert names_and_rates(tmp_path) == expected
     assert main([*arguments, "--learning-rates", "0.1"]) == 1
-    assert "learning-rates and rate-factors are given; give one" in capsys.readouterr().err
+    assert "both learning rates and rate-factors are given; give one" in capsys.readouterr().err
 
 
-def test_ablation_writes_a_table_and_a_heat_map(tmp_path, panels):
-    arguments = ["ablate", "conditioned", "--epochs", "1", "--learning-rates", "0.001", "1e4"]
-    grid = ["--damping", "1e-6", "0.1", "--power", "0.5", "--structure", "diagonal", "--num-iters", "1"]
-    assert main([*arguments, *grid, "--output", str(tmp_path)]) == 0
-    names = [f"scaled_oplora_1_damping{damping}_power0.5" for damping in ("1e-06", "0.1")]
-    configs = [Config(Conditioned(epochs=1), name, 0.001, 0, tmp_path) for name in names]
-    finals = [storage.read_metrics(config.folder)[-1]["relative_test_loss"] for config in configs]
-    with open(tmp_path / "summary.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    names_and_rates = [(row["method"], float(row["learning_rate"])) for row in rows]
-    assert names_and_rates == [(name, rate) for name in names for rate in (0.001, 1e4)]
-    assert [float(row["relative_test_loss_median"]) for row in rows[::2]] == finals
-    assert [table.tolist() for table in panels] == [[[finals[0]], [finals[1]]]]  # at the better rate
-    assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
+def test_each_method_has_its_own_rates(tmp_path):
+    own = ["--method", "oplora", "--learning-rate", "0.3", "--method", "lora_sgd", "--method", "scaled_gd"]
+    assert (
+        main(
+            ["compare", *LINEAR, *own, "--learning-rates", "0.01", "--seeds", "0", "--output", str(tmp_path)]
+        )
+        == 0
+    )
+    assert names_and_rates(tmp_path) == [("oplora", 0.3), ("lora_sgd", 0.01), ("scaled_gd", 0.01)]
 
 
-def test_heat_map(tmp_path, panels):
-    grid = list(itertools.product(("diagonal", "dense"), (1, 2), (1e-6, 0.1), (0.25, 0.5)))
-    values = np.append(np.linspace(0.2, 0.9, 15), np.nan)  # the last run failed
-    groups = [report.Group(str(i), 0.1, {"x_accuracy": np.array([[x]])}, 0) for i, x in enumerate(1 - values)]
-    variants = {str(i): variant for i, variant in enumerate(grid)}
-    report.draw_ablation(groups, variants, "x_accuracy", tmp_path / "map.png")
-    # Structures down, K across; in a panel dampings down, powers across.
-    np.testing.assert_allclose(np.stack(panels), np.reshape(values, (4, 2, 2)))
-    assert (tmp_path / "map.png").exists()
+def test_a_grid_of_settings_is_a_heat_map(tmp_path):
+    grid = ["--method", "scaled_oplora", "--damping", "1e-6", "0.1", "--power", "0.5", "1"]
+    arguments = [
+        "compare",
+        *LINEAR,
+        *grid,
+        "--learning-rate",
+        "0.1",
+        "--seeds",
+        "0",
+        "--output",
+        str(tmp_path),
+    ]
+    assert main(arguments) == 0
+    named = [
+        f"scaled_oplora({z})"
+        for z in ("damping=1e-06", "damping=1e-06, power=1.0", "damping=0.1", "damping=0.1, power=1.0")
+    ]
+    assert rows(tmp_path)["method"].to_list() == named
+    assert (tmp_path / "heat_map.png").read_bytes().startswith(PNG)
 
 
 def test_protocol_is_the_default(tmp_path):
-    assert main(["compare", *LINEAR, "--methods", "lora_sgd", "--output", str(tmp_path)]) == 0
+    assert main(["compare", *LINEAR, "--method", "lora_sgd", "--output", str(tmp_path)]) == 0
     folders = sorted((tmp_path / "linear_stochastic" / "lora_sgd").iterdir())
     assert [folder.name.rsplit("_", 1)[0] for folder in folders] == [f"lr0.002_seed{i}" for i in range(5)]
     assert not (tmp_path / "sweep.png").exists()
 
 
-def test_best_learning_rate():
-    group = lambda rate, *values: report.Group("svdlora", rate, {"x_loss": np.array(values)[:, None]}, 0)
-    groups = [group(0.1, 3.0, 4.0, 5.0), group(0.2, 1.0, 2.0, 9.0), group(0.3, np.nan, np.nan, np.nan)]
-    assert report.best(groups, "x_loss") == [groups[1]]
-    assert report.best(groups[::-1], "x_loss") == [groups[1]]
+def test_a_method_takes_its_settings():
+    """What follows --method and is no argument of the optimizer is the task's, wherever it stands."""
+    rest, choices = split(
+        [
+            "compare",
+            "mnist",
+            "--seeds",
+            "0",
+            "--methods",
+            "svdlora",
+            "lora_adamw",
+            "--epochs",
+            "3",
+            "--method",
+            "oplora",
+            "--num-iters=2",
+            "--output",
+            "x",
+            "--momentum-rank",
+            "4",
+            "8",
+            "--learning-rate",
+            "0.1",
+            "--method",
+            "all",
+        ]
+    )
+    assert rest == ["compare", "mnist", "--seeds", "0", "--epochs", "3", "--output", "x"]
+    assert [choice.methods() for choice in choices] == [
+        [method("svdlora"), method("lora_adamw")],
+        [method("oplora", num_iters=2, momentum_rank=rank) for rank in (4, 8)],
+        [method(name) for name in methods.PRESETS],
+    ]
+    assert [choice.learning_rates for choice in choices] == [(), (0.1,), ()]
+
+
+def test_no_option_has_two_meanings():
+    options = {name for task in Task.__args__ for name in inspect.signature(task).parameters}
+    options |= {"seed", "seeds", "output", "learning_rates", "rate_factors", "tensorboard"}
+    assert not options & {name for preset in methods.PRESETS for name in method(preset).settings}
+
+
+def test_one_run_is_trained_once(tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(
+        "experiments.__main__._train", lambda command, configs: trained.extend(configs) or 1 / 0
+    )
+    same = ["--method", "oplora", "all", "--method", "oplora", "--num-iters", "1", "2", "--seeds", "0"]
+    with pytest.raises(ZeroDivisionError):
+        main(["compare", *LINEAR, *same])
+    assert len(trained) == len(set(trained)) == len(methods.PRESETS) + 1
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run", *LINEAR, "--method", "adam"], "no method 'adam'; there are full_sgd, .*oplora_K"),
+        (["run", *LINEAR, "--method", "adam"], "no method 'adam'; there are full_sgd, .*oplora"),
+        (["run", *LINEAR, "--method", "oplora", "svdlora"], "2 runs; run takes one, and compare several"),
+        (["run", *LINEAR, "--method", "oplora", "--num-iters", "1", "2"], "2 runs; run takes one"),
         (["run", "linear", "--method", "svdlora", "--epochs", "0"], "epochs is 0; expected 1 or more"),
         (["run", "mnist", "--method", "svdlora", "--batch-size", "5000"], "expected 1 to 4000"),
-        (["compare", *LINEAR, "--methods"], "no methods to compare"),
-        (["ablate", *LINEAR, "--power"], "no methods to compare"),
-        (["ablate", "conditioned"], "no learning rate for conditioned"),
-        (["compare", *LINEAR, "--methods", "svdlora", "--seeds", "-1"], "seed is -1"),
+        (["run", *LINEAR], "no method is given; behind --method there may be full_sgd"),
+        (["compare", *LINEAR, "--method"], "no method is given"),
+        (["compare", *LINEAR, "--method", "svdlora", "oplora", "--num-iters", "2"], "no setting"),
+        (["compare", *LINEAR, "--method", "oplora", "--num-iters"], "num-iters has no value"),
+        (["run", *LINEAR, "--learning-rate", "1", "--method", "oplora"], "learning-rate stands before"),
+        (["run", *LINEAR, "--method", "oplora", "--momentum", "0.5x"], "momentum is '0.5x'; expected"),
+        (["run", *LINEAR, "--method", "oplora", "--momentum-rank", "many"], "momentum_rank=many"),
+        (["run", *LINEAR, "--method", "oplora", "--learning-rate", "big"], "rate is 'big'"),
+        (["compare", "cifar100", "--method", "altlora"], "altlora has no learning rate for cifar100"),
+        (["compare", *LINEAR, "--method", "svdlora", "--seeds", "-1"], "seed is -1"),
     ],
-)
+)  # fmt: skip
 def test_bad_arguments(arguments, message, tmp_path, capsys):
     assert main([*arguments, "--output", str(tmp_path)]) == 1
     assert re.search(message, capsys.readouterr().err)
@@ -132,19 +203,22 @@ def test_output_that_is_no_folder(tmp_path, capsys):
     assert "error: " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["run"], ["run", "chess"], ["run", *LINEAR, "--metod", "x"]])
-def test_unreadable_arguments(arguments, capsys):
-    with pytest.raises(SystemExit) as error:
-        main(arguments)
-    assert error.value.code == 2
+@pytest.mark.parametrize("command", ["run", "compare"])
+def test_unknown_option(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, *LINEAR, "--method", "svdlora", "--num-iters", "2"])
+    assert "--num-iters" in capsys.readouterr().err
 
 
-def test_help_says_what_there_is(capsys):
+def test_help(capsys):
     with pytest.raises(SystemExit) as end:
         main(["compare", "mnist", "--help"])
     assert end.value.code == 0
     printed = capsys.readouterr().out
     assert "--learning-rates" in printed and "tfds" in printed
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "--method" in capsys.readouterr().out
 
 
 def test_keyboard_interrupt(tmp_path, monkeypatch, capsys):
@@ -153,7 +227,7 @@ def test_keyboard_interrupt(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr("experiments.__main__.train", interrupted)
     assert main(["run", *LINEAR, "--method", "svdlora", "--output", str(tmp_path)]) == 130
-    assert "goes on from the last finished epoch" in capsys.readouterr().err
+    assert "goes on from the last checkpoint" in capsys.readouterr().err
 
 
 def test_the_table_of_optimizers(capsys):

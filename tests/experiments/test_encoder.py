@@ -13,7 +13,8 @@ from safetensors.numpy import save_file
 
 import oplora_jax
 from experiments import ExperimentError
-from experiments.models.encoder import Classifier, Encoder, bundled_folder, load_encoder
+from experiments.models.checkpoints import bundled_folder, load_encoder
+from experiments.models.encoder import Classifier, Encoder
 from oplora_jax import OuterProduct
 from oplora_jax.linen import add_lora, loraize
 from tests.experiments.encoders import BERT, random_tensors, write
@@ -176,7 +177,7 @@ def test_lora(tmp_path):
     value, grads = jax.jit(oplora_jax.value_and_grad(loss, "outer"))(params)
     np.testing.assert_allclose(value, jnp.sum(expected**2), **TOLERANCE)
     leaves = jax.tree.leaves(grads, is_leaf=lambda node: isinstance(node, OuterProduct))
-    assert sum(isinstance(leaf, OuterProduct) for leaf in leaves) == 2 * config.num_layers
+    assert sum(isinstance(leaf, OuterProduct) for leaf in leaves) == 2 * config.num_hidden_layers
 
 
 def test_sharded_and_prefixed_checkpoints(tmp_path):

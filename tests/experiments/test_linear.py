@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import linear, methods
+from experiments import linear
 from experiments.linear import Linear
+from experiments.methods import method
 from experiments.storage import Config
 from experiments.training import train
 from oplora_jax import svd, to_dense
@@ -21,11 +22,10 @@ def excess(tmp_path_factory):
     """A function of a setting and a method: the excess loss after each epoch, the median over seeds."""
     output = tmp_path_factory.mktemp("linear")
 
-    def curve(setting, method, seeds=(0,)):
+    def curve(setting, of, seeds=(0,)):
         task = Linear(setting)
-        rate = methods.protocol_rate(method, task.protocol)
-        runs = [train(Config(task, method, rate, seed, output)) for seed in seeds]
-        return np.median([[row["excess_loss"] for row in rows] for rows in runs], axis=0)
+        runs = [train(Config(task, of, of.rate(task.protocol), seed, output)) for seed in seeds]
+        return np.median([metrics["excess_loss"] for metrics in runs], axis=0)
 
     return curve
 
@@ -64,26 +64,26 @@ def test_weights_leave_examples_out():
 # the excess is large a seed is within 1.5. At the end one method's seeds are up to 10 apart, and the golden
 # ones, whose losses are float32, stop above those here.
 @pytest.mark.parametrize(
-    ("case", "method"),
+    ("case", "of"),
     [
-        ("det/lora_sgd", "lora_sgd"),
-        ("det/lora_adamw", "lora_adamw"),
-        ("det/oplora_1", "oplora_1"),
-        ("det/oplora_2", "oplora_2"),
-        ("det/oplora_8", "oplora_8"),
-        ("sto/svdlora", "svdlora"),
-        ("sto/lora_sgd", "lora_sgd"),
-        ("sto/lora_adamw", "lora_adamw"),
-        ("sto/precond", "scaled_gd"),
-        ("sto/oplora_1", "oplora_1"),
-        ("sto/oplora_2", "oplora_2"),
-        ("sto/oplora_8", "oplora_8"),
-        ("sto/oplora_proj_1", "oplora_projected"),
-        ("sto/oplora_2_rm2", "oplora_2_momentum2x"),
+        ("det/lora_sgd", method("lora_sgd")),
+        ("det/lora_adamw", method("lora_adamw")),
+        ("det/oplora_1", method("oplora")),
+        ("det/oplora_2", method("oplora", num_iters=2)),
+        ("det/oplora_8", method("oplora", num_iters=8)),
+        ("sto/svdlora", method("svdlora")),
+        ("sto/lora_sgd", method("lora_sgd")),
+        ("sto/lora_adamw", method("lora_adamw")),
+        ("sto/precond", method("scaled_gd")),
+        ("sto/oplora_1", method("oplora")),
+        ("sto/oplora_2", method("oplora", num_iters=2)),
+        ("sto/oplora_8", method("oplora", num_iters=8)),
+        ("sto/oplora_proj_1", method("oplora_projected")),
+        ("sto/oplora_2_rm2", method("oplora", num_iters=2, momentum_rank=16)),
     ],
 )
-def test_curves_have_the_golden_size(excess, case, method):
-    curve = excess("full_batch" if case.startswith("det") else "stochastic", method)
+def test_curves_have_the_golden_size(excess, case, of):
+    curve = excess("full_batch" if case.startswith("det") else "stochastic", of)
     epochs = np.array(GOLDEN[case]["epoch"])
     golden = np.array(GOLDEN[case]["median_excess_loss"])
     ratios = np.maximum(curve[epochs - 1], 0.1) / np.maximum(golden, 0.1)
@@ -94,23 +94,21 @@ def test_curves_have_the_golden_size(excess, case, method):
 
 
 def test_full_batch_many_iterations_reach_the_optimum(excess):
-    assert excess("full_batch", "oplora_8")[-1] < 1
-    assert excess("full_batch", "oplora_32")[-1] < 0.01
-    assert abs(excess("full_batch", "svdlora")[0]) < 0.01  # the learning rate is exact: one step
+    assert excess("full_batch", method("oplora", num_iters=8))[-1] < 1
+    assert excess("full_batch", method("oplora", num_iters=32))[-1] < 0.01
+    assert abs(excess("full_batch", method("svdlora"))[0]) < 0.01  # the learning rate is exact: one step
 
 
 def test_full_batch_ranking(excess):
-    final = {
-        m: excess("full_batch", m)[-1] for m in ("oplora_8", "oplora_2", "oplora_1", "lora_sgd", "lora_adamw")
-    }
-    assert final["oplora_8"] < final["oplora_2"] < final["oplora_1"]
-    assert final["oplora_1"] < min(final["lora_sgd"], final["lora_adamw"])
+    final = lambda *name, **changes: excess("full_batch", method(*name, **changes))[-1]
+    eight, two, one = (final("oplora", num_iters=k) for k in (8, 2, 1))
+    assert eight < two < one < min(final("lora_sgd"), final("lora_adamw"))
 
 
-@pytest.mark.parametrize("method", ["oplora_1", "oplora_2"])
-def test_stochastic_oplora_passes_the_baselines(excess, method):
+@pytest.mark.parametrize("num_iters", [1, 2])
+def test_stochastic_oplora_passes_the_baselines(excess, num_iters):
     seeds = (0, 1, 2)
-    curve = excess("stochastic", method, seeds)
+    curve = excess("stochastic", method("oplora", num_iters=num_iters), seeds)
     for baseline in ("lora_sgd", "lora_adamw", "scaled_gd"):
-        assert curve[49] < excess("stochastic", baseline, seeds)[49]
-    assert curve[-1] < excess("stochastic", "svdlora", seeds)[-1]
+        assert curve[49] < excess("stochastic", method(baseline), seeds)[49]
+    assert curve[-1] < excess("stochastic", method("svdlora"), seeds)[-1]

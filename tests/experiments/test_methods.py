@@ -1,26 +1,34 @@
+"""Presets of methods, their settings, and what an optimizer is made of."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-import oplora_jax
 from experiments import ExperimentError, methods
+from experiments.linear import Linear
+from experiments.methods import method
 from oplora_jax import LowRank, OuterProduct
 from tests.arrays import normals
 
-SETTINGS = methods.Settings(learning_rate=0.1, momentum=0.9, rank=2, loss_reduction="mean", seed=0)
-NAMES = [name.replace("K", "2").replace("X", "0.5") for name in methods.METHODS]
+VARIANTS = [
+    *map(method, methods.PRESETS),
+    method("oplora", num_iters=2, momentum_rank=4),
+    method("oplora", num_iters=0),
+    method("scaled_oplora", structure="dense", power=1.0),
+    method("lora_pre", eps=0.1),
+]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_method_takes_a_step(name):
-    method = methods.find(name)
-    optimizer = method.optimizer(SETTINGS)
+@pytest.mark.parametrize("setting", ["full_batch", "stochastic"])
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_every_method_takes_a_step(variant, setting):
+    optimizer = variant.optimizer(Linear(setting), 0.1, seed=0)
     normal = normals(0)
     params = {"bias": jnp.ones(3)}
     gradients = {"bias": jnp.ones(3)}
-    if method.gradient == "full":
+    if variant.gradient == "full":
         params["kernel"], gradients["kernel"] = normal(4, 3), normal(4, 3)
     else:
         params["kernel"] = LowRank(normal(4, 2), normal(2, 3))
@@ -28,72 +36,86 @@ def test_every_method_takes_a_step(name):
             "factors": LowRank(normal(4, 2), normal(2, 3)),
             "exact": normal(4, 3),
             "outer": OuterProduct(normal(5, 4), normal(5, 3)),
-        }[method.gradient]
+        }[variant.gradient]
     updates, _ = jax.jit(optimizer.update)(gradients, optimizer.init(params), params)
     new = optax.apply_updates(params, updates)
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(new))
     # Far above float32 rounding of entries near 1, and below every step.
     still = lambda leaf: np.abs(leaf).max() < 1e-5
     same = [jax.tree_util.keystr(path) for path, leaf in jax.tree.leaves_with_path(updates) if still(leaf)]
-    assert same == (["['kernel'].a"] if name == "lora_fa" else [])
+    assert same == (["['kernel'].a"] if variant.preset == "lora_fa" else [])
 
 
-def test_numbers_in_a_name():
-    optimizer = methods.find("oplora_1_momentum4x").optimizer(SETTINGS)
+def test_settings_reach_the_optimizer():
+    optimizer = method("oplora", momentum_rank=8).optimizer(Linear(), 0.1, seed=0)
     state = optimizer.init(LowRank(jnp.ones((9, 2)), jnp.ones((2, 9))))
     assert state.lora.momentum.a.shape == (9, 8)
 
 
-def test_variants_of_scaled_oplora(monkeypatch):
-    monkeypatch.setattr(oplora_jax, "scaled_oplora", lambda rate, **options: {"rate": rate, **options})
-    options = lambda name: methods.find(name).optimizer(SETTINGS._replace(loss_reduction="sum"))
-    named = methods.scaled_oplora_name("dense", 2, 1e-6, 0.25)
-    assert named == "scaled_oplora_2_dense_damping1e-06_power0.25"
-    assert options(named) == {
-        "rate": 0.1,
-        "b1": 0.9,
-        "b2": 0.99,
-        "num_iters": 2,
-        "regularization": 1e-2,
-        "damping": 1e-6,
-        "power": 0.25,
-        "structure": "dense",
-        "loss_reduction": "sum",
-        "seed": 0,
-    }
-    usual = methods.scaled_oplora_name("diagonal", 1, 1e-5, 0.5)
-    assert options(usual) == options("scaled_oplora_1")
+@pytest.mark.parametrize(("setting", "momentum"), [("full_batch", 0.0), ("stochastic", 0.75)])
+def test_presets_of_scaled_oplora(monkeypatch, setting, momentum):
+    factory = lambda learning_rate, *, b1=0.9, damping=0.0, power=0.0, seed=0, **others: (
+        learning_rate, b1, damping, power, seed, others)  # fmt: skip
+    monkeypatch.setitem(methods._FACTORIES, "scaled_oplora", factory)
+    made = method("scaled_oplora", damping=1e-6, structure="dense").optimizer(Linear(setting), 0.1, seed=5)
+    *numbers, others = made
+    assert numbers == [0.1, momentum, 1e-6, 0.5, 5]
+    expected = {"b2": 0.99, "regularization": 1e-2, "structure": "dense", "loss_reduction": "sum"}
+    assert expected.items() <= others.items()
+
+
+@pytest.mark.parametrize("name", ["full_sgd", "svdlora", "lora_sgd", "scaled_gd"])
+def test_no_momentum_keeps_no_state(name):
+    kernel = jnp.ones((9, 7)) if name == "full_sgd" else LowRank(jnp.ones((9, 2)), jnp.ones((2, 7)))
+    size = lambda setting: sum(
+        leaf.size for leaf in jax.tree.leaves(method(name).optimizer(Linear(setting), 0.1, 0).init(kernel))
+    )
+    assert size("full_batch") < 9 < size("stochastic")  # counters at most
+
+
+def test_what_is_unchanged_is_one_method():
+    """However it is called; so that no run is repeated under another name."""
+    assert method("oplora", num_iters=1, regularization=1e-3) == method("oplora")
+    assert str(method("oplora", num_iters=2, momentum_rank=16)) == "oplora(num_iters=2, momentum_rank=16)"
+    assert method("oplora", num_iters=2, momentum_rank=16) == method("oplora", momentum_rank=16, num_iters=2)
+    assert method("oplora", momentum=0.75) != method("oplora")  # which takes that of the task
+    assert method("oplora_projected").settings["momentum_kind"] == "projected"
+    assert hash(method("oplora", num_iters=2)) == hash(method("oplora", num_iters=2))
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("text", "value"),
     [
-        "oplora",
-        "oplora_K",
-        "oplora_",
-        "svdlora_2",
-        "",
-        "oplora_1_2",
-        "oplora_1.5",
-        "scaled_oplora_1_damping-1_power1",
+        ("2", 2), ("1e-3", 1e-3), ("0.5", 0.5), ("-1", -1), ("none", None), ("True", True), ("false", False),
+        ("dense", "dense"), ("inf", float("inf")),
     ],
-)
+)  # fmt: skip
+def test_values(text, value):
+    assert methods.parse(text) == value and type(methods.parse(text)) is type(value)
+
+
+@pytest.mark.parametrize("name", ["adam", "oplora_1", "oplora_", "", "optax.sgd"])
 def test_unknown_names(name):
-    with pytest.raises(ExperimentError, match="there are full_sgd"):
-        methods.find(name)
+    with pytest.raises(ExperimentError, match=f"no method '{name}'; there are full_sgd, .*, oplora,"):
+        method(name)
 
 
-def test_protocol_rates():
-    assert methods.protocol_rate("oplora_8", "mnist") == 0.02
-    assert methods.protocol_rate("scaled_gd", "linear_full_batch") == 0.48
-    with pytest.raises(ExperimentError, match="svdlora has no learning rate for chess"):
-        methods.protocol_rate("svdlora", "chess")
+def test_unknown_settings(unchecked):
+    with pytest.raises(ExperimentError, match="svdlora has no setting 'num_iters'; it has momentum"):
+        method("svdlora", num_iters=2)
+    with pytest.raises(ExperimentError, match=r"scaled_oplora\(structure=sparse\): .*structure is"):
+        method("scaled_oplora", structure="sparse").optimizer(Linear(), 0.1, 0)
 
 
-def test_all_methods():
-    names = methods.expand(["oplora_8", "all", "svdlora"])
-    assert names[0] == "oplora_8" and len(names) == len(set(names)) == 1 + len(methods.ALL)
-    # Every optimizer is among them.
-    assert {methods.find(name).of for name in methods.ALL} >= {
-        method.of for method in methods.METHODS.values()
-    }
+def test_rates():
+    assert method("oplora", num_iters=8).rate("mnist") == 0.02
+    assert method("scaled_gd").rate("linear_full_batch") == 0.48
+    with pytest.raises(ExperimentError, match="svdlora has no learning rate for chess; name one"):
+        method("svdlora").rate("chess")
+
+
+def test_presets_are_complete():
+    """Every optimizer is among them, and what is written of one is known."""
+    assert {method(name).of for name in methods.PRESETS} == set(methods.OPTIMIZERS)
+    protocols = {"linear_full_batch", "linear_stochastic", "mnist", "cifar100", "text", "glue"}
+    assert all(preset.get("learning_rate", {}).keys() <= protocols for preset in methods.PRESETS.values())

@@ -152,11 +152,11 @@ def test_missing(tmp_path, tokenizer):
         sentences.load_glue("rte", tmp_path, tokenizer, LENGTH)
 
 
-@pytest.mark.parametrize("load", [sentences.load_glue, sentences.load_tfds])
+@pytest.mark.parametrize("tfds", [False, True])
 @pytest.mark.parametrize("name", ["wnli", "movies"])
-def test_unknown(tmp_path, tokenizer, load, name):
+def test_unknown(tmp_path, tokenizer, tfds, name):
     with pytest.raises(ExperimentError, match=rf"no GLUE task '{name}'; there are cola, sst2, .*qqp"):
-        load(name, tmp_path, tokenizer, LENGTH)
+        sentences.load_glue(name, tmp_path, tokenizer, LENGTH, tfds)
 
 
 @pytest.fixture
@@ -269,7 +269,7 @@ def prepare(folder, name, examples=2):
 @pytest.mark.parametrize("name", FIELDS)
 def test_tfds(tmp_path, tokenizer, name):
     prepare(tmp_path, name)
-    train, evaluation = sentences.load_tfds(name, tmp_path, tokenizer, LENGTH)
+    train, evaluation = sentences.load_glue(name, tmp_path, tokenizer, LENGTH, tfds=True)
     assert list(evaluation) == (["", "mismatched_"] if name == "mnli" else [""])
     for examples in (train, *evaluation.values()):
         pair = name != "sst2"
@@ -285,10 +285,10 @@ def test_tfds_not_prepared(monkeypatch, tmp_path, tokenizer):
         importlib.util, "find_spec", lambda name: None if name == "tensorflow" else spec(name)
     )
     with pytest.raises(ExperimentError, match=rf"no glue/rte in {tmp_path}, .* takes TensorFlow"):
-        sentences.load_tfds("rte", tmp_path, tokenizer, LENGTH)
+        sentences.load_glue("rte", tmp_path, tokenizer, LENGTH, tfds=True)
 
 
 def test_tfds_missing(monkeypatch, tokenizer):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(ExperimentError, match=r"pip install 'oplora-jax\[tfds\]'"):
-        sentences.load_tfds("rte", None, tokenizer, LENGTH)
+        sentences.load_glue("rte", None, tokenizer, LENGTH, tfds=True)

@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from experiments import ExperimentError, metrics
+from experiments import ExperimentError, metrics, tokens
+from experiments.methods import method
 from experiments.sentences import Sentences
 from experiments.storage import Config, read_metrics
 from experiments.text import Batch, Text
 from experiments.training import load_parameters, train
 from oplora_jax import LowRank
-from tests.experiments.encoders import BERT, random_tensors, write
+from tests.experiments.encoders import BERT, random_tensors, write, write_tokenizer
 
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = ["good", "bad", "film", "plot", "fun", "dull", "a", "the", "is", "was"]
 
 
@@ -24,8 +26,7 @@ WORDS = ["good", "bad", "film", "plot", "fun", "dull", "a", "the", "is", "was"]
 def folders(tmp_path):
     """(weights with a tokenizer, GLUE)."""
     weights = write(tmp_path / "tiny", BERT, random_tensors(BERT))
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    (weights / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    write_tokenizer(weights, [*SPECIAL, *WORDS])
     rng = np.random.default_rng(0)
     text = lambda: " ".join(rng.choice(WORDS[2:], rng.integers(1, 3)))
     glue = tmp_path / "glue"
@@ -53,24 +54,24 @@ def tiny(folders, dataset="sst2", **changes):
 
 
 @pytest.mark.parametrize(
-    ("dataset", "method", "names"),
+    ("dataset", "name", "names"),
     [
-        ("sst2", "oplora_1", ["test_accuracy"]),
+        ("sst2", "oplora", ["test_accuracy"]),
         ("sst2", "full_adamw", ["test_accuracy"]),
-        ("stsb", "scaled_oplora_1", ["test_pearson", "test_spearman"]),
+        ("stsb", "scaled_oplora", ["test_pearson", "test_spearman"]),
     ],
 )
-def test_run(folders, tmp_path, dataset, method, names):
+def test_run(folders, tmp_path, dataset, name, names):
     task = tiny(folders, dataset, dropout=0.1)
-    config = Config(task, method, 0.01, 0, tmp_path)
+    config = Config(task, method(name), 0.01, 0, tmp_path)
     rows = train(config)
-    assert [row["epoch"] for row in rows] == [0.25, 0.5, 0.75, 1]
-    assert all(set(rows[0]) >= {"train_loss", *names} and np.isfinite(row["train_loss"]) for row in rows)
+    assert rows["epoch"].to_list() == [0.25, 0.5, 0.75, 1]
+    assert set(rows) >= {"train_loss", *names} and np.isfinite(rows["train_loss"]).all()
     assert (*names, "train_loss") == task.metrics
-    assert read_metrics(config.folder) == rows
+    assert read_metrics(config.folder).equals(rows)
     trainable, frozen = load_parameters(config)
     loras = {path for path, leaf in trainable.items() if isinstance(leaf, LowRank)}
-    if method == "full_adamw":
+    if name == "full_adamw":
         assert not loras and not frozen
         return
     # What trains is LoRA on queries and values and the head; the rest is the checkpoint's.
@@ -132,7 +133,7 @@ def test_bfloat16(folders, tmp_path):
     trainable, frozen = task.init(0, full=False)
     assert {leaf.dtype for leaf in jax.tree.leaves(trainable)} == {jnp.dtype("float32")}
     assert {leaf.dtype for leaf in jax.tree.leaves(frozen)} == {jnp.dtype("bfloat16")}
-    assert np.isfinite(train(Config(task, "oplora_1", 0.01, 0, tmp_path))[-1]["train_loss"])
+    assert np.isfinite(train(Config(task, method("oplora"), 0.01, 0, tmp_path))["train_loss"].iloc[-1])
 
 
 def test_bundled_encoder_learns(tmp_path, monkeypatch):
@@ -142,8 +143,8 @@ def test_bundled_encoder_learns(tmp_path, monkeypatch):
     assert len(data.labels) == 48 and len(test[""].labels) == 1000
     monkeypatch.setattr(Text, "load", lambda self, seed: (data, {"": data}))
     monkeypatch.setattr(Text, "evaluations", 1)
-    rows = train(Config(task, "lora_adamw", 0.005, 0, tmp_path))
-    assert rows[-1]["test_accuracy"] > 0.9
+    rows = train(Config(task, method("lora_adamw"), 0.005, 0, tmp_path))
+    assert rows["test_accuracy"].iloc[-1] > 0.9
 
 
 @pytest.mark.parametrize(
@@ -167,8 +168,8 @@ def test_weights_that_are_missing_or_do_not_fit(folders, tmp_path):
     task = tiny(folders)
     with pytest.raises(ExperimentError, match="no folder"):
         dataclasses.replace(task, weights=tmp_path / "none").load(0)
-    with (task.weights / "vocab.txt").open("a") as file:
-        file.write("".join(f"word{i}\n" for i in range(30)))
+    write_tokenizer(task.weights, [*SPECIAL, *WORDS, *(f"word{i}" for i in range(30))])
+    tokens.load_tokenizer.cache_clear()
     with pytest.raises(
         ExperimentError, match="knows 45 tokens, the weights 30: take both from one checkpoint"
     ):
@@ -177,7 +178,7 @@ def test_weights_that_are_missing_or_do_not_fit(folders, tmp_path):
 
 def test_what_names_a_run(folders, tmp_path):
     task = tiny(folders)
-    config = json.loads(Config(task, "oplora_1", 0.1, 0, tmp_path).to_json())
+    config = json.loads(Config(task, method("oplora"), 0.1, 0, tmp_path).to_json())
     assert config["task"] == "text_sst2" and config["weights"] == "tiny" and "data_dir" not in config
     assert task.protocol == "glue" and Text().protocol == "text" and Text().name == "text_movies"
 

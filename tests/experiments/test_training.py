@@ -2,18 +2,19 @@
 
 import dataclasses
 import json
+import math
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
-import time
 
 import jax
 import numpy as np
+import pandas as pd
 import pytest
 
 from experiments import ExperimentError, storage, training
 from experiments.linear import Linear
+from experiments.methods import method
 from experiments.mnist import Mnist
 from experiments.storage import Config
 from experiments.training import batches, load_parameters, optimizer_bytes, train
@@ -27,111 +28,118 @@ class Interruption(Exception):
 
 
 def interrupt_at(step):
-    def notify(done, steps, metrics):
+    def hook(done, steps, metrics, state):
         if done == step:
             raise Interruption
 
-    return notify
+    return hook
 
 
-def without_times(rows):
-    return [{k: v for k, v in row.items() if k != "seconds_per_step"} for row in rows]
+def assert_same(found, expected):
+    """To the last bit, but for the times."""
+    pd.testing.assert_frame_equal(*(z.drop(columns="seconds_per_step") for z in (found, expected)), rtol=0)
 
 
 @pytest.mark.parametrize(
-    ("task", "method", "step"),
+    ("task", "of", "step"),
     [
-        (LINEAR, "oplora_1", 2),  # in the first epoch: nothing to resume from
-        (LINEAR, "oplora_2_momentum2x", 6),
-        (LINEAR, "oplora_projected", 8),  # between two epochs: the last step, before anything is written
-        (LINEAR, "scaled_adamw", 14),
-        (LINEAR, "svdlora", 9),
-        (LINEAR, "full_adamw", 9),
-        (LINEAR, "scaled_oplora_1", 9),
-        (Mnist(epochs=2, batch_size=400), "oplora_1", 13),
+        (LINEAR, method("oplora"), 2),  # in the first epoch: nothing to resume from
+        (LINEAR, method("oplora", num_iters=2, momentum_rank=16), 6),
+        (LINEAR, method("oplora_projected"), 8),  # the last step of an epoch, before anything is written
+        (LINEAR, method("scaled_adamw"), 14),
+        (LINEAR, method("svdlora"), 9),
+        (LINEAR, method("full_adamw"), 9),
+        (LINEAR, method("scaled_oplora"), 9),
+        (Mnist(epochs=2, batch_size=400), method("oplora"), 13),
     ],
 )
-def test_resumed_run_ends_with_the_same_numbers(tmp_path, task, method, step):
-    whole = Config(task, method, 0.02, 0, tmp_path / "whole")
+def test_resumed_run_ends_with_the_same_numbers(tmp_path, task, of, step):
+    whole = Config(task, of, 0.02, 0, tmp_path / "whole")
     config = dataclasses.replace(whole, output=tmp_path / "parts")
     expected = train(whole)
     with pytest.raises(Interruption):
-        train(config, interrupt_at(step))
+        train(config, interrupt_at(step), checkpoint_seconds=0)
     assert not config.finished
-    assert without_times(train(config)) == without_times(expected)
-    assert (config.folder / storage.PARAMETERS).read_bytes() == (
-        whole.folder / storage.PARAMETERS
-    ).read_bytes()
-    assert sorted(os.listdir(config.folder)) == ["config.json", "metrics.csv", "parameters.msgpack"]
+    first = []
+    assert_same(train(config, lambda done, *_: first.append(done), checkpoint_seconds=0), expected)
+    epoch = math.ceil(len(task.load(0)[0][0]) / task.batch_size)
+    assert first[0] == 1 + (step - 1) // epoch * epoch  # it goes on behind the last epoch that was kept
+    for found, same in zip(*(jax.tree.leaves(load_parameters(z)) for z in (config, whole)), strict=True):
+        np.testing.assert_array_equal(found, same)
+    assert sorted(os.listdir(config.folder)) == ["config.json", "metrics.csv", "parameters"]
 
 
 def test_interruption_between_metrics_and_checkpoint(tmp_path, monkeypatch):
-    whole = Config(LINEAR, "oplora_1", 0.1, 0, tmp_path / "whole")
+    whole = Config(LINEAR, method("oplora"), 0.1, 0, tmp_path / "whole")
     config = dataclasses.replace(whole, output=tmp_path / "parts")
     expected = train(whole)
-    save = storage.save_checkpoint
+    keep = storage.Checkpoints.__call__
 
-    def fail_late(folder, epoch, state):
-        if epoch == 3:
+    def fail_late(self, step, *arguments):
+        if step == 12:
             raise Interruption
-        save(folder, epoch, state)
+        keep(self, step, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "save_checkpoint", fail_late)
+        patch.setattr(storage.Checkpoints, "__call__", fail_late)
         with pytest.raises(Interruption):
-            train(config)
+            train(config, checkpoint_seconds=0)
     assert len(storage.read_metrics(config.folder)) == 3  # the third epoch's row has no checkpoint
-    assert without_times(train(config)) == without_times(expected)
+    assert_same(train(config), expected)
 
 
-def test_killed_process_resumes(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "experiments",
-        "run",
-        "linear",
-        "--method",
-        "oplora_1",
-        "--epochs",
-        "100",
-    ]
-    configs = [
-        Config(Linear(epochs=100), "oplora_1", 0.1, 0, tmp_path / name) for name in ("whole", "killed")
-    ]
-    start = lambda config: subprocess.Popen(
-        [*command, "--output", str(config.output)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    whole, killed = map(start, configs)
-    deadline = time.monotonic() + 60
-    while not (configs[1].folder / storage.CHECKPOINT).exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
-    assert killed.returncode == -signal.SIGKILL and not configs[1].finished
-    again = start(configs[1])
-    for process in (whole, again):
-        assert process.communicate(timeout=60) and process.returncode == 0
-    expected, found = (without_times(storage.read_metrics(config.folder)) for config in configs)
-    assert len(found) == 100 and found == expected
+def test_checkpoints_are_seconds_apart(tmp_path):
+    config = Config(LINEAR, method("oplora"), 0.1, 0, tmp_path)
+    with pytest.raises(Interruption):
+        train(config, interrupt_at(9), checkpoint_seconds=1e6)
+    assert not os.listdir(config.folder / "checkpoints") and len(storage.read_metrics(config.folder)) == 2
+
+
+def train_until_killed(config, seconds):
+    """In a process of its own: dies by signal 9 so many seconds after the first step, if it is not done."""
+
+    def hook(step, steps, metrics, state):
+        if hook.first:
+            hook.first = False
+            signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+
+    hook.first = True
+    train(config, hook, checkpoint_seconds=0)
+
+
+def test_killed_ten_times(tmp_path):
+    """At random moments: in steps, while the metrics are written, and while a checkpoint is."""
+    config = Config(Linear(epochs=100), method("oplora"), 0.1, 0, tmp_path / "killed")
+    processes = multiprocessing.get_context("forkserver")  # it has loaded everything, and starts fast
+    processes.set_forkserver_preload(["experiments.training", __name__])
+    for seconds in np.random.default_rng(0).uniform(0, 0.3, 10):
+        process = processes.Process(target=train_until_killed, args=(config, seconds))
+        process.start()
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL and not config.finished
+    first = []
+    found = train(config, lambda step, *_: first.append(step))
+    assert first[0] > 1  # it was resumed, and not begun anew
+    assert_same(found, train(dataclasses.replace(config, output=tmp_path)))
 
 
 def test_finished_run_is_not_run_again(tmp_path, monkeypatch):
-    config = Config(Linear(epochs=2), "oplora_1", 0.1, 0, tmp_path)
+    config = Config(Linear(epochs=2), method("oplora"), 0.1, 0, tmp_path)
     rows = train(config)
-    before = {path: path.stat().st_mtime_ns for path in config.folder.iterdir()}
+    before = {path: path.stat().st_mtime_ns for path in config.folder.rglob("*")}
     monkeypatch.setattr(training, "_step", None)  # a step would fail
-    assert train(config) == rows
-    assert {path: path.stat().st_mtime_ns for path in config.folder.iterdir()} == before
+    assert train(config).equals(rows)
+    assert {path: path.stat().st_mtime_ns for path in config.folder.rglob("*")} == before
 
 
 def test_other_settings_are_another_run(tmp_path):
-    config = Config(Linear(epochs=2), "oplora_1", 0.1, 0, tmp_path)
+    config = Config(Linear(epochs=2), method("oplora"), 0.1, 0, tmp_path)
     others = [
         dataclasses.replace(config, task=Linear(epochs=3)),
         dataclasses.replace(config, task=Linear("full_batch", epochs=2)),
-        dataclasses.replace(config, method="oplora_2"),
-        dataclasses.replace(config, method="scaled_oplora_1_damping1e-05_power0.5"),
+        dataclasses.replace(config, method=method("oplora", num_iters=2)),
+        dataclasses.replace(config, method=method("oplora_projected")),
         dataclasses.replace(config, learning_rate=0.1 + 1e-9),
         dataclasses.replace(config, seed=1),
     ]
@@ -139,27 +147,30 @@ def test_other_settings_are_another_run(tmp_path):
     train(config)
     assert not any(c.finished for c in others)
     # Where the data lie and where the results go change no number.
-    same = Config(Mnist("tfds"), "svdlora", 0.1, 0, tmp_path)
+    same = Config(Mnist("tfds"), method("svdlora"), 0.1, 0, tmp_path)
     assert same.folder == dataclasses.replace(same, task=Mnist("tfds", data_dir=tmp_path)).folder
 
 
 def test_files(tmp_path):
-    config = Config(Linear(epochs=2), "oplora_1", 0.1, 5, tmp_path)
+    config = Config(Linear(epochs=2), method("oplora", num_iters=2), 0.1, 5, tmp_path)
     rows = train(config)
-    assert json.loads((config.folder / "config.json").read_text()) == {
+    written = json.loads((config.folder / "config.json").read_text())
+    settings = written.pop("settings")
+    assert {"num_iters": 2, "momentum": "task.momentum", "regularization": 1e-3}.items() <= settings.items()
+    assert written == {
         "task": "linear_stochastic",
-        "method": "oplora_1",
+        "method": "oplora",
         "learning_rate": 0.1,
         "seed": 5,
         "setting": "stochastic",
         "epochs": 2,
     }
-    assert storage.read_metrics(config.folder) == rows
-    assert [row["epoch"] for row in rows] == [1, 2]
+    assert storage.read_metrics(config.folder).equals(rows)
+    assert rows["epoch"].to_list() == [1, 2]
     trainable, frozen = load_parameters(config)
     assert isinstance(trainable["weight"], LowRank)
     found = config.task.evaluate(trainable, frozen, config.task.load(5)[1])
-    assert found["excess_loss"] == rows[-1]["excess_loss"]
+    assert found["excess_loss"] == rows["excess_loss"].iloc[-1]
 
 
 def test_write_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):
@@ -206,23 +217,25 @@ class Decaying(Linear):
     max_norm = 5.0
 
 
-@pytest.mark.parametrize("method", ["lora_sgd", "oplora_1", "scaled_oplora_1"])
-def test_decay_clipping_and_evaluations_within_an_epoch(tmp_path, method):
+@pytest.mark.parametrize("name", ["lora_sgd", "oplora", "scaled_oplora"])
+def test_decay_clipping_and_evaluations_within_an_epoch(tmp_path, name):
     task = Decaying(epochs=2)
-    whole = Config(task, method, 0.1, 0, tmp_path / "whole")
+    whole = Config(task, method(name), 0.1, 0, tmp_path / "whole")
     config = dataclasses.replace(whole, output=tmp_path / "parts")
     expected = train(whole)
-    assert [row["epoch"] for row in expected] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2])
-    assert all(row["peak_memory_mib"] > 0 for row in expected)
+    assert expected["epoch"].to_list() == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2])
+    assert (expected["peak_memory_mib"] > 0).all()
     with pytest.raises(Interruption):
-        train(config, interrupt_at(6))  # of 8, between the fourth evaluation and the fifth
-    assert without_times(train(config)) == without_times(expected)
+        train(
+            config, interrupt_at(6), checkpoint_seconds=0
+        )  # of 8, between the fourth evaluation and the fifth
+    assert_same(train(config), expected)
 
 
 def test_decay_and_clipping_by_hand(tmp_path):
     """SGD without momentum: steps of length rate * (1 - t / T) * max_norm, where gradients are longer."""
     task = Decaying("full_batch", epochs=4)
-    config = Config(task, "full_sgd", 0.1, 0, tmp_path)
+    config = Config(task, method("full_sgd"), 0.1, 0, tmp_path)
     _, target = task.load(0)[0]
     weight = np.asarray(task.init(0, full=True)[0]["weight"], np.float64)
     for step in range(4):
@@ -236,12 +249,14 @@ def test_decay_and_clipping_by_hand(tmp_path):
 
 
 def test_optimizer_state_size(tmp_path):
-    size = lambda method: optimizer_bytes(Config(Linear(), method, 0.1, 0, tmp_path))
+    size = lambda name, **changes: optimizer_bytes(
+        Config(Linear(), method(name, **changes), 0.1, 0, tmp_path)
+    )
     factors, dense, counters = 4 * 8 * 800, 4 * 200 * 600, 4 * np.arange(4)
     assert size("lora_sgd") == factors
     assert size("lora_adamw") - 2 * factors in counters
-    assert size("oplora_1") - factors in counters
-    assert size("oplora_1_momentum2x") - 2 * factors in counters
+    assert size("oplora") - factors in counters
+    assert size("oplora", momentum_rank=16) - 2 * factors in counters
     assert size("svdlora") - dense in counters
 
 
@@ -254,11 +269,11 @@ def test_optimizer_state_size(tmp_path):
         ({"learning_rate": -0.1}, "learning-rate is -0.1"),
         ({"learning_rate": float("nan")}, "learning-rate is nan"),
         ({"seed": -1}, "seed is -1"),
-        ({"method": "adam"}, "no method 'adam'"),
+        ({"method": method("oplora", momentum_rank=0)}, "oplora.momentum_rank=0.: .*momentum_rank"),
     ],
 )
 def test_bad_configurations(tmp_path, changes, message):
-    config = dataclasses.replace(Config(Linear(), "svdlora", 0.1, 0, tmp_path), **changes)
+    config = dataclasses.replace(Config(Linear(), method("svdlora"), 0.1, 0, tmp_path), **changes)
     with pytest.raises(ExperimentError, match=message):
         train(config)
     assert not list(tmp_path.iterdir())
@@ -266,6 +281,6 @@ def test_bad_configurations(tmp_path, changes, message):
 
 def test_learning_rates_share_a_compilation(tmp_path):
     task = Linear(epochs=1)
-    train(Config(task, "lora_sgd", 0.001, 0, tmp_path))
+    train(Config(task, method("lora_sgd"), 0.001, 0, tmp_path))
     with jax.no_tracing():
-        train(Config(task, "lora_sgd", 0.002, 0, tmp_path))
+        train(Config(task, method("lora_sgd"), 0.002, 0, tmp_path))

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from experiments import ExperimentError
-from experiments.models.encoder import Encoder, bundled_folder, load_encoder
+from experiments.models.checkpoints import bundled_folder, load_encoder
+from experiments.models.encoder import Encoder
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -10,9 +10,9 @@ import optax
 import pytest
 
 import oplora_jax
+from benchmarks.catalogue import OPTIMIZERS, markdown, state_size, update_operations
 from experiments.__main__ import main
-from experiments.catalogue import OPTIMIZERS, markdown, state_size, update_operations
-from experiments.methods import METHODS
+from experiments.methods import PRESETS, method
 from oplora_jax import LowRank
 from tests.optimizers.cases import CASES, dense_tree, gradient_of, problem, run
 
@@ -41,7 +41,7 @@ def test_the_table_is_complete():
     names = [row.split("`")[1] for row in rows]
     assert sorted(names) == sorted(ours | {"optax.sgd", "optax.adamw"})
     assert ours <= {case.of for case in CASES.values()}
-    assert ours <= {method.of for method in METHODS.values()}
+    assert ours <= {method(name).of for name in PRESETS}
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from experiments import ExperimentError
-from experiments.images import folder_classes, folder_images
+from experiments.data import folder_classes, folder_images
 
 
 def write(path, color=(0, 0, 0), size=(32, 32), mode="RGB"):

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments import ExperimentError, storage
-from experiments.counts import operations
+from benchmarks.counts import operations
+from experiments import ExperimentError
 from oplora_jax import LowRank, OuterProduct
 from oplora_jax.optimizers import OPTIMIZERS as OURS
 from oplora_jax.optimizers._facts import Facts
@@ -94,4 +94,4 @@ def write_into(path: Path) -> None:
     new, found = re.subn(r"^\| optimizer \|.*(?:\n\|.*)*", lambda _: markdown(), text, flags=re.MULTILINE)
     if found != 1:
         raise ExperimentError(f"{path} has {found} tables that begin with '| optimizer |'; expected one")
-    storage.write(path, new.encode())
+    path.write_text(new, encoding="utf-8")
