@@ -45,10 +45,13 @@ def update_operations(name: str, n: int, m: int, rank: int, tokens: int) -> floa
     Its gradient is that of the factors if that is what the optimizer works from, and else an `OuterProduct`.
     """
     facts, param = OPTIMIZERS[name], _low_rank(n, m, rank)
-    outer = OuterProduct(_shape(tokens, n), _shape(tokens, m))
     tx = facts.factory(0.1)
     state = jax.eval_shape(tx.init, param)
-    return operations(tx.update, param if facts.gradient == "factors" else outer, state, param)
+    if facts.gradient == "factors":
+        return operations(tx.update, param, state, param)
+    # Made where it is used, as in a training step: nothing has been done to it that would have to be checked.
+    update = lambda x, dy, *rest: tx.update(OuterProduct(x, dy), *rest)
+    return operations(update, _shape(tokens, n), _shape(tokens, m), state, param)
 
 
 def _low_rank(n: int, m: int, rank: int) -> LowRank:

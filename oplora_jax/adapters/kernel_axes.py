@@ -167,7 +167,7 @@ def add_einsum_increment(
     if lora.shape != matrix:
         taken = f"the einsum {equation!r} takes the kernel {tuple(kernel_shape)} for a matrix {matrix}"
         raise ValueError(f"{taken}, but its LoRA parameter is {lora.shape}")
-    if lora.roles != kept_roles(roles):
+    if lora.roles not in (roles, kept_roles(roles)):
         taken = f"the einsum {equation!r} takes the kernel's axes as {roles!r}"
         raise ValueError(f"{taken}, but its LoRA parameter has roles={lora.roles!r}")
     inputs, kernel, outputs = _operands(equation, jnp.ndim(x), len(kernel_shape))

@@ -131,9 +131,10 @@ def merge(model: Model) -> Model:
             own = f"{type(layer).__name__} has a __call__ of its own, which {plain.__name__} would lose"
             raise ValueError(f"{name}: {own}. Merge its lora into its kernel yourself")
         try:
-            layer.kernel.set_value(layer.merged_kernel())
+            kernel = layer.merged_kernel()
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+        layer.kernel.set_value(kernel)
         if isinstance(layer, BlockShortcutLinear):
             del layer.previous
         delattr(layer, layer.lora_name)
