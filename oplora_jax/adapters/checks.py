@@ -28,7 +28,11 @@ def check_roles(lora: LowRank, roles: str, name: str) -> None:
 
 
 def refuse_unsupported(
-    targets: Any, paths: Iterable[str], others: Mapping[str, type], supported: Iterable[type], library: Any
+    patterns: Sequence[Any],
+    paths: Iterable[str],
+    others: Mapping[str, type],
+    supported: Iterable[type],
+    library: Any,
 ) -> None:
     """Raises ValueError for a pattern that matches a module, but no layer of a class that takes LoRA.
 
@@ -38,7 +42,7 @@ def refuse_unsupported(
     name = lambda cls: (
         f"{prefix}.{cls.__name__}" if getattr(library, cls.__name__, None) is cls else cls.__name__
     )
-    for pattern in targets if isinstance(targets, list | tuple) else [targets]:
+    for pattern in patterns:
         matched = [path for path in others if matches(path, [pattern])]
         if matched and not any(matches(path, [pattern]) for path in paths):
             path = max(matched, key=bool)  # the model itself only if nothing else matches

@@ -19,7 +19,7 @@ from oplora_jax.sharding import entries, merged, varying
 
 # Programs that run as they are written, so that taps can be put into them: those of `jax.jit` and
 # `jax.checkpoint`. A function with a derivative of its own, or a while loop, is not one.
-CALLS = frozenset(["jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"])
+CALLS = frozenset(["jit", "pjit", "remat", "remat2", "checkpoint"])
 # Of integers alone: what an index is computed with.
 _OF_INDICES = frozenset(
     [
@@ -215,7 +215,7 @@ def _record(eqn: Any, arguments: list[_Flow], places: _Places) -> _Flow:
         )
     else:
         missed += [a, b]
-    return _computed(missed)._replace(view=None)
+    return _computed(missed)
 
 
 def _are_factors(a: View, b: View) -> bool:

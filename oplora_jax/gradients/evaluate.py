@@ -133,7 +133,7 @@ def _with(tap: Tap, view: View) -> Tap:
 
 def _call(name: str, params: Any, operands: Any, taps: Taps, jitted: Any) -> tuple[list[Any], list[Any]]:
     """A function under `jax.jit` or `jax.checkpoint`."""
-    program = params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"]
+    program = params["jaxpr"]
     if name in ("jit", "pjit") and not params["inline"]:
         return jitted(params["name"])(program, operands, list(taps))
     run = functools.partial(_run, program, jitted=jitted)

@@ -25,6 +25,7 @@ def accumulate(
     from each microbatch to the next.
     """
     is_outer = lambda node: isinstance(node, OuterProduct)
+    counted = (lambda share, added: added) if weight is None else _without_nothing
 
     def accumulated(params, state, args, kwargs):
         parts, rebuild = split(args, microbatches)
@@ -42,11 +43,8 @@ def accumulate(
         def body(carry, part):
             (state, sums), (part, share) = carry, part
             value, (aux, state), gradients = one(params, state, part, share)
-            value, new = _without_nothing(share, value), treedef.flatten_up_to(gradients)
-            new = [
-                (g.x, _without_nothing(share, g.dy)) if is_outer(g) else _without_nothing(share, g)
-                for g in new
-            ]
+            value, new = counted(share, value), treedef.flatten_up_to(gradients)
+            new = [(g.x, counted(share, g.dy)) if is_outer(g) else counted(share, g) for g in new]
             sums = [None if s is None else s + g.astype(s.dtype) for s, g in zip(sums, new, strict=True)]
             return (state, sums), (value, aux, [g for g in new if isinstance(g, tuple)])
 

@@ -21,9 +21,14 @@ Shape = Sequence[int]
 Size = int | Shape
 
 
+def kernel_of(layer: nnx.Module) -> Any:
+    """A layer's kernel; one that Qwix has quantised is no variable."""
+    return layer.kernel.get_value() if isinstance(layer.kernel, nnx.Variable) else layer.kernel
+
+
 def lora_param(layer: nnx.Module, rank: Rank, alpha: Alpha, rngs: Rngs, dtype: Any = None) -> nnx.LoRAParam:
     """The LoRA parameter of a layer that has its kernel: a `LowRank` of a type, the kernel's if None."""
-    kernel = layer.kernel.get_value() if isinstance(layer.kernel, nnx.Variable) else layer.kernel
+    kernel = kernel_of(layer)
     return nnx.LoRAParam(init_beside(rngs.params(), kernel, roles(layer), rank, alpha, dtype))
 
 

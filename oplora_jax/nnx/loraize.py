@@ -13,7 +13,7 @@ from oplora_jax.adapters.kernel_axes import check_takes_increments
 from oplora_jax.adapters.paths import Targets, check_patterns, matches, path_name, patterns_of
 from oplora_jax.adapters.reslora import SHORTCUTS
 from oplora_jax.nnx import layers as lora_layers
-from oplora_jax.nnx.layers import Merged, Split, WithLoRA, lora_param
+from oplora_jax.nnx.layers import Merged, Split, WithLoRA, kernel_of, lora_param
 from oplora_jax.nnx.reslora import BlockShortcutLinear, InputShortcutLinear
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -86,8 +86,7 @@ def loraize(
                 name = type(layer).__name__
                 raise ValueError(f"this {name} has LoRA already; leave it out of the targets, or merge it")
             if issubclass(_lora_class(type(layer)), Merged):
-                kernel = layer.kernel  # Qwix's are no variables
-                check_takes_increments(getattr(kernel, "get_value", lambda kernel=kernel: kernel)())
+                check_takes_increments(kernel_of(layer))
             params[path] = lora_param(layer, rank, alpha, rngs, dtype)
         except ValueError as error:
             raise ValueError(f"{path!r}: {error}") from error
