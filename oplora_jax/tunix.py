@@ -1,0 +1,127 @@
+"""Tunix's trainer with exact gradients."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tunix.sft import peft_trainer
+
+from oplora_jax.gradients.clipping import global_norm
+from oplora_jax.gradients.value_and_grad import Kind
+from oplora_jax.metrics import Structure
+from oplora_jax.nnx.gradients import value_and_grad
+
+
+class PeftTrainer(peft_trainer.PeftTrainer):
+    """`tunix.PeftTrainer`, whose steps take the exact gradients of the whole weights.
+
+    The model has `LowRank` parameters, by `oplora_jax.qwix.LoraProvider` or `oplora_jax.nnx.loraize`; the
+    optimizer is one of this package. Everything else is Tunix's: losses, hooks, metrics, evaluation, meshes
+    and checkpoints. The metric "grad_norm" is the norm of the whole weights' gradient.
+
+    With `gradient_accumulation_steps` k in the configuration, k batches are one step of one compiled program,
+    which runs the loss on one after the other. All must have the same shapes; a rest of fewer than k batches
+    is left out. A step's hooks are called once for the k of them.
+
+    Args:
+      model, optimizer, training_config: as for Tunix's. To clip, `optax.chain` the optimizer behind
+        `oplora_jax.clip_by_global_norm`.
+      *args, **kwargs: Tunix's others.
+      gradient, moments: as for `oplora_jax.value_and_grad`; the second moments are for `scaled_oplora`.
+
+    Raises:
+      ValueError: batches that are accumulated and differ in shape, or come from data hooks.
+    """
+
+    def __init__(
+        self,
+        model: nnx.Module,
+        optimizer: optax.GradientTransformation,
+        training_config: peft_trainer.TrainingConfig,
+        *args: Any,
+        gradient: Kind = "auto",
+        moments: Structure | None = None,
+        **kwargs: Any,
+    ):
+        self._microbatches = training_config.gradient_accumulation_steps or 1
+        # The base class would add gradients up by optax.MultiSteps, which outer products do not take.
+        training_config = dataclasses.replace(training_config, gradient_accumulation_steps=None)
+        super().__init__(model, optimizer, training_config, *args, **kwargs)
+        self._kind = {"gradient": gradient, "moments": moments}
+
+    def train(self, train_ds: Iterable[Any], *args: Any, **kwargs: Any) -> None:
+        """Tunix's loop, over k batches at a time."""
+        if self._microbatches > 1:
+            if self.data_hooks is not None:
+                raise ValueError(
+                    "data hooks load one batch at a time; with gradient_accumulation_steps="
+                    f"{self._microbatches} give the batches to train() instead"
+                )
+            train_ds = _groups(train_ds, self._microbatches)
+        super().train(train_ds, *args, **kwargs)
+
+    def _prepare_inputs(self, input_data: Any) -> Any:
+        prepare = super()._prepare_inputs
+        return (
+            _side_by_side([*map(prepare, input_data)])
+            if isinstance(input_data, _Group)
+            else prepare(input_data)
+        )
+
+    def _train_step(self, model: nnx.Module, optimizer: nnx.Optimizer, inputs: Any) -> tuple[Any, Any, Any]:
+        loss_fn = lambda model, inputs: self.loss_fn(model, **self.gen_model_input_fn(inputs))
+        wrt = nnx.LoRAParam if self._lora_enabled else nnx.Param
+        microbatches = self._microbatches if self._microbatches > 1 else None
+        settings = {"has_aux": self._has_aux, "wrt": wrt, "microbatches": microbatches, **self._kind}
+        out, gradients = value_and_grad(loss_fn, **settings)(model, inputs)
+        loss, aux = out if self._has_aux else (out, None)
+        optimizer.update(model, gradients)
+        return loss, aux, global_norm(gradients)
+
+    def _post_process_train_step(self, aux: Any) -> None:
+        for part in [aux] if self._microbatches == 1 else map(_at(aux), range(self._microbatches)):
+            super()._post_process_train_step(part)
+
+    def _shard_optimizer(self, mesh: Mesh) -> None:
+        # Made of the parameters, the state lies as they do already; Tunix's specifications know nothing of
+        # a parameter with two factors. The rest, such as counts, is to be on all devices of the mesh.
+        if mesh.empty:
+            return
+        state = nnx.state(self.optimizer, nnx.optimizer.OptState)
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        lies = lambda z: isinstance(z.sharding, NamedSharding) and z.sharding.mesh == mesh
+        nnx.update(
+            self.optimizer, jax.tree.map(lambda z: z if lies(z) else jax.device_put(z, everywhere), state)
+        )
+
+
+def _at(stacked: Any) -> Callable[[int], Any]:
+    return lambda index: jax.tree.map(lambda z: z[index], stacked)
+
+
+class _Group(tuple):
+    """The batches of one step."""
+
+
+def _groups(batches: Iterable[Any], size: int) -> Iterator[_Group]:
+    iterator = iter(batches)
+    while len(group := _Group(itertools.islice(iterator, size))) == size:
+        yield group
+
+
+def _side_by_side(batches: list[Any]) -> Any:
+    """k batches as one whose every k-th example is of the same: those that value_and_grad takes together."""
+    shapes = [jax.tree.map(np.shape, batch) for batch in batches]
+    if any(shape != shapes[0] for shape in shapes):
+        listed = "; ".join(map(str, shapes))
+        raise ValueError(
+            f"with gradient_accumulation_steps={len(batches)} the batches of a step must have one shape: {listed}"
+        )
+    join = lambda *arrays: np.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])
+    return jax.tree.map(join, *batches)
