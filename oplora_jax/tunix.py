@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from tunix.sft import peft_trainer
+from tunix.sft import checkpoint_manager, peft_trainer
 
 from oplora_jax.gradients.clipping import global_norm
 from oplora_jax.gradients.value_and_grad import Kind
@@ -89,16 +90,61 @@ class PeftTrainer(peft_trainer.PeftTrainer):
             super()._post_process_train_step(part)
 
     def _shard_optimizer(self, mesh: Mesh) -> None:
-        # Made of the parameters, the state lies as they do already; Tunix's specifications know nothing of
-        # a parameter with two factors. The rest, such as counts, is to be on all devices of the mesh.
-        if mesh.empty:
-            return
-        state = nnx.state(self.optimizer, nnx.optimizer.OptState)
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        lies = lambda z: isinstance(z.sharding, NamedSharding) and z.sharding.mesh == mesh
-        nnx.update(
-            self.optimizer, jax.tree.map(lambda z: z if lies(z) else jax.device_put(z, everywhere), state)
+        _on_one_mesh(self.optimizer)
+
+    @property
+    def checkpoint_manager(self) -> "CheckpointManager":
+        return self._checkpoints
+
+    @checkpoint_manager.setter
+    def checkpoint_manager(self, manager: Any) -> None:
+        # Set by the base class, which restores at once.
+        manager.__class__ = CheckpointManager
+        self._checkpoints = manager
+
+
+class CheckpointManager(checkpoint_manager.CheckpointManager):
+    """Tunix's, but each array is restored to where it lies: two factors of one parameter may lie apart."""
+
+    def maybe_restore(
+        self,
+        model: nnx.Module,
+        optimizer: nnx.Optimizer | None = None,
+        step: int | None = None,
+        restore_only_lora_params: bool = False,
+    ) -> tuple[int, dict[str, Any]]:
+        step = self.latest_step() if step is None else step
+        if step is None:
+            return 0, {}
+        metadata = self._checkpoint_manager.metadata(step)
+        items = {"model_params": (model, nnx.LoRAParam if restore_only_lora_params else ...)}
+        if optimizer is not None and "optimizer_state" in metadata.item_metadata:
+            _on_one_mesh(optimizer)
+            items["optimizer_state"] = (optimizer, nnx.optimizer.OptState)
+        states = {name: nnx.state(*of) for name, of in items.items()}
+        restore = lambda state: ocp.args.PyTreeRestore(
+            item=state, restore_args=ocp.checkpoint_utils.construct_restore_args(state)
         )
+        restored = self._checkpoint_manager.restore(
+            step, args=ocp.args.Composite(**{name: restore(state) for name, state in states.items()})
+        )
+        for name, (owner, _) in items.items():
+            nnx.update(owner, restored[name])
+        return step, metadata.custom_metadata or {}
+
+
+def _on_one_mesh(optimizer: nnx.Optimizer) -> None:
+    """Puts the state's arrays that are not on the parameters' mesh, such as counts, on all devices of it.
+
+    The others were made of the parameters and lie as they do.
+    """
+    state = nnx.state(optimizer, nnx.optimizer.OptState)
+    on_mesh = lambda z: isinstance(z.sharding, NamedSharding)
+    meshes = [z.sharding.mesh for z in jax.tree.leaves(state) if on_mesh(z)]
+    if meshes:
+        everywhere = NamedSharding(meshes[0], PartitionSpec())
+        put = lambda z: z if on_mesh(z) else jax.device_put(z, everywhere)
+        nnx.update(optimizer, jax.tree.map(put, state))
 
 
 def _at(stacked: Any) -> Callable[[int], Any]:
@@ -121,7 +167,8 @@ def _side_by_side(batches: list[Any]) -> Any:
     if any(shape != shapes[0] for shape in shapes):
         listed = "; ".join(map(str, shapes))
         raise ValueError(
-            f"with gradient_accumulation_steps={len(batches)} the batches of a step must have one shape: {listed}"
+            f"with gradient_accumulation_steps={len(batches)} the batches of a step must have "
+            f"one shape: {listed}"
         )
     join = lambda *arrays: np.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])
     return jax.tree.map(join, *batches)

@@ -13,7 +13,8 @@ GUIDE = PACKAGE.parent / "CONTRIBUTING.md"
 
 # A part imports from those below it, and not from those beside it.
 LAYERS = """\
-linen, nnx, peft, reslora: Flax layers and models; the public names of two modules of adapters
+tunix: Tunix's trainer, with exact gradients
+linen, nnx, peft, qwix, reslora: Flax layers and models, Qwix's too; the public names of two modules of adapters
 _flax: what Flax is to know of LowRank nodes
 adapters, optimizers: LoRA parameters beside a model's kernels; what steps them
 gradients: lora_dot, the exact gradient of the full weight, clipping
@@ -36,9 +37,12 @@ _facts, _trees, _types: what is declared; trees, types
 # The other libraries, and who imports them.
 EVERYWHERE = {"jax", "jaxtyping", "numpy", "oplora_jax"} | sys.stdlib_module_names
 LIBRARIES = {
-    "flax": {"_flax", "linen", "nnx"},
-    "optax": {"adapters", "gradients", "optimizers"},
+    "flax": {"_flax", "linen", "nnx", "qwix", "tunix"},
+    "optax": {"adapters", "gradients", "optimizers", "tunix"},
+    "orbax": {"tunix"},
+    "qwix": {"qwix"},
     "safetensors": {"adapters"},
+    "tunix": {"tunix"},
 }
 
 

@@ -40,8 +40,6 @@ def check(program, before, after, losses):
         assert losses[-1] < 0.8 * losses[0] and len(losses) == 10
 
 
-# What Qwix and Orbax import and call is theirs.
-@pytest.mark.filterwarnings(r"ignore::DeprecationWarning:qwix\._src")
 def test_programs(tmp_path, monkeypatch):
     """Within a section each goes on where the one before it ends; each section, where the very first does."""
     monkeypatch.chdir(tmp_path)

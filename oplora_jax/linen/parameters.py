@@ -115,12 +115,17 @@ def merge_layer(layer: dict[str, Any], path: str) -> dict[str, Any]:
     for name in SHORTCUTS:
         if name in layer:
             raise ValueError(f"{path}/{name}: {SHORTCUTS[name]}")
-    if not isinstance(layer.get("lora"), LowRank):
+    loras = layer.get("lora")
+    loras = {"kernel": loras} if isinstance(loras, LowRank) else loras  # or those of oplora_jax.qwix
+    if not isinstance(loras, Mapping) or not any(isinstance(z, LowRank) for z in loras.values()):
         return layer
-    if "kernel" not in layer:
-        raise ValueError(f"{path}: there is no kernel beside the LoRA parameter 'lora'")
-    lora, kernel = layer.pop("lora"), layer["kernel"]
-    try:
-        return {**layer, "kernel": meta.replace_boxed(kernel, add_increment(meta.unbox(kernel), lora))}
-    except ValueError as error:
-        raise ValueError(f"{path}/lora: {error}") from error
+    merged = {name: z for name, z in layer.items() if name != "lora"}
+    for name, lora in loras.items():
+        if name not in layer:
+            raise ValueError(f"{path}: there is no {name} beside its LoRA parameter in 'lora'")
+        try:
+            increased = add_increment(meta.unbox(layer[name]), lora)
+        except ValueError as error:
+            raise ValueError(f"{path}/lora: {error}") from error
+        merged[name] = meta.replace_boxed(layer[name], increased)
+    return merged

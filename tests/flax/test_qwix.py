@@ -13,9 +13,6 @@ from oplora_jax import linen, to_dense
 from oplora_jax import nnx as lora_nnx
 from tests.arrays import normal, normal_like
 
-# Qwix 0.1.8 asks Flax for names that Flax 0.12 has renamed.
-pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:qwix\._src")
-
 X = normal(0, 6, 8, dtype=jnp.float32)
 PROVIDERS = {"trained": qwix.QtProvider, "quantised": qwix.PtqProvider}
 RULES = [qwix.QuantizationRule(module_path=".*", weight_qtype="int8")]
