@@ -37,11 +37,11 @@ def heads_of(task_type: str | None) -> list[str]:
     return list(_HEADS.get(task_type, ()))
 
 
-def saved_module(module: str, names: Iterable[str]) -> str | None:
-    """The outermost module at or above a module, that PEFT finds by one of the names in modules_to_save."""
+def saved_modules(module: str, names: Iterable[str]) -> list[str]:
+    """What PEFT finds by names in modules_to_save at a module or above it, outer ones first."""
     parts, endings = module.split("."), tuple(names)
     above = (".".join(parts[: i + 1]) for i in range(len(parts)))
-    return next((name for name in above if name.endswith(endings)), None)
+    return [name for name in above if name.endswith(endings)]
 
 
 def trained_config(
@@ -66,10 +66,10 @@ def trained_config(
             "For LoRA alone leave task_type out"
         )
     for module in lora:
-        if outer := saved_module(module, [*heads, *saved]):
-            raise ValueError(f"{module} has a LoRA parameter, but {outer} is trained and saved as a whole")
+        if outer := saved_modules(module, [*heads, *saved]):
+            raise ValueError(f"{module} has a LoRA parameter, but {outer[0]} is trained and saved as a whole")
     others = lambda module: [*heads, *(other for other in saved if other != module)]
-    listed = [*heads, *(module for module in saved if not saved_module(module, others(module)))]
+    listed = [*heads, *(module for module in saved if not saved_modules(module, others(module)))]
     bias = "all" if biases.difference(lora) else "lora_only" if biases else "none"
     return {"bias": bias, "modules_to_save": listed or None}
 

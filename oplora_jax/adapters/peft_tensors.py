@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from oplora_jax.adapters.paths import leaf_name
-from oplora_jax.adapters.peft_config import DENSE, EMBEDDINGS, rank_and_scale, saved_module
+from oplora_jax.adapters.peft_config import DENSE, EMBEDDINGS, rank_and_scale, saved_modules
 from oplora_jax.matrix import LowRank, check_factors, is_low_rank
 
 Tensors = dict[str, np.ndarray]
@@ -61,7 +61,7 @@ def trained_tensors(
 
 def _may_be_conv1d(module: str, fan_in_fan_out: bool) -> bool:
     """Whether a module's weight may be (in, out) in PyTorch: heads are dense layers in GPT-2 too."""
-    return bool(fan_in_fan_out) and saved_module(module, DENSE) is None
+    return bool(fan_in_fan_out) and not saved_modules(module, DENSE)
 
 
 def _is_array(leaf: Any) -> bool:
@@ -122,13 +122,17 @@ def read_trained(
         base = inside.removesuffix(".base_layer")
         if base != inside and base not in lora:
             raise ValueError(f"{key}: the base of a layer that has no LoRA parameter")
-        module = base if base in lora else saved_module(inside, saved) or inside
+        found = [base] if base in lora else saved_modules(inside, saved)
+        if len(found) > 1:
+            twice = f"PEFT saves both {' and '.join(found)}, one within the other, not the numbers it uses"
+            raise ValueError(f"{key}: {twice}; give it the whole names of modules in modules_to_save")
+        module = found[0] if found else inside
         if name == "weight":
             if not jnp.issubdtype(tensor.dtype, jnp.floating):
                 raise ValueError(
                     f"{key}: a quantised weight, {tensor.dtype}; dequantise the module in PyTorch"
                 )
-            dense = (module in lora and not fan_in_fan_out) or saved_module(module, DENSE)
+            dense = (module in lora and not fan_in_fan_out) or saved_modules(module, DENSE)
             looked_up = module in embeddings or base.rpartition(".")[2] in EMBEDDINGS
             usual = "embedding" if looked_up else "kernel" if dense else name
             name = weights.get(key, usual if tensor.ndim == 2 else name)
@@ -148,12 +152,13 @@ def _without_copies(tensors: Tensors) -> Tensors:
             kept[key] = tensor
             continue
         module, wrapper, inside = match.groups()  # inside may begin with the adapter's name
-        names = f"{module}.{inside}", f"{module}.{inside.partition('.')[2]}"
+        names = [f"{module}.{rest}" for rest in (inside, inside.partition(".")[2]) if rest]
         plain = next((tensors[name] for name in names if name in tensors), None)
         # The original module is the base model's: whatever it was, the trained one stands in its place.
         if plain is None or (wrapper == "modules_to_save" and not np.array_equal(plain, tensor)):
-            both = "another value of the same parameter, as PEFT writes where it wraps a module twice"
-            raise ValueError(f"{key}: {both}; give PEFT the whole names of modules in modules_to_save")
+            raise ValueError(
+                f"{key}: expected a copy of {' or '.join(names)}, which is another or is missing"
+            )
     return kept
 
 

@@ -230,9 +230,14 @@ REFUSED = {
     "copies": (
         {},
         Q | {"p.weight": A, "p.modules_to_save.weight": 2 * A},
-        "p.modules_to_save.weight: another",
+        r"save\.weight: expected a copy of p\.weight, ",
     ),
-    "no original": ({}, Q | {"p.original_module.weight": A}, "p.original_module.weight: another value"),
+    "no original": ({}, Q | {"p.original_module.weight": A}, "p.original_module.weight: expected a copy"),
+    "one within another": (
+        {"modules_to_save": ["embeddings"]},
+        Q | {"bert.embeddings.word_embeddings.weight": A},
+        "PEFT saves both bert.embeddings and bert.embeddings.word_embeddings, one within the other",
+    ),
     "no LoRA": ({}, {"score.weight": A}, "the adapter has no LoRA tensors"),
     "nothing": ({}, {}, "the adapter has no tensors"),
 }
@@ -402,12 +407,12 @@ def test_lora_on_embeddings_and_their_weights(tmp_path):
     chex.assert_trees_all_equal(loaded.pop("modules_to_save"), trained)
     assert_equal(loaded, lora)
     assert config["modules_to_save"] is None and config["bias"] == "none"
-    names = {"lm_head.base_layer.weight", "model.embed_tokens.base_layer.weight"}
-    assert set(tensors) == names
-    written = files(tmp_path)[1]
-    for letter, factor in zip("AB", (lora["model/embed_tokens/embedding"].a.T, loaded["lm_head/kernel"].b.T)):
-        key = {"A": "model.embed_tokens.lora_embedding_A", "B": "lm_head.lora_B.weight"}[letter]
-        np.testing.assert_array_equal(written[f"base_model.model.{key}"], factor)
+    assert set(tensors) == {"lm_head.base_layer.weight", "model.embed_tokens.base_layer.weight"}
+    written = lambda name: files(tmp_path)[1][f"base_model.model.{name}"]
+    embedding = lora["model/embed_tokens/embedding"]
+    np.testing.assert_array_equal(written("model.embed_tokens.lora_embedding_A"), embedding.a.T)
+    np.testing.assert_array_equal(written("model.embed_tokens.lora_embedding_B"), embedding.b.T)
+    np.testing.assert_array_equal(written("lm_head.lora_B.weight"), lora["lm_head/kernel"].b.T)
     # Whatever the path is, PyTorch's name says it; and a path does, whatever PyTorch's name is.
     names = {"table/lora": "transformer.wte", "positions/embedding": "bert.positions", "q/lora": "bert.query"}
     lora = {path: low_rank(9, 4, 2) for path in names}
@@ -421,18 +426,17 @@ def test_lora_on_embeddings_and_their_weights(tmp_path):
 
 def test_what_a_file_does_not_tell_is_as_in_pytorch(tmp_path):
     """PEFT's files say nothing of layouts: heads have kernels, other weights stay (out, in)."""
-    tensors = {f"base_model.model.{key}": value for key, value in Q.items()} | {
-        "base_model.model.pre_classifier.weight": A,
-        "base_model.model.classifier.dense.weight": A,
-        "base_model.model.classifier.norm.weight": A[0],
-        "base_model.model.model.embed_tokens.weight": A,
-        "base_model.model.bert.pooler.dense.weight": A,
-        "base_model.model.classifier.modules_to_save.default.dense.weight": A,
-        "base_model.model.classifier.original_module.dense.weight": 2 * A,
-        "base_model.model.q.base_layer.weight": A,
+    others = {
+        "pre_classifier.weight": A,
+        "classifier.dense.weight": A,
+        "classifier.norm.weight": A[0],
+        "model.embed_tokens.weight": A,
+        "bert.pooler.dense.weight": A,
+        "classifier.modules_to_save.default.dense.weight": A,
+        "classifier.original_module.dense.weight": 2 * A,
+        "q.base_layer.weight": A,
     }
-    tensors |= Q
-    tensors = {k: v for k, v in tensors.items() if not k.startswith("base_model.model.base_model")}
+    tensors = Q | {f"base_model.model.{key}": value for key, value in others.items()}
     config = {"task_type": "SEQ_CLS", "modules_to_save": ["pooler", "classifier", "score"]}
     write(tmp_path, config, tensors)
     expected = {
