@@ -47,9 +47,10 @@ def save_adapter(
 ) -> None:
     """Writes LoRA parameters as a PEFT adapter, which `peft.PeftModel.from_pretrained` loads.
 
-    The factors are written bit for bit; the `roles` of a kernel's axes are not. LoRA on an embedding, whose
-    path is ".../embedding" or ".../input_embedding" or whose module embed_tokens, word_embeddings, wte or
-    shared, is that of the lookups alone: give p.T for a tied output layer that is to have it too.
+    The factors are written bit for bit; the `roles` of a kernel's axes are not. An embedding's LoRA parameter
+    is one whose path is ".../embedding" or ".../input_embedding", or whose module has a usual name, such as
+    embed_tokens, word_embeddings or wte. It is for the lookups alone: a tied output layer that is to have it
+    too takes p.T.
 
     Args:
       folder: made if need be; its adapter_model.safetensors and adapter_config.json are replaced.

@@ -29,7 +29,10 @@ _HEADS = {
 }
 # What models in PyTorch call heads, whose weights with two axes are dense layers', (out, in); and embeddings.
 DENSE = ("classifier", "score", "qa_outputs", "classification_head", "lm_head")
-EMBEDDINGS = ("embed_tokens", "word_embeddings", "wte", "shared")
+EMBEDDINGS = (
+    *("embed_tokens", "embed_positions", "word_embeddings", "position_embeddings", "token_type_embeddings"),
+    *("wte", "wpe", "shared"),
+)
 
 
 def heads_of(task_type: str | None) -> list[str]:

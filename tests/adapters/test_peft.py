@@ -134,7 +134,11 @@ def test_a_stack_of_layers_is_written_layer_by_layer(tmp_path):
     names = {"layers/q": [f"layers.{i}.q" for i in range(3)], "head": "head"}
     save_adapter(tmp_path, lora, names=names)
     assert_equal(load_adapter(tmp_path, names=names), lora)
+    trained = {"layers.1.q": {"bias": jnp.ones(6)}}  # of one of the layers
+    save_adapter(tmp_path, lora, names=names, modules_to_save=trained)
+    assert "base_model.model.layers.1.q.base_layer.bias" in files(tmp_path)[1]
     flat = load_adapter(tmp_path)
+    chex.assert_trees_all_equal(flat["modules_to_save"], trained)
     chex.assert_trees_all_equal(flat["layers/2/q/kernel"].a, lora["layers/q"].a[2])
 
 
