@@ -57,7 +57,12 @@ def bert(weights, lora, ids):
 
     parts = ("word_embeddings", "position_embeddings", "token_type_embeddings")
     words, positions, types = (weights[f"embeddings.{part}.weight"] for part in parts)
-    x = words[ids] + positions[None, :TOKENS] + types[0].reshape(1, 1, -1)
+    x = (
+        words[ids]
+        + looked_up(lora, "embeddings.word_embeddings", ids)
+        + positions[None, :TOKENS]
+        + types[0].reshape(1, 1, -1)
+    )
     x = layer_norm(weights, "embeddings.LayerNorm", x, 1e-12)
     for i in range(LAYERS):
         at = f"encoder.layer.{i}"
@@ -76,7 +81,11 @@ def gpt2(weights, lora, ids):
         return adapted(x, weights[f"{name}.weight"], weights[f"{name}.bias"], lora.get(name))
 
     at = "transformer"
-    x = weights[f"{at}.wte.weight"][ids] + weights[f"{at}.wpe.weight"][None, :TOKENS]
+    x = (
+        weights[f"{at}.wte.weight"][ids]
+        + looked_up(lora, f"{at}.wte", ids)
+        + weights[f"{at}.wpe.weight"][None, :TOKENS]
+    )
     for i in range(LAYERS):
         h = f"{at}.h.{i}"
         qkv = dense(f"{h}.attn.c_attn", layer_norm(weights, f"{h}.ln_1", x, 1e-5))
@@ -89,6 +98,11 @@ def gpt2(weights, lora, ids):
 def adapted(x, kernel, bias, lora):
     y = x @ kernel if lora is None else lora_dot(x, kernel, lora)
     return y + bias.reshape(1, 1, -1)
+
+
+def looked_up(lora, name, ids):
+    """What LoRA adds to an embedding, (vocabulary, dim)."""
+    return lora[name].scale * lora[name].a[ids] @ lora[name].b if name in lora else 0.0
 
 
 def torch_bert():
@@ -257,12 +271,65 @@ def test_bfloat16(tmp_path):
     assert len(lora) == LAYERS
 
 
+@pytest.mark.parametrize("family, module", [(BERT, "embeddings.word_embeddings"), (GPT2, "transformer.wte")])
+def test_an_embedding_is_adapted_by_rows(family, module, tmp_path):
+    """PEFT's lora_embedding_A and _B are (r, vocabulary) and (dim, r); a tied output layer stays as it is."""
+    model = family.model()
+    weights, base = weights_of(model), family.logits(model)
+    config = peft.LoraConfig(r=2, target_modules=[module], lora_alpha=5, init_lora_weights=False)
+    theirs = peft.get_peft_model(model, config)
+    theirs.save_pretrained(tmp_path / "peft")
+    path = module.replace(".", "/") + "/embedding"
+    lora = load_adapter(tmp_path / "peft")
+    assert lora[path].shape == (VOCABULARY, WIDTH) and list(lora) == [path]
+    family.check(theirs, {module: lora[path]}, weights, base)
+    new = LowRank(-lora[path].a, lora[path].b + 0.1, 0.7)
+    save_adapter(tmp_path / "ours", {path: new})
+    ours = peft.PeftModel.from_pretrained(family.model(), tmp_path / "ours")
+    family.check(ours, {module: new}, weights, base)
+
+
+def test_a_head_in_jax(tmp_path):
+    """A head that was trained here is PEFT's, and PEFT's is one here."""
+
+    def make():
+        torch.manual_seed(1)
+        config = BERT.make().config
+        return transformers.BertForTokenClassification(config).eval()
+
+    def forward(weights, lora, head, ids):
+        weights = {name.removeprefix("bert."): w for name, w in weights.items()}
+        lora = {name.removeprefix("bert."): z for name, z in lora.items()}
+        return bert(weights, lora, ids) @ head["kernel"] + head["bias"].reshape(1, 1, -1)
+
+    def check(model, lora, head):
+        with torch.no_grad():
+            logits = model(torch.from_numpy(IDS)).logits.numpy()
+        np.testing.assert_allclose(logits, forward(weights_of(make()), lora, head, IDS), **TOLERANCE)
+
+    normal = lambda *shape: jnp.asarray(np.random.default_rng(2).standard_normal(shape, np.float32))
+    names = [f"bert.encoder.layer.{i}.attention.self.value" for i in range(LAYERS)]
+    lora = {name: LowRank(normal(WIDTH, 3), normal(3, WIDTH), 0.5) for name in names}
+    head = {"kernel": normal(WIDTH, 2), "bias": normal(2)}
+    save_adapter(tmp_path / "ours", lora, task_type="TOKEN_CLS", modules_to_save={"classifier": head})
+    model = peft.PeftModel.from_pretrained(make(), tmp_path / "ours").eval()
+    check(model, lora, head)
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora" in name or "modules_to_save" in name:
+                parameter.mul_(0.9)
+    model.save_pretrained(tmp_path / "peft")
+    new = load_adapter(tmp_path / "peft", names=lambda module: module)
+    [[module, new_head]] = new.pop("modules_to_save").items()
+    assert module == "classifier" and float(abs(new_head["kernel"] - head["kernel"]).max()) > 0.1
+    check(model, new, new_head)
+
+
 REFUSED = {
     "DoRA": ({"use_dora": True}, "use_dora is True"),
-    "bias": ({"bias": "all"}, "bias is 'all'"),
-    "modules_to_save": ({"modules_to_save": ["LayerNorm"]}, "modules_to_save is"),
+    "tokens": ({"trainable_token_indices": {"word_embeddings": [1]}}, "trainable_token_indices is"),
     "PiSSA": ({"init_lora_weights": "pissa"}, "changes the base model's weights"),
-    "embedding": ({"target_modules": ["word_embeddings"]}, "only lora_A"),
 }
 
 
