@@ -1,6 +1,6 @@
 """The command line: `python -m benchmarks WORKLOAD`.
 
-WORKLOAD is stack, unrolled, encoder, matrix or scaling.
+WORKLOAD is stack, unrolled, encoder, matrix, scaling or tunix.
 """
 
 import sys
@@ -14,15 +14,15 @@ from benchmarks.encoder import Encoder
 from benchmarks.matrix import Matrix
 from benchmarks.scaling import Scaling
 from benchmarks.stack import Stack
+from benchmarks.tunix import Tunix
 from benchmarks.unrolled import Unrolled
 from experiments import ExperimentError
 
-Workload = Annotated[
-    Stack | Unrolled | Encoder | Matrix | Scaling, tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes
-]
+Workloads = Stack | Unrolled | Encoder | Matrix | Scaling | Tunix
+Workload = Annotated[Workloads, tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes]
 
 
-def parse(arguments: Sequence[str] | None = None) -> Stack | Unrolled | Encoder | Matrix | Scaling:
+def parse(arguments: Sequence[str] | None = None) -> Workloads:
     """The workload of a command line, of the process's own if None."""
     return tyro.cli(Workload, prog="python -m benchmarks", description=__doc__, args=arguments)
 

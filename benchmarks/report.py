@@ -3,7 +3,8 @@
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.figures import label_ticks, plt, write_figure
-from benchmarks.steps import BASELINE, at_least, expand, measure, parse
+from benchmarks.steps import BASELINE, Prepared, at_least, expand, measure, parse, prepare
 from experiments import storage
 from experiments.hooks import progress
 from experiments.task import Task
@@ -51,12 +52,23 @@ def compare(command: Any, name: str, task: Task, data: Sequence[Any], console: C
     Raises:
       ExperimentError: settings that cannot be measured.
     """
-    at_least(0, pairs=command.pairs)
     variants = [parse(z, task) for z in expand([BASELINE, *command.methods])]
+    compare_variants(command, name, partial(prepare, task, data), variants, console)
+
+
+def compare_variants(
+    command: Any,
+    name: str,
+    prepare: Callable[[Any], Prepared],
+    variants: Sequence[Any],
+    console: Console,
+) -> None:
+    """The same for any steps, as `measure` takes them."""
+    at_least(0, pairs=command.pairs)
     write_settings(command, name)
     rows: list[dict[str, Any]] = []
     begin = progress(len(variants))
-    for row in measure(task, data, variants, command.pairs, begin):
+    for row in measure(prepare, variants, command.pairs, begin):
         rows.append(row)
         storage.write_rows(command.output / f"{name}.csv", rows)  # what is measured stays
     console.print(table(rows))
@@ -101,7 +113,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
                 cells[-1] = f"{row['milliseconds']:.3g} ms"
             cells.append(f"{row['time_ratio'] / row['bound_ratio']:.2f} ({row['bound_by']})")
         shown.add_row(row["method"], *cells)
-    shown.caption = f"below the first row in units of {BASELINE}'s"
+    shown.caption = f"below the first row in units of {rows[0]['method']}'s"
     if timed:
         shown.caption += "; bound: the flops at the rate of a large product, or the bytes at that of a copy"
     return shown
@@ -152,5 +164,5 @@ def draw_ratios(rows: list[dict[str, Any]], path: Path) -> None:
     note = "hollow: with the decompositions, which XLA does not count"
     if rows[0]["time_ratio"] is not None:
         note += "; dashes: what bounds the time"
-    figure.supxlabel(f"in units of {BASELINE}'s; {note}", fontsize="medium")
+    figure.supxlabel(f"in units of {rows[0]['method']}'s; {note}", fontsize="medium")
     write_figure(figure, path)

@@ -122,18 +122,17 @@ def _in_backward(task: Task, optimizer: optax.GradientTransformation) -> Callabl
 
 
 def measure(
-    task: Task,
-    data: Sequence[Any],
-    variants: Sequence[Variant],
+    prepare: Callable[[Any], "Prepared"],
+    variants: Sequence[Any],
     pairs: int,
     begin: Callable[[str], Callable[[int, int, dict], None]],
 ) -> Iterator[dict[str, Any]]:
     """One row for each variant: counts, times, and both in units of the first one's.
 
     Args:
-      task: what is trained; its loss takes (trainable, frozen, *data).
-      data: arrays.
-      variants: the first one is what the others are held against, itself too.
+      prepare: compiles the step of a variant.
+      variants: with a name and a gradient each. The first one is what the others are held against, itself
+        too.
       pairs: how many steps of each are measured, in turn with one of the first variant's, and what bounds
         them; 0 for none. Compilations are measured likewise, in any case.
       begin: as `progress` yields it.
@@ -142,7 +141,7 @@ def measure(
     for variant in variants:
         notify = begin(variant.name)
         notify(0, pairs + 1, {})
-        prepared = prepare(task, data, variant)
+        prepared = prepare(variant)
         counts, optimizer_bytes, make_runner, _ = prepared
         if first is None:
             first = prepared

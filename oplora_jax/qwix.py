@@ -127,7 +127,7 @@ def _with_increment(
 def _lora_and_inputs(
     rule: qwix.LoraRule, name: str, roles: str, weight: Any, x: Array
 ) -> tuple[LowRank, Array]:
-    """The LoRA parameter of a weight of the current module, made if need be, and what it is multiplied with."""
+    """The LoRA parameter of a weight of the current module, made if need be, and its inputs."""
     module = flax_util.get_current_module()
     linen = isinstance(module, nn.Module)
     boxed = module.get_variable("params", name) if linen else getattr(module, name)
@@ -207,8 +207,8 @@ def _check_as_stored(weight: Any, stored: Any, name: str) -> None:
             at = made.in_tracers[0] if made.in_tracers else stored
     if not same:
         raise ValueError(
-            f"{_path(name)}: the module multiplies with an array of this weight's shape, or made of it, that is "
-            "not the weight itself: merged weights would compute something else than LoRA. Leave the module "
+            f"{_path(name)}: the module multiplies with an array of this weight's shape, or made of it, that "
+            "is not the weight itself: merged weights would compute something else than LoRA. Leave the module "
             "out of module_path; if it is no weight at all, another batch size tells them apart"
         )
 

@@ -14,7 +14,7 @@ GUIDE = PACKAGE.parent / "CONTRIBUTING.md"
 # A part imports from those below it, and not from those beside it.
 LAYERS = """\
 tunix: Tunix's trainer, with exact gradients
-linen, nnx, peft, qwix, reslora: Flax layers and models, Qwix's too; the public names of two modules of adapters
+linen, nnx, peft, qwix, reslora: Flax layers and models; the public names of two modules of adapters
 _flax: what Flax is to know of LowRank nodes
 adapters, optimizers: LoRA parameters beside a model's kernels; what steps them
 gradients: lora_dot, the exact gradient of the full weight, clipping

@@ -1,6 +1,7 @@
 """The benchmark: what it counts, against counts by hand, and its command line. No time is asserted."""
 
 import csv
+import functools
 import importlib.util
 import json
 import re
@@ -178,7 +179,8 @@ def test_a_step_in_the_backward_pass_keeps_no_gradients():
 
 def test_the_baseline_next_to_itself():
     variants = [steps.parse(steps.BASELINE, TINY)] * 2 + [steps.parse("lora_sgd", TINY)]
-    rows = list(steps.measure(TINY, TINY.data(), variants, 0, lambda _: lambda *_: None))
+    prepare = functools.partial(steps.prepare, TINY, TINY.data())
+    rows = list(steps.measure(prepare, variants, 0, lambda _: lambda *_: None))
     counted = [f"{name}_ratio" for name in steps.COUNTED if name != "compile_seconds"]
     for row in rows[:2]:
         assert [row[name] for name in counted] == [1] * len(counted)

@@ -247,7 +247,7 @@ def placed(model):
 
 @pytest.mark.parametrize("again", [False, True])
 def test_on_a_mesh(again, tmp_path):
-    """The factors lie as their weights' axes, or on every device if placed by Tunix; training and resuming."""
+    """The factors lie as their weights' axes, or everywhere if Tunix has placed them; training, resuming."""
     data = batches(8)
     expected, _ = trained(4, data, gradient_accumulation_steps=2)
     config = {
