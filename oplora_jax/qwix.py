@@ -207,9 +207,10 @@ def _check_as_stored(weight: Any, stored: Any, name: str) -> None:
             at = made.in_tracers[0] if made.in_tracers else stored
     if not same:
         raise ValueError(
-            f"{_path(name)}: the module multiplies with an array of this weight's shape, or made of it, that "
-            "is not the weight itself: merged weights would compute something else than LoRA. Leave the module "
-            "out of module_path; if it is no weight at all, another batch size tells them apart"
+            f"{_path(name)}: the module multiplies with an array of this weight's shape that is not the "
+            "weight itself, but made of it or another: merged weights would compute something else than "
+            "LoRA. Leave the module out of module_path; what is no weight at all, another batch size tells"
+            " apart"
         )
 
 
