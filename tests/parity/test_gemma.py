@@ -10,7 +10,7 @@ import pytest
 import qwix
 
 import oplora_jax
-from oplora_jax import LowRank, factor_gradients, is_low_rank, linen, to_dense
+from oplora_jax import LowRank, is_low_rank, linen, to_dense
 from oplora_jax.adapters.kernel_axes import add_increment
 from oplora_jax.qwix import LoraProvider
 from tests.arrays import normal_like
