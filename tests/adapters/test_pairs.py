@@ -400,7 +400,7 @@ def laid_out(draw):
 
 
 @pytest.mark.usefixtures("x64")
-@settings_of_hypothesis(max_examples=500, deadline=None)
+@settings_of_hypothesis(max_examples=100, deadline=None)
 @given(case=laid_out(), data=st.data())
 def test_a_pair_is_right_or_refused(case, data):
     """Whatever is said of its layout: the increments are those of the layer, or it is an error."""
