@@ -106,7 +106,7 @@ def _fitting(shapes: list[Shape], transposed: Any, batch_axes: Any, stack_axis: 
 
 def _candidates(shapes: list[Shape], transposed: Any, batch_axes: Any, stack_axis: Any) -> Iterator[Layout]:
     least = min(map(len, shapes))
-    stacks = [0, *range(1, least), -1] if stack_axis is None and batch_axes is None else [stack_axis or 0]
+    stacks = [0, *range(1, least), -1] if stack_axis is None else [stack_axis]
     for swapped in (False, True) if transposed is None else (transposed,):
         for stack in stacks:
             for batch in range(least) if batch_axes is None else (batch_axes,):
@@ -117,7 +117,7 @@ def _candidates(shapes: list[Shape], transposed: Any, batch_axes: Any, stack_axi
 def _described(layout: Layout, shapes: list[Shape], among: list[Layout]) -> str:
     """What to say for a layout, and what it means."""
     said = [f"transposed={layout.transposed}"] if len({z.transposed for z in among}) > 1 else []
-    said += [f"stack_axis={layout.stack}"] if layout.stack else []
+    said += [f"stack_axis={layout.stack}"] if layout.batch and any(z.stack for z in among) else []
     n, r, m = layout.matrix(shapes)
     batch = _moved(shapes[0], layout.stack)[: layout.batch]
     return f"{', '.join([*said, f'batch_axes={layout.batch}'])} (matrices {(*batch, n, m)} of rank {r})"

@@ -292,8 +292,16 @@ OPEN = {
     "experts in a stack along axis 2": (
         ((5, 8, 3, 2), (5, 2, 3, 7)),
         {
-            "batch_axes=1": ((5, 24, 2), (5, 2, 21)),
+            "stack_axis=0, batch_axes=1": ((5, 24, 2), (5, 2, 21)),
             "stack_axis=2, batch_axes=2": ((3, 5, 8, 2), (3, 5, 2, 7)),
+        },
+    ),
+    "a stack along the first axis, or the last": (
+        ((3, 3, 2), (3, 2, 2, 2)),
+        {
+            "stack_axis=0, batch_axes=1": ((3, 3, 2), (3, 2, 4)),
+            "stack_axis=2, batch_axes=1": ((2, 3, 3), (2, 3, 4)),
+            "stack_axis=-1, batch_axes=1": ((2, 3, 3), (2, 3, 4)),
         },
     ),
     "full rank": (
@@ -339,6 +347,11 @@ UNFIT = {
         "do not fit batch_axes=1; .*batch_axes=0 .* or stack_axis=1, batch_axes=1",
     ),
     "no such axis": (((8, 3, 2), (2, 3, 8)), {"stack_axis": 3}, "do not fit stack_axis=3; .*stack_axis=1"),
+    "one of two axes": (
+        ((3, 3, 2), (3, 2, 2, 2)),
+        {"batch_axes": 2},
+        "do not fit batch_axes=2; .*stack_axis=0, .* or stack_axis=-1, ",
+    ),
     "both": (
         ((8, 3, 2), (2, 3, 8)),
         {"stack_axis": 1, "batch_axes": 2},
