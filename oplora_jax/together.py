@@ -14,7 +14,7 @@ def together(function: Callable[..., Any], kinds: Sequence[Hashable], arguments:
     """A function of (kind, arrays) for each of many parameters; one call for all of a kind and of one shape.
 
     The arrays of a group are stacked along a new first axis, so that there are few kernels to compile and to
-    launch however many parameters there are.
+    launch however many parameters there are. One that is alone stays as it is.
 
     Args:
       function: of a kind and a tree of arrays, with any axes in front; returns a tree of such arrays.
@@ -23,10 +23,13 @@ def together(function: Callable[..., Any], kinds: Sequence[Hashable], arguments:
     """
     groups: dict[Any, list[int]] = {}
     for place, (kind, argument) in enumerate(zip(kinds, arguments, strict=True)):
-        shapes = ((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(argument))
-        groups.setdefault((kind, jax.tree.structure(argument), *shapes), []).append(place)
+        types = map(jax.typeof, jax.tree.leaves(argument))
+        groups.setdefault((kind, jax.tree.structure(argument), *types), []).append(place)
     results: list[Any] = [None] * len(arguments)
     for (kind, *_), places in groups.items():
+        if len(places) == 1:
+            results[places[0]] = function(kind, arguments[places[0]])
+            continue
         found = function(kind, jax.tree.map(lambda *z: jnp.stack(z), *(arguments[i] for i in places)))
         for index, place in enumerate(places):
             results[place] = jax.tree.map(partial(_entry, index), found)
@@ -34,7 +37,13 @@ def together(function: Callable[..., Any], kinds: Sequence[Hashable], arguments:
 
 
 def _entry(index: int, stack: Array) -> Array:
-    """stack[index], gathered: one kernel for all parameters, where slices would be one each to compile."""
-    rows = stack.reshape(-1, stack.shape[-1])
-    chosen = np.arange(len(rows)).reshape(len(stack), -1)[index]
-    return jnp.take(rows, chosen, axis=0, mode="clip").reshape(stack.shape[1:])
+    """stack[index], gathered by the few rows or columns of each: one kernel for all parameters.
+
+    Slices would be one each to compile. What an axis is spread over the devices of a mesh by stays.
+    """
+    if stack.ndim == 1:
+        return stack[index]
+    axis = min(range(-min(2, stack.ndim - 1), 0), key=lambda axis: stack.shape[axis])
+    few = np.arange(stack.shape[axis])
+    at = (np.full_like(few, index), *[slice(None)] * (stack.ndim + axis - 1), few)
+    return jnp.moveaxis(stack.at[at].get(mode="promise_in_bounds", unique_indices=True), 0, axis)

@@ -312,6 +312,23 @@ def test_matrices_on_explicit_axes():
 
 
 @pytest.mark.parametrize("axis_types", ["explicit", "auto"])
+def test_new_parameters_lie_as_the_roles_of_their_kernels_axes(axis_types):
+    """Queries (heads, inputs, size of a head): a lies as the inputs, b as heads and their sizes together."""
+    mesh = make_mesh(LAYOUTS[BOTH], axis_types)
+    kernels = {"q": put(0, (4, 8, 6), "model", "data", None, mesh=mesh)}
+    lora = oplora_jax.init_lora(jax.random.key(0), kernels, R, {"q": "oio"})
+    assert spec(lora["q"].a) == P("data", None) and spec(lora["q"].b) == P(None, "model")
+    with jax.set_mesh(mesh):
+        lora = {"q": lora["q"].with_factors(lora["q"].a, lora["q"].b + 1)}
+        merged = jax.jit(oplora_jax.merge)(kernels, lora)
+    if axis_types == "explicit":
+        assert_lie_alike(merged, kernels)
+    a, b = (np.asarray(z) for z in (lora["q"].a, lora["q"].b))
+    expected = np.asarray(kernels["q"]) + (a @ b).reshape(8, 4, 6).transpose(1, 0, 2)
+    np.testing.assert_allclose(np.asarray(merged["q"]), expected, rtol=1e-5, atol=1e-6)  # float32, R products
+
+
+@pytest.mark.parametrize("axis_types", ["explicit", "auto"])
 def test_new_parameters_lie_beside_their_kernels(axis_types):
     mesh = make_mesh(LAYOUTS[BOTH], axis_types)
     kernels = {

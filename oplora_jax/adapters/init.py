@@ -2,6 +2,8 @@
 
 import math
 import operator
+import re
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import jax
@@ -12,7 +14,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, PRNGKeyArray
 
 from oplora_jax._jax import Tracer
-from oplora_jax.adapters.kernel_axes import axes_of, kept_roles, matrix_shape, stacked
+from oplora_jax.adapters.kernel_axes import axes_of, kept_roles, matrix_shape, said_roles, stacked
 from oplora_jax.adapters.paths import Targets, check_patterns, leaf_name, matches, path_name, patterns_of
 from oplora_jax.matrix import LowRank
 from oplora_jax.sharding import merged, partition
@@ -25,7 +27,7 @@ def init_lora(
     key: PRNGKeyArray,
     params: Any,
     rank: Rank,
-    targets: Targets,
+    targets: Targets | Mapping[str | re.Pattern, str],
     *,
     alpha: Alpha = None,
     batch_axes: int = 0,
@@ -46,9 +48,12 @@ def init_lora(
         "encoder/layer_0/query/kernel". A string is whole components of the path, such as "query" or
         "layer_0/query", or a glob for the path from its start to its end, such as "encoder/*/kernel", in
         which "*" stands for any characters, "/" too. A regular expression, to be found in the path, is given
-        as one: ``re.compile("query|value")``.
+        as one: ``re.compile("query|value")``. Or a dict from patterns to the roles of their kernels' axes:
+        letters such as "oio" ("b" a batch axis, "i" of inputs, "o" of outputs), or the einsum that the
+        kernel is the second operand of, such as "BTD,NDH->BTNH". Axes in front of those stack layers.
       alpha: a positive number; the scale is alpha / rank, and 1 when alpha is None.
-      batch_axes: how many of the first axes of the kernels stack layers, each with its own factors.
+      batch_axes: how many of the first axes of the kernels stack layers, each with its own factors. With a
+        dict of targets left out, as output_axes.
       output_axes: how many of the last axes of the kernels are outputs: 2 for the query kernel
         (inputs, heads, size of a head) of an attention, 1 for its output kernel.
       dtype: the parameters' type; that of each kernel if None, which a float8 kernel does not allow. Take
@@ -59,8 +64,9 @@ def init_lora(
         inputs of its kernel and b as the outputs; under `jax.jit` that needs explicit axes.
 
     Raises:
-      ValueError: a pattern that matches no kernel; a kernel with too few axes, too small for the rank, or of
-        integers, as a quantised one's; a rank or alpha that is no such number.
+      ValueError: a pattern that matches no kernel; what are no roles of a kernel's axes, or several for one;
+        a kernel with too few axes, too small for the rank, or of integers, as a quantised one's; a rank or
+        alpha that is no such number.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -71,23 +77,63 @@ def init_lora(
       {'dense/kernel': (4, 6)}
       >>> bool((oplora_jax.merge(params, lora)["dense"]["kernel"] == params["dense"]["kernel"]).all())
       True
+
+      The queries of Gemma, whose kernel (heads, inputs, size of a head) has outputs on both sides:
+
+      >>> params = {"q_einsum": {"w": jnp.ones((2, 8, 4))}}
+      >>> lora = oplora_jax.init_lora(jax.random.key(0), params, 3, {"q_einsum/w": "BTD,NDH->BTNH"})
+      >>> lora["q_einsum/w"].shape, lora["q_einsum/w"].roles
+      ((8, 8), 'oio')
     """
-    patterns = patterns_of(targets)
+    by_pattern = targets if isinstance(targets, Mapping) else None
+    if by_pattern is not None and (batch_axes, output_axes) != (0, 1):
+        given = f"batch_axes={batch_axes} and output_axes={output_axes}"
+        raise ValueError(f"targets has the roles of the kernels' axes; leave out {given}")
+    patterns = patterns_of(targets if by_pattern is None else [*by_pattern])
     kernels = [(path, z) for path, z in jax.tree.leaves_with_path(params) if jnp.ndim(z) >= 2]
     check_patterns(patterns, [leaf_name(path) for path, _ in kernels], "kernel")
-    chosen = {path_name(path): kernel for path, kernel in kernels if matches(leaf_name(path), patterns)}
+    chosen = [(path, kernel) for path, kernel in kernels if matches(leaf_name(path), patterns)]
     lora = {}
-    for (path, kernel), one_key in zip(chosen.items(), jax.random.split(key, len(chosen)), strict=True):
-        inputs = kernel.ndim - batch_axes - output_axes
+    for (key_path, kernel), one_key in zip(chosen, jax.random.split(key, len(chosen)), strict=True):
+        path = path_name(key_path)
         try:
-            if min(batch_axes, inputs - 1, output_axes - 1) < 0:
-                given = f"batch_axes={batch_axes} and output_axes={output_axes}"
-                raise ValueError(f"the kernel is {kernel.shape}; {given} leave no axis of inputs or outputs")
-            roles = "b" * batch_axes + "i" * inputs + "o" * output_axes
+            if by_pattern is None:
+                roles = _in_order(kernel, batch_axes, output_axes)
+            else:
+                roles = _roles_said(leaf_name(key_path), kernel.ndim, by_pattern)
             lora[path] = init_beside(one_key, kernel, roles, rank, alpha, dtype)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     return lora
+
+
+def _in_order(kernel: Any, batch_axes: int, output_axes: int) -> str:
+    """The roles of a kernel's axes in the order batch, inputs, outputs."""
+    inputs = kernel.ndim - batch_axes - output_axes
+    if min(batch_axes, inputs - 1, output_axes - 1) < 0:
+        given = f"batch_axes={batch_axes} and output_axes={output_axes}"
+        raise ValueError(f"the kernel is {kernel.shape}; {given} leave no axis of inputs or outputs")
+    return "b" * batch_axes + "i" * inputs + "o" * output_axes
+
+
+def _roles_said(name: str, ndim: int, by_pattern: Mapping[str | re.Pattern, str]) -> str:
+    """The roles of a kernel's axes, in which all patterns that match it agree."""
+    found: dict[str, str] = {}
+    said = []
+    for pattern, roles in by_pattern.items():
+        if matches(name, [pattern]):
+            try:
+                roles = said_roles(roles, ndim)
+            except ValueError as error:
+                raise ValueError(f"targets[{pattern!r}]: {error}") from error
+            found.setdefault(stacked(roles, ndim), roles)
+            said.append(f"{roles!r} by targets[{pattern!r}]")
+    if len(found) > 1:
+        raise ValueError(
+            f"the roles of its axes are {' and '.join(said)}; expected the same by all that match"
+        )
+    [roles] = found.values()
+    return roles
 
 
 def init_beside(key: PRNGKeyArray, kernel: Any, roles: str, rank: Rank, alpha: Alpha, dtype: Any) -> LowRank:

@@ -107,6 +107,29 @@ def kept_roles(roles: str) -> str | None:
     return None if "".join(sorted(roles, key="bio".index)) == roles else roles
 
 
+def said_roles(said: Any, ndim: int) -> str:
+    """The roles of a kernel's last axes as users say them, by letters or by an einsum of inputs and kernel.
+
+    Raises:
+      ValueError: what is neither, or does not fit a kernel of ndim axes.
+    """
+    text = said.replace(" ", "") if isinstance(said, str) else ""
+    if re.fullmatch(r"[\w.]+,[\w.]+->[\w.]+", text):
+        axes = text.split(",")[1].split("->")[0]
+        roles = kernel_roles(text, ndim if "..." in axes else min(ndim, len(axes)))
+    else:
+        roles = text
+    if not ({"i", "o"} <= set(roles) <= set("bio")):
+        raise ValueError(
+            f"the roles of its axes are {said!r}; expected a letter for each of the last axes, 'b' of a "
+            "batch, 'i' of inputs, 'o' of outputs, such as 'oio', or an einsum whose second operand is the "
+            "kernel, such as 'BTD,NDH->BTNH'"
+        )
+    if len(roles) > ndim:
+        raise ValueError(f"the kernel has {ndim} axes, its roles {said!r} are of {len(roles)}")
+    return roles
+
+
 def dense_equation(ndim: int, axes: Sequence[int], num_batch: int, num_features: int) -> str:
     """The einsum of a dense layer that contracts some axes of its inputs, of which the first are batch axes.
 

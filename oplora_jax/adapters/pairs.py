@@ -8,17 +8,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
 
 from oplora_jax.adapters.init import positive_number
+from oplora_jax.adapters.layouts import Layout, layout_of
 from oplora_jax.adapters.paths import leaf_name
 from oplora_jax.matrix import LowRank, is_matrix
-from oplora_jax.products import transpose
 
 # How the paths of a and b end: flax.nnx.LoRA and Qwix (kernel_lora_a), and PyTorch's habit; as arrays, or
 # as dense layers of their own.
 _TAILS = ("", "/kernel", "/weight", ".weight")
-_ENDINGS = tuple((f"lora_{a}{tail}", f"lora_{b}{tail}") for a, b in ("ab", "AB") for tail in _TAILS)
+_NAMED = tuple((f"lora_{a}{tail}", f"lora_{b}{tail}") for a, b in ("ab", "AB") for tail in _TAILS)
+_ENDINGS = (*_NAMED, ("lora/a", "lora/b"))  # the last are gemma's
+_QWIX = _NAMED[0]  # behind the weight's name and "_"
 
 
 class _Pair(NamedTuple):
@@ -27,9 +28,8 @@ class _Pair(NamedTuple):
     paths: list[str]
     indices: list[int]  # among the tree's leaves
     shapes: list[tuple[int, ...]]
-    batch: int  # the number of leading axes that count the layers of a stack
+    layout: Layout
     scale: float | int
-    transposed: bool
 
 
 class _Tree(NamedTuple):
@@ -44,12 +44,16 @@ class _Tree(NamedTuple):
 def pair_factors(
     tx: optax.GradientTransformation,
     *,
-    scale: float | int | Callable[[str], float | int] = 1.0,
+    scale: float | int | Callable[[str], float | int] | None = None,
     pattern: tuple[str, str] | None = None,
-    transposed: bool = False,
-    batch_axes: int | None = None,
+    transposed: bool | None = None,
+    batch_axes: int | Callable[[str], int | None] | None = None,
+    stack_axis: int | Callable[[str], int | None] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""A LoRA optimizer for parameters of other libraries, whose factors a and b are two separate leaves.
+
+    Say `scale`, what the other library multiplies a b with: alpha / rank for Qwix and PEFT, 1 for
+    `flax.nnx.LoRA` and gemma.
 
     The leaves are paired by path. The optimizer sees a tree {"paired": {name: `LowRank`}, "rest": {path:
     leaf}}, with `LowRank` parameters and all other leaves in "rest", and the state is the optimizer's own.
@@ -57,23 +61,28 @@ def pair_factors(
     needs `LowRank` parameters and `oplora_jax.value_and_grad`.
 
     Recognised without a pattern are the names of `flax.nnx.LoRA` (lora_a, lora_b), Qwix (kernel_lora_a,
-    kernel_lora_b) and PyTorch (lora_A, lora_B), also with "/kernel" or "/weight" behind them. A factor may
-    have several input or output axes, such as heads: a is (\*batch, \*inputs, r), b (\*batch, r, \*outputs).
+    kernel_lora_b) and PyTorch (lora_A, lora_B), also with "/kernel" or "/weight" behind them, and gemma's
+    (lora/a, lora/b). A factor may have several input or output axes, such as heads: a is
+    (\*batch, \*inputs, r), b (\*batch, r, \*outputs). What the shapes leave open is asked for by an error.
 
     Args:
       tx: any transformation that takes `LowRank` parameters, such as `oplora`.
-      scale: the scale s of the increment s a b in the other library's forward pass, alpha / rank for Qwix, 1
-        for `nnx.LoRA`; or a function from a pair's name, such as "encoder/query/kernel", to it.
+      scale: the scale s of the increment s a b in the other library's forward pass; or a function from a
+        pair's name, such as "encoder/query/kernel", to it. 1 if None, which Qwix's names do not allow.
       pattern: how the paths of a and b end, such as ("down/kernel", "up/kernel"), instead of the names
         above. An ending begins at the path's start or after "/", "." or "_".
       transposed: whether the factors are laid out as PyTorch's, a (\*batch, r, n) and b (\*batch, m, r).
-      batch_axes: how many leading axes count the layers of a stack, where the shapes leave it open: a
-        (4, 16, 4) with b (4, 4, 8) may be a stack of four, or one layer with two axes on each side.
+      batch_axes: how many leading axes count the layers of a stack, the axis `stack_axis` among them, where
+        the shapes leave it open: a (4, 16, 4) with b (4, 4, 8) may be a stack of four, or one layer with two
+        axes on each side. Or a function from a pair's name to it, or to None.
+      stack_axis: the axis of both factors that stacks layers where it is not the first, such as 1 for
+        `nn.scan` with variable_axes={"params": 1} and for MaxText: a (n, layers, r), b (r, layers, m). It
+        comes first in the `LowRank`. Or a function from a pair's name to it, or to None.
 
     Raises:
       ValueError: at init and update, for no pair at all, for a factor without the other one, for shapes that
-        do not fit (a rank above n or m, as of square layers of PyTorch without `transposed`) or leave the
-        batch axes open, and for gradients of another shape.
+        do not fit what is said (a rank above n or m, as of square layers of PyTorch without `transposed`) or
+        allow several layouts, for Qwix's names without a scale, and for gradients of another shape.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, oplora_jax
@@ -85,7 +94,7 @@ def pair_factors(
       True
     """
     tx = optax.with_extra_args_support(tx)
-    take_apart = lambda tree: _take_apart(tree, scale, pattern, transposed, batch_axes)
+    take_apart = lambda tree: _take_apart(tree, scale, pattern, transposed, batch_axes, stack_axis)
 
     def init_fn(params):
         tree = take_apart(params)
@@ -103,7 +112,9 @@ def pair_factors(
             return new, state
         leaves = [new["rest"].get(name) for name in tree.names]
         for name, pair in tree.pairs.items():
-            for index, factor in zip(pair.indices, _split(pair, new["paired"][name]), strict=True):
+            for index, factor in zip(
+                pair.indices, pair.layout.split(new["paired"][name], pair.shapes), strict=True
+            ):
                 leaves[index] = factor
         return tree.treedef.unflatten(leaves), state
 
@@ -115,7 +126,7 @@ def to_low_rank(tree: Any, **layout: Any) -> dict[str, LowRank]:
 
     Args:
       tree: parameters as for `pair_factors`.
-      **layout: `scale`, `pattern`, `transposed` and `batch_axes`, as for `pair_factors`.
+      **layout: `scale`, `pattern`, `transposed`, `batch_axes` and `stack_axis`, as for `pair_factors`.
 
     Returns:
       A dict from the pairs' names to `LowRank` parameters, a (*batch, n, r) and b (*batch, r, m).
@@ -165,13 +176,18 @@ def from_low_rank(lora: dict[str, LowRank], tree: Any, **layout: Any) -> Any:
             raise ValueError(f"{name}: the factors are {shapes[0]}; the tree needs {shapes[1]}")
         root = math.sqrt(new.scale / old.scale)
         rescaled = new if root == 1 else new.with_factors(root * new.a, root * new.b)
-        for index, factor in zip(pair.indices, _split(pair, rescaled), strict=True):
+        for index, factor in zip(pair.indices, pair.layout.split(rescaled, pair.shapes), strict=True):
             leaves[index] = factor.astype(leaves[index].dtype)
     return apart.treedef.unflatten(leaves)
 
 
 def _take_apart(
-    tree: Any, scale: Any = 1.0, pattern: Any = None, transposed: bool = False, batch_axes: Any = None
+    tree: Any,
+    scale: Any = None,
+    pattern: Any = None,
+    transposed: bool | None = None,
+    batch_axes: Any = None,
+    stack_axis: Any = None,
 ) -> _Tree:
     """Finds the pairs among the leaves of a tree."""
     paths_and_leaves, treedef = jax.tree.flatten_with_path(tree, is_leaf=is_matrix)
@@ -193,19 +209,29 @@ def _take_apart(
         paths, shapes = [names[i] for i in indices], [jnp.shape(leaves[i]) for i in indices]
         if name in pairs:
             raise ValueError(f"{paths[0]}: another pair of factors is named {name!r} as well")
-        value = scale(name) if callable(scale) else scale
-        if (number := positive_number(value)) is None:
-            raise ValueError(f"{paths[0]}: scale is {value!r}; expected a positive number, alpha / rank")
-        batch = _batch(paths, shapes, transposed, batch_axes)
-        pairs[name] = _Pair(paths, indices, shapes, batch, number, transposed)
+        of_pair = lambda value, name=name: value(name) if callable(value) else value
+        of_qwix = pattern is None and ending == _QWIX and stem.endswith("_")
+        number = _checked_scale(paths[0], of_pair(scale), of_qwix)
+        layout = layout_of(paths, shapes, transposed, of_pair(batch_axes), of_pair(stack_axis))
+        pairs[name] = _Pair(paths, indices, shapes, layout, number)
     if leaves and not pairs:
-        expected = "lora_a and lora_b, or lora_A and lora_B" if pattern is None else " and ".join(pattern)
+        expected = " and ".join(pattern or ("lora_a", "lora_b; lora_A", "lora_B; lora/a", "lora/b"))
         found = f"no paths end in {expected}; the paths are: {', '.join(names)}"
         raise ValueError(f"no pair of LoRA factors: {found}")
     repeated = [name for name, count in collections.Counter(names).items() if count > 1]
     if repeated:
         raise ValueError(f"{', '.join(repeated)}: several leaves have this path")
     return _Tree(names, leaves, treedef, pairs)
+
+
+def _checked_scale(path: str, scale: Any, of_qwix: bool) -> float | int:
+    """The scale of a pair, 1 where nobody says it and the library is not known to have another."""
+    if scale is None and of_qwix:
+        known = "by its name it is Qwix's, which multiplies the factors by alpha / rank"
+        raise ValueError(f"{path}: {known}; say scale=alpha / rank, or scale=1.0 if nothing does")
+    if (number := positive_number(1.0 if scale is None else scale)) is None:
+        raise ValueError(f"{path}: scale is {scale!r}; expected a positive number, alpha / rank")
+    return number
 
 
 def _factor(name: str, endings: tuple[tuple[str, str], ...]) -> tuple[str, tuple[str, str], int] | None:
@@ -216,38 +242,6 @@ def _factor(name: str, endings: tuple[tuple[str, str], ...]) -> tuple[str, tuple
             if stem != name and (not stem or stem.endswith(("/", ".", "_"))):
                 return stem, ending, which
     return None
-
-
-def _batch(paths: list[str], shapes: list[tuple[int, ...]], transposed: bool, batch_axes: int | None) -> int:
-    """The number of batch axes of a pair, which is what the shapes allow."""
-    sizes = _sizes(*shapes, transposed)
-    sizes = {batch_axes: sizes[batch_axes]} if batch_axes in sizes else sizes
-    fitting = [k for k, (n, r, m) in sizes.items() if r <= min(n, m)]
-    if len(fitting) == 1:
-        return fitting[0]
-    named = f"{paths[0]} {shapes[0]} and {paths[1]} {shapes[1]}"
-    if fitting:
-        counts = " or ".join(map(str, fitting))
-        raise ValueError(f"{named}: the shapes allow {counts} batch axes; say which with batch_axes")
-    layouts = ["(*batch, *inputs, r) and (*batch, r, *outputs)", "(*batch, r, n) and (*batch, m, r)"]
-    other = any(r <= min(n, m) for n, r, m in _sizes(*shapes, not transposed).values())
-    hint = f" (with transposed={not transposed} they would)" if other else ""
-    found = "the factors do not fit"
-    for n, r, m in list(sizes.values())[:1]:
-        found += f": with transposed={transposed} they are of rank {r}, above a side of a matrix ({n}, {m})"
-    raise ValueError(f"{named}: {found}; expected {layouts[transposed]}{hint}")
-
-
-def _sizes(a: tuple[int, ...], b: tuple[int, ...], transposed: bool) -> dict[int, tuple[int, int, int]]:
-    """(n, r, m) by the numbers of batch axes with which the shapes of two factors fit together."""
-    if transposed:
-        fits = len(a) == len(b) >= 2 and a[:-2] == b[:-2] and a[-2] == b[-1] > 0
-        return {len(a) - 2: (a[-1], a[-2], b[-2])} if fits else {}
-    if len(a) < 2 or not b:
-        return {}
-    fits = lambda k: a[:k] == b[:k] and a[-1] == b[k] > 0
-    most = max(min(len(a), len(b)) - 2, 0)
-    return {k: (math.prod(a[k:-1]), a[-1], math.prod(b[k + 1 :])) for k in range(most + 1) if fits(k)}
 
 
 def _gather(tree: _Tree, leaves: list[Any]) -> Any:
@@ -264,22 +258,9 @@ def _gather(tree: _Tree, leaves: list[Any]) -> Any:
 
 
 def _join(pair: _Pair, a: Any, b: Any) -> LowRank:
-    """The matrix of two leaves: (*batch, *inputs, r) and (*batch, r, *outputs), or transposed."""
+    """The matrix of two leaves."""
     for path, shape, leaf in zip(pair.paths, pair.shapes, (a, b), strict=True):
         got = getattr(leaf, "shape", type(leaf).__name__)
         if got != shape:
             raise ValueError(f"{path}: the gradient is {got}; the parameter needs an array {shape}")
-    if pair.transposed:
-        return LowRank(transpose(a), transpose(b), pair.scale)
-    batch, rank = pair.shapes[0][: pair.batch], pair.shapes[0][-1]
-    inputs, outputs = pair.shapes[0][pair.batch : -1], pair.shapes[1][pair.batch + 1 :]
-    a = jnp.reshape(a, (*batch, math.prod(inputs), rank))
-    b = jnp.reshape(b, (*batch, rank, math.prod(outputs)))
-    return LowRank(a, b, pair.scale)
-
-
-def _split(pair: _Pair, node: LowRank) -> tuple[Array, Array]:
-    """The two leaves of a matrix, the inverse of `_join`."""
-    if pair.transposed:
-        return transpose(node.a), transpose(node.b)
-    return jnp.reshape(node.a, pair.shapes[0]), jnp.reshape(node.b, pair.shapes[1])
+    return pair.layout.join(a, b, pair.scale)

@@ -3,7 +3,7 @@
 import difflib
 import fnmatch
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -27,7 +27,7 @@ def leaf_name(path: Any) -> str:
 
 def patterns_of(targets: Targets) -> tuple[str | re.Pattern, ...]:
     """The patterns of an argument `targets`; raises ValueError for none, or for what is no pattern."""
-    several = isinstance(targets, Iterable) and not isinstance(targets, str)
+    several = isinstance(targets, Iterable) and not isinstance(targets, str | Mapping)
     patterns = tuple(targets) if several else (targets,)
     if not patterns or not all(isinstance(p, str | re.Pattern) for p in patterns):
         expected = "expected a path, a glob or a re.compile(...), or several of them"

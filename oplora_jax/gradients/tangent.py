@@ -1,10 +1,10 @@
 """The full gradient as far as plain factor gradients know it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
 
 from oplora_jax.matrix import LowRank, Matrix, check_factors, left_product, right_product
 from oplora_jax.products import compute_dtype, gram, times, transpose
@@ -47,23 +47,15 @@ def tangent_gradient(param: LowRank, factor_gradients: LowRank) -> LowRank:
     if shapes[0] != shapes[1]:
         raise ValueError(f"the factor gradients have shapes {shapes[1]}, the factors {shapes[0]}")
     like = lambda: LowRank(*jax.tree.leaves(specs_of(param)))
-    project = lambda *pair: _projections([pair])[0]
-    return under_auto_sharding(project, like, param, factor_gradients)
+    return under_auto_sharding(_projection, like, param, factor_gradients)
 
 
-def _projections(pairs: Sequence[tuple[LowRank, LowRank]]) -> list[LowRank]:
-    """The small inverses of all parameters are computed together."""
-    factors = [wide for param, _ in pairs for wide in (transpose(param.a), param.b)]
-    grams = [gram(wide.astype(compute_dtype(wide))) for wide in factors]
-    inverses = together(lambda _, grams: inverse(grams, None), [None] * len(grams), grams)
-    return [_projection(*z) for z in zip(pairs, inverses[::2], inverses[1::2], strict=True)]
-
-
-@jax.jit
-def _projection(pair: tuple[LowRank, LowRank], inverse_a: Array, inverse_b: Array) -> LowRank:
-    param, gradients = pair
+def _projection(param: LowRank, gradients: LowRank) -> LowRank:
     dtype = compute_dtype(param.a, param.b)
     a, b = param.a.astype(dtype), param.b.astype(dtype)
+    grams = [gram(transpose(a)), gram(b)]
+    # Both at once: they have one shape.
+    inverse_a, inverse_b = together(lambda _, grams: inverse(grams, None), [None, None], grams)
     da, db = (z.astype(dtype) / param.scale for z in (gradients.a, gradients.b))
     row_space = times(inverse_b, b)
     columns = times(inverse_a, db - times(transpose(a), da, row_space))
@@ -82,12 +74,35 @@ def full_gradient(param: LowRank, gradient: Matrix) -> Matrix:
     return tangent_gradient(param, gradient) if isinstance(gradient, LowRank) else gradient
 
 
-def full_gradients(params: Sequence[LowRank], gradients: Sequence[Matrix]) -> list[Matrix]:
-    """`full_gradient` of many parameters: the same with fewer kernels."""
-    pairs = zip(params, gradients, strict=True)
-    known = {i: pair for i, pair in enumerate(pairs) if isinstance(pair[1], LowRank)}
-    projections = dict(zip(known, _projections([*known.values()]), strict=True))
-    return [projections.get(i, gradient) for i, gradient in enumerate(gradients)]
+def of_full_gradients(step: Callable[..., Any]) -> Callable[..., Any]:
+    """A step of many parameters that takes gradients of any kind, from one that takes full gradients.
+
+    Where factor gradients come, their parameters are stacked by shape, and so is all that the step computes:
+    few kernels to compile however many there are. Exact gradients stay where they are, since stacks of
+    them would be copies as large as the activations.
+
+    Args:
+      step: (params, gradients, states, count) -> (new params, new states), lists, as `lora_optimizer` takes.
+    """
+
+    def step_of_any(params, gradients, states, count):
+        rows = [*zip(params, gradients, states, strict=True)]
+        known = [i for i, gradient in enumerate(gradients) if isinstance(gradient, LowRank)]
+        exact = [i for i in range(len(rows)) if i not in set(known)]
+
+        def step_of_stack(_, row):
+            param, gradient, state = row
+            return tuple(z for (z,) in step([param], [tangent_gradient(param, gradient)], [state], count))
+
+        found = dict(
+            zip(known, together(step_of_stack, [None] * len(known), [rows[i] for i in known]), strict=True)
+        )
+        if exact:
+            columns = map(list, zip(*(rows[i] for i in exact), strict=True))
+            found |= zip(exact, zip(*step(*columns, count), strict=True), strict=True)
+        return tuple([found[i][part] for i in range(len(rows))] for part in (0, 1))
+
+    return step_of_any
 
 
 def factor_gradients(param: LowRank, gradient: Matrix) -> LowRank:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from oplora_jax.gradients.tangent import full_gradients
+from oplora_jax.gradients.tangent import of_full_gradients
 from oplora_jax.lorsum import lorsum
 from oplora_jax.matrix import LowRank, from_unit_scale, is_zero, left_product, transposed
 from oplora_jax.optimizers._factors import gram_inverse, wide_at_unit_scale
@@ -122,7 +122,6 @@ def oplora(
         lr = at_step(learning_rate, count)
         given = regularization if momentum_regularization is None else momentum_regularization
         ridges = tuple(0.0 if is_zero(value) else lr * value for value in (regularization, given))
-        gradients = full_gradients(params, gradients)
         momenta = [state.momentum if kind == "low_rank" else None for state in states]
         rates = {"learning_rate": lr, "decay": decay, "share": share, "weight": 1 - lr * weight_decay}
         settings = {"regularization": ridges, "num_iters": num_iters}
@@ -141,7 +140,7 @@ def oplora(
 
     if others is None:
         others = _heavy_ball_of_arrays(learning_rate, momentum, dampening, weight_decay, state_dtype)
-    return lora_optimizer(init, step, others=others, state_dtype=state_dtype, seed=seed)
+    return lora_optimizer(init, of_full_gradients(step), others=others, state_dtype=state_dtype, seed=seed)
 
 
 def _projected(z, gradient, state, lr, decay, share, ridge):

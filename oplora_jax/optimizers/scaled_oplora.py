@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from oplora_jax.gradients.tangent import full_gradients
+from oplora_jax.gradients.tangent import of_full_gradients
 from oplora_jax.matrix import DenseGradient, LowRank, OuterProduct, is_zero
 from oplora_jax.metrics import KroneckerMetric, Structure, average, kfac_moments, powers, shampoo_moments
 from oplora_jax.optimizers._facts import facts
@@ -132,7 +132,6 @@ def scaled_oplora(
         ridge = jnp.maximum(lr * regularization, 1e-5)
         corrected = (1 - b2) / (1 - jnp.asarray(b2, lr.dtype) ** (count + 1))
         weight = jnp.where(bias_correction, corrected, 1 - b2)
-        gradients = full_gradients(params, gradients)
 
         def measured(gradient, state):
             new = estimate(gradient, structure, loss_reduction)
@@ -158,7 +157,9 @@ def scaled_oplora(
         adam = {"b1": b1, "b2": b2, "mu_dtype": check_state_dtype(state_dtype), "weight_decay": 0.0}
         others = optax.adamw(others_learning_rate, **adam)
     check = (lambda param, gradient: _missing_moments(gradient, structure)) if metric == "kfac" else None
-    return lora_optimizer(init, step, others=others, state_dtype=state_dtype, check=check, seed=seed)
+    return lora_optimizer(
+        init, of_full_gradients(step), others=others, state_dtype=state_dtype, check=check, seed=seed
+    )
 
 
 def _ones(param: LowRank, structure: Structure) -> KroneckerMetric:

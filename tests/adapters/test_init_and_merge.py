@@ -257,6 +257,101 @@ def test_axes_of_kernels():
         np.testing.assert_allclose(merged[path], 1 + to_dense(p).reshape(params[path].shape), rtol=1e-6)
 
 
+# Of a kernel: an einsum, its shape, the roles of its axes, and its matrix.
+EINSUMS = {
+    "gemma's queries": ("BTD,NDH->BTNH", (2, 6, 4), "oio", (6, 8)),
+    "gemma's keys and values": ("BSD,CKDH->CBSKH", (2, 3, 6, 4), "ooio", (6, 24)),
+    "one LoRA parameter each": ("CBSD,CKDH->CBSKH", (2, 3, 6, 4), "boio", (2, 6, 12)),
+    "gemma's gate": ("...F,NHF->...NH", (2, 5, 6), "ooi", (6, 10)),
+    "gemma's output": ("BTNH,NHD->BTD", (2, 4, 6), "iio", (8, 6)),
+    "experts": ("gecd,ekfd->kgecf", (3, 2, 5, 6), "booi", (3, 6, 10)),
+}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("layers", [(), (3,)], ids=["one", "stacked"])
+@pytest.mark.parametrize("by", ["roles", "einsum"])
+@pytest.mark.parametrize("equation, shape, roles, matrix", EINSUMS.values(), ids=EINSUMS.keys())
+def test_roles_of_the_axes_of_kernels(equation, shape, roles, matrix, by, layers):
+    """Merged, the increment is that of the einsum: the inputs through a, then through b, in NumPy."""
+    rng = np.random.default_rng(0)
+    params = {"layer": {"w": jnp.asarray(rng.standard_normal((*layers, *shape)))}, "other": jnp.ones((4, 4))}
+    target = equation if by == "einsum" else roles
+    lora = init_lora(jax.random.key(0), params, 2, {"layer/w": target, "other": "io"}, alpha=6)
+    p = lora["layer/w"]
+    in_order = "".join(sorted(roles, key="bio".index)) == roles
+    assert p.shape == (*layers, *matrix) and p.roles == (None if in_order else roles) and p.scale == 3
+    # uniform as in He's initialisation: n inputs, whatever the other axes
+    assert 0.5 < float(jnp.abs(p.a).max()) <= np.sqrt(6 / matrix[-2])
+    p = p.with_factors(p.a, jnp.asarray(rng.standard_normal(p.b.shape)))
+    merged = merge(params, {"layer/w": p})["layer"]["w"]
+    inputs, kernel = equation.replace("...", "BT").split("->")[0].split(",")
+    outputs = equation.replace("...", "BT").split("->")[1]
+    x = rng.standard_normal([shape[kernel.index(c)] if c in kernel else 2 for c in inputs])
+    sizes = dict(zip(kernel, shape, strict=True))
+    with_role = lambda role: "".join(c for c, r in zip(kernel, roles, strict=True) if r == role)
+    batch, n, m = (with_role(role) for role in "bio")
+    for layer in np.ndindex(layers):
+        a = np.asarray(p.a[layer]).reshape([*(sizes[c] for c in batch + n), 2])
+        b = np.asarray(p.b[layer]).reshape([*(sizes[c] for c in batch), 2, *(sizes[c] for c in m)])
+        expected = 3 * np.einsum(f"{inputs},{batch}{n}Z,{batch}Z{m}->{outputs}", x, a, b)
+        increment = np.asarray(merged[layer] - params["layer"]["w"][layer])
+        got = np.einsum(f"{inputs},{kernel}->{outputs}", x, increment)
+        # float64: sums of up to 8 products of numbers of size 1, the increment by a difference
+        np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_the_gradient_of_a_kernel_with_roles_is_exact():
+    """The gradient at the LoRA parameter is that of the whole kernel, its axes in the matrix's order."""
+    with jax.enable_x64(True):
+        keys = jax.random.split(jax.random.key(0), 3)
+        params = {"q": jax.random.normal(keys[0], (2, 6, 4))}
+        x = jax.random.normal(keys[1], (3, 5, 6))
+        loss_fn = lambda params: jnp.sum(jnp.sin(jnp.einsum("BTD,NDH->BTNH", x, params["q"])))
+        lora = init_lora(keys[2], params, 2, {"q": "oio"})
+        got = oplora_jax.grad(lambda lora: loss_fn(merge(params, lora)))(lora)["q"]
+        expected = jax.grad(loss_fn)(params)["q"].transpose(1, 0, 2).reshape(6, 8)
+        chex.assert_trees_all_close(to_dense(got), expected, rtol=1e-12)  # the same sums
+
+
+BAD_ROLES = {
+    "no letters": ({"q": "xyz"}, r"q: targets\['q'\]: the roles of its axes are 'xyz'; expected a letter"),
+    "no string": ({"q": 2}, r"targets\['q'\]: the roles of its axes are 2; expected"),
+    "empty": ({"q": ""}, r"targets\['q'\]: .* are ''; expected"),
+    "no inputs": ({"q": "boo"}, r"targets\['q'\]: .* are 'boo'; expected"),
+    "no outputs": ({"q": "BTD,BTD->BT"}, r"targets\['q'\]: .*'BTD,BTD->BT'"),
+    "too many": ({"q": "ooio"}, r"targets\['q'\]: the kernel has 3 axes, its roles 'ooio' are of 4"),
+    "another einsum": ({"q": "BSD,CKDH->CBSKH"}, r"targets\['q'\]: .*'BSD,CKDH->CBSKH' has 3 axes"),
+    "three operands": ({"q": "BTD,DR,RH->BTH"}, r"targets\['q'\]: .* are 'BTD,DR,RH->BTH'; expected"),
+    "a sum": ({"q": "BTD,NDH->BTH"}, r"targets\['q'\]: .* is no matrix product"),
+    "two meanings": (
+        {"q": "oio", re.compile("q"): "iio"},
+        r"q: the roles of its axes are 'oio' by targets\['q'\] and 'iio' by targets\[re.compile\('q'\)\]",
+    ),
+    "no pattern": ({}, "expected a path, a glob"),
+    "no match": ({"q": "oio", "k": "oio"}, "no kernel matches 'k'"),
+}
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("targets, message", BAD_ROLES.values(), ids=BAD_ROLES.keys())
+def test_bad_roles(targets, message):
+    with pytest.raises(ValueError, match=message):
+        init_lora(jax.random.key(0), {"q": jnp.ones((2, 6, 4))}, 2, targets)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_roles_beside_other_arguments():
+    params = {"q": jnp.ones((3, 2, 6, 4))}
+    # All that match agree: "oio" of a stack is "boio".
+    lora = init_lora(jax.random.key(0), params, 2, {"q": "oio", "*": "boio"})
+    assert lora["q"].shape == (3, 6, 8) and lora["q"].roles == "oio"
+    with pytest.raises(ValueError, match=r"has the roles .*leave out batch_axes=1 and output_axes=1"):
+        init_lora(jax.random.key(0), params, 2, {"q": "oio"}, batch_axes=1)
+    with pytest.raises(ValueError, match=r"targets is \{'q': 'oio'\}; expected"):
+        oplora_jax.nnx.loraize(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), 2, {"q": "oio"}, rngs=nnx.Rngs(0))
+
+
 def test_gradients_through_a_model_that_knows_nothing_of_lora():
     """A convolution and a dense layer, in float64: the gradient is that of the kernels."""
     with jax.enable_x64(True):

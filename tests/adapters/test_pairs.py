@@ -6,6 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import event, given
+from hypothesis import settings as settings_of_hypothesis
+from hypothesis import strategies as st
 
 from oplora_jax import LowRank, from_low_rank, is_low_rank, oplora, pair_factors, to_dense, to_low_rank
 from tests.optimizers.cases import OF_FACTORS, make, problem, run, signature
@@ -16,7 +19,8 @@ SCALE = 2.0  # of the table's problem
 # What the two factors of the table's problem, (8, 2) and (2, 6), may look like in a tree.
 LAYOUTS = {
     "nnx": ({"lora_a": (8, 2), "lora_b": (2, 6)}, {}),
-    "qwix": ({"kernel_lora_a": (4, 2, 2), "kernel_lora_b": (2, 3, 2)}, {}),
+    "qwix": ({"kernel_lora_a": (8, 2), "kernel_lora_b": (2, 3, 2)}, {}),
+    "gemma": ({"lora": {"a": (4, 2, 2), "b": (2, 6)}}, {}),
     "torch": ({"lora_A": (2, 8), "lora_B": (6, 2)}, {"transposed": True}),
     "torch state dict": ({"lora_A.weight": (2, 8), "lora_B.weight": (6, 2)}, {"transposed": True}),
     "dense layers": ({"lora_a": {"kernel": (8, 2)}, "lora_b": {"kernel": (2, 6)}}, {}),
@@ -124,7 +128,9 @@ def test_the_scale_matters_and_may_depend_on_the_name():
         paths.append(to_dense(to_low_rank(after, scale=scale)["first/kernel"]))
     # float32 rounding of three steps; the step itself is 0.1 and more.
     chex.assert_trees_all_close(*paths, rtol=1e-4, atol=1e-5)
-    wrong, _ = run(pair_factors(oplora(0.1, momentum=0)), tree, jax.grad(lambda p: loss_fn(p, SCALE)), 3)
+    wrong, _ = run(
+        pair_factors(oplora(0.1, momentum=0), scale=1), tree, jax.grad(lambda p: loss_fn(p, SCALE)), 3
+    )
     off = to_dense(to_low_rank(wrong, scale=SCALE)["first/kernel"]) - paths[0]
     assert np.abs(off).max() > 1e-2
 
@@ -231,7 +237,7 @@ def test_extra_arguments_reach_the_inner_optimizer():
 
     inner = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
     gradient = separate_gradient(tree)
-    tx = pair_factors(inner)
+    tx = pair_factors(inner, scale=SCALE)
     updates, _ = tx.update(gradient, tx.init(tree), value=3.0)
     assert seen == [(3.0, None)]
     chex.assert_trees_all_equal(updates, gradient)
@@ -255,7 +261,8 @@ SHAPES = {
     ((7, 3, 4, 2), (7, 2, 5)): ((7, 12, 2), (7, 2, 5)),
     ((7, 3, 4, 2), (7, 3, 2, 5)): ((7, 3, 4, 2), (7, 3, 2, 5)),
     ((3, 2, 4, 6), (6, 7)): ((24, 6), (6, 7)),
-    ((2, 2), (2, 2)): ((2, 2), (2, 2)),
+    # A stack of one along another axis is the same matrix without it.
+    ((4, 1, 2), (2, 1, 5)): ((4, 2), (2, 5)),
 }
 
 
@@ -268,17 +275,163 @@ def test_axes(shapes, expected):
     chex.assert_trees_all_equal(from_low_rank({"w": param}, tree), tree)
 
 
-def test_axes_that_the_shapes_leave_open():
-    tree = {"w": {"lora_a": jnp.ones((4, 16, 4)), "lora_b": jnp.ones((4, 4, 8))}}
-    with pytest.raises(ValueError, match=r"w/lora_a \(4, 16, 4\) and w/lora_b .* 0 or 1 batch axes; say"):
+# Shapes that may be meant in several ways: what is said for each, and the factors that it makes.
+OPEN = {
+    "a stack, or two axes on each side": (
+        ((4, 16, 4), (4, 4, 8)),
+        {"batch_axes=0": ((64, 4), (4, 32)), "batch_axes=1": ((4, 16, 4), (4, 4, 8))},
+    ),
+    "a stack along axis 1, or heads on each side": (
+        ((8, 3, 2), (2, 3, 8)),
+        {"batch_axes=0": ((24, 2), (2, 24)), "stack_axis=1, batch_axes=1": ((3, 8, 2), (3, 2, 8))},
+    ),
+    "a stack along the last axis": (
+        ((4, 2, 2), (2, 3, 2)),
+        {"batch_axes=0": ((8, 2), (2, 6)), "stack_axis=2, batch_axes=1": ((2, 4, 2), (2, 2, 3))},
+    ),
+    "experts in a stack along axis 2": (
+        ((5, 8, 3, 2), (5, 2, 3, 7)),
+        {
+            "stack_axis=0, batch_axes=1": ((5, 24, 2), (5, 2, 21)),
+            "stack_axis=2, batch_axes=2": ((3, 5, 8, 2), (3, 5, 2, 7)),
+        },
+    ),
+    "a stack along the first axis, or the last": (
+        ((3, 3, 2), (3, 2, 2, 2)),
+        {
+            "stack_axis=0, batch_axes=1": ((3, 3, 2), (3, 2, 4)),
+            "stack_axis=2, batch_axes=1": ((2, 3, 3), (2, 3, 4)),
+            "stack_axis=-1, batch_axes=1": ((2, 3, 3), (2, 3, 4)),
+        },
+    ),
+    "full rank": (
+        ((2, 2), (2, 2)),
+        {
+            "transposed=False, batch_axes=0": ((2, 2), (2, 2)),
+            "transposed=True, batch_axes=0": ((2, 2), (2, 2)),
+        },
+    ),
+    "as many layers as inputs, PyTorch's": (
+        ((8, 2, 8), (8, 6, 2)),
+        {
+            "transposed=False, batch_axes=0": ((16, 8), (8, 12)),
+            "transposed=True, batch_axes=1": ((8, 8, 2), (8, 2, 6)),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("shapes, meanings", OPEN.values(), ids=OPEN.keys())
+def test_what_the_shapes_leave_open_is_asked_for(shapes, meanings):
+    a, b = (jnp.arange(float(np.prod(shape))).reshape(shape) for shape in shapes)
+    tree = {"w": {"lora_a": a, "lora_b": b}}
+    with pytest.raises(
+        ValueError, match=r"w/lora_a \(.*\) and w/lora_b .* several layouts; say which"
+    ) as error:
         to_low_rank(tree)
-    assert to_low_rank(tree, batch_axes=0)["w"].shape == (64, 32)
-    assert to_low_rank(tree, batch_axes=1)["w"].shape == (4, 16, 8)
-    # It is asked for where the shapes leave it open, and nowhere else.
-    assert to_low_rank({"lora_a": jnp.ones((4, 2)), "lora_b": jnp.ones((2, 3))}, batch_axes=1)[""].shape == (
-        4,
-        3,
+    for said, expected in meanings.items():
+        assert f"{said} (matrices " in str(error.value)
+        options = eval(f"dict({said})")
+        param = to_low_rank(tree, **options)["w"]
+        assert (param.a.shape, param.b.shape) == expected
+        chex.assert_trees_all_equal(from_low_rank({"w": param}, tree, **options), tree)
+    assert str(error.value).count("matrices") == len(meanings)
+
+
+# What is said and does not fit is an error, which names what would.
+UNFIT = {
+    "no stack": (((4, 2), (2, 3)), {"batch_axes": 1}, "do not fit batch_axes=1; .* with batch_axes=0"),
+    "another axis": (
+        ((8, 3, 2), (2, 3, 8)),
+        {"batch_axes": 1},
+        "do not fit batch_axes=1; .*batch_axes=0 .* or stack_axis=1, batch_axes=1",
+    ),
+    "no such axis": (((8, 3, 2), (2, 3, 8)), {"stack_axis": 3}, "do not fit stack_axis=3; .*stack_axis=1"),
+    "one of two axes": (
+        ((3, 3, 2), (3, 2, 2, 2)),
+        {"batch_axes": 2},
+        "do not fit batch_axes=2; .*stack_axis=0, .* or stack_axis=-1, ",
+    ),
+    "both": (
+        ((8, 3, 2), (2, 3, 8)),
+        {"stack_axis": 1, "batch_axes": 2},
+        "do not fit batch_axes=2 and stack_axis=1; ",
+    ),
+    "the layers as the rank": (((3, 8, 2), (3, 2, 8)), {"batch_axes": 0}, "do not fit batch_axes=0; .*=1"),
+    "unsaid": (((8, 2, 3), (2, 9, 3)), {}, "do not fit; .* with stack_axis=2, batch_axes=1"),
+    "a negative number": (((4, 2), (2, 3)), {"batch_axes": -1}, "do not fit batch_axes=-1"),
+}
+
+
+@pytest.mark.parametrize("shapes, options, message", UNFIT.values(), ids=UNFIT.keys())
+def test_what_is_said_must_fit(shapes, options, message):
+    tree = {"w": {"lora_a": jnp.ones(shapes[0]), "lora_b": jnp.ones(shapes[1])}}
+    with pytest.raises(ValueError, match=r"w/lora_a \(.*\) and w/lora_b .*: the factors " + message):
+        to_low_rank(tree, **options)
+    with pytest.raises(ValueError, match=message):
+        pair_factors(oplora(0.1), **options).init(tree)
+
+
+def test_layouts_may_depend_on_the_name():
+    """A stack along axis 1 beside a layer of its own."""
+    tree = {
+        "layers": {"lora_a": jnp.ones((8, 3, 2)), "lora_b": jnp.ones((2, 3, 8))},
+        "head": {"lora_a": jnp.ones((8, 2)), "lora_b": jnp.ones((2, 5))},
+    }
+    with pytest.raises(ValueError, match=r"head/lora_a .*do not fit stack_axis=1; .*batch_axes=0"):
+        to_low_rank(tree, stack_axis=1)
+    lora = to_low_rank(tree, stack_axis={"layers": 1, "head": None}.get)
+    assert {name: p.shape for name, p in lora.items()} == {"layers": (3, 8, 8), "head": (8, 5)}
+    layers = {"layers": tree["layers"]}
+    assert to_low_rank(layers, batch_axes=lambda name: 0)["layers"].shape == (24, 24)
+
+
+SIZES = st.sampled_from([1, 2, 3, 4, 6])
+
+
+@st.composite
+def laid_out(draw):
+    """(factors as arrays, what may be said of their layout, the increments over the batch axes in front)."""
+    transposed = draw(st.booleans())
+    batch, inputs, outputs = (
+        draw(st.lists(SIZES, min_size=least, max_size=most))
+        for least, most in ((0, 2), (1, 1 if transposed else 2), (1, 1 if transposed else 2))
     )
+    rank = draw(st.integers(1, min(np.prod(inputs), np.prod(outputs), 4)))
+    a_axes, b_axes = (
+        ([rank, *inputs], [*outputs, rank]) if transposed else ([*inputs, rank], [rank, *outputs])
+    )
+    rng = np.random.default_rng(draw(st.integers(0, 9)))
+    a, b = (rng.standard_normal([*batch, *axes]) for axes in (a_axes, b_axes))
+    left = np.swapaxes(a, -1, -2) if transposed else a.reshape(*batch, -1, rank)
+    right = np.swapaxes(b, -1, -2) if transposed else b.reshape(*batch, rank, -1)
+    said = {"transposed": transposed, "batch_axes": len(batch)}
+    if batch:  # the first of them somewhere else
+        said["stack_axis"] = draw(st.integers(0, min(a.ndim, b.ndim) - 1) | st.just(-1))
+        a, b = (np.moveaxis(z, 0, said["stack_axis"]) for z in (a, b))
+    return (a, b), said, left @ right
+
+
+@pytest.mark.usefixtures("x64")
+@settings_of_hypothesis(max_examples=100, deadline=None)
+@given(case=laid_out(), data=st.data())
+def test_a_pair_is_right_or_refused(case, data):
+    """Whatever is said of its layout: the increments are those of the layer, or it is an error."""
+    (a, b), truth, increments = case
+    said = {name: value for name, value in truth.items() if data.draw(st.booleans(), label=name)}
+    try:
+        param = to_low_rank({"lora_a": jnp.asarray(a), "lora_b": jnp.asarray(b)}, **said)[""]
+    except ValueError as error:
+        assert "say which" in str(error) or "they would with" in str(error)
+        event("refused")
+        assert said != truth, "all was said"
+        return
+    event(f"right, {len(said)} of {len(truth)} said")
+    stack = truth.get("stack_axis", 0)
+    if "stack_axis" not in said and stack and increments.ndim == 4 and (stack % a.ndim) == 1:
+        increments = np.moveaxis(increments, 0, 1)  # it is the second of two batch axes
+    # float64: products of four at most.
+    np.testing.assert_allclose(to_dense(param).reshape(increments.shape), increments, rtol=1e-12, atol=1e-12)
 
 
 # Shapes of a and b whose rank no matrix has: as given, and whether the other layout is right.
@@ -302,7 +455,9 @@ ABOVE = {
 def test_a_rank_that_no_matrix_has(a, b, options, other, names):
     tree = {"q/" + names[0]: jnp.ones(a), "q/" + names[1]: jnp.ones(b)}
     tx = pair_factors(oplora(0.1), **options)
-    said = rf"q/{names[0]} .*do not fit: with transposed={options.get('transposed', False)} they are of rank"
+    said = (
+        rf"q/{names[0]} .*do not fit.*: with transposed={options.get('transposed', False)} they are of rank"
+    )
     for use in (
         lambda: tx.init(tree),
         lambda: to_low_rank(tree, **options),
@@ -310,7 +465,7 @@ def test_a_rank_that_no_matrix_has(a, b, options, other, names):
     ):
         with pytest.raises(ValueError, match=said) as error:
             use()
-        assert ("they would" in str(error.value)) == other
+        assert ("they would with transposed=" in str(error.value)) == other
     if other:
         options = {"transposed": not options.get("transposed", False)}
         assert to_low_rank(tree, **options)["q"].a.shape[-2:] == (8, 2)
@@ -335,11 +490,16 @@ BAD = {
         {},
         r"q/lora_a \(4, 2\) and .* do not fit; exp",
     ),
-    "layout": ({"lora_A": A.T, "lora_B": B.T}, {}, r"\(2, 4\) and .*with transposed=True they would"),
-    "not transposed": ({"lora_A": A, "lora_B": B}, {"transposed": True}, "with transposed=False they would"),
+    "layout": ({"lora_A": A.T, "lora_B": B.T}, {}, r"\(2, 4\) and .*they would with transposed=True"),
+    "not transposed": ({"lora_A": A, "lora_B": B}, {"transposed": True}, "they would with transposed=False"),
     "one axis": ({"lora_a": A[0], "lora_b": B}, {}, r"lora_a \(2,\) and .* do not fit"),
     "rank 0": ({"lora_a": A[:, :0], "lora_b": B[:0]}, {}, "do not fit"),
     "scale": ({"q": {"lora_a": A, "lora_b": B}}, {"scale": 0.0}, r"q/lora_a: scale is 0\.0; expected a pos"),
+    "scale of Qwix": (
+        {"q": {"w_lora_a": A, "w_lora_b": B}},
+        {},
+        r"q/w_lora_a: .*Qwix's, which .*by alpha / rank; say scale=alpha / rank",
+    ),
     "infinite scale": (
         {"q": {"lora_a": A, "lora_b": B}},
         {"scale": float("inf")},

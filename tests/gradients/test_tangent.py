@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oplora_jax import LowRank, OuterProduct, lorsum, tangent_gradient, to_dense
-from oplora_jax.gradients.tangent import factor_gradients
+from oplora_jax import LowRank, OuterProduct, lorsum, oplora, tangent_gradient, to_dense
+from oplora_jax.gradients.tangent import factor_gradients, of_full_gradients
 
 
 def problem(n, m, r, scale, batch=()):
@@ -72,3 +72,45 @@ def test_shapes_that_disagree():
     wrong = LowRank(jnp.ones((5, 3)), jnp.ones((3, 4)))
     with pytest.raises(ValueError, match=r"\(5, 3\).*\(5, 2\)"):
         tangent_gradient(p, wrong)
+
+
+def test_steps_of_factor_gradients_take_their_parameters_in_stacks():
+    """One call for all of a shape, another for exact gradients; the results are those of each alone."""
+    sizes = [(5, 4, 2), (6, 4, 2), (5, 4, 2), (5, 4, 2), (5, 4, 2)]
+    problems = [problem(n, m, r, 2.0) for n, m, r in sizes]
+    params = [p for p, _ in problems]
+    params = [LowRank((i + 1) * p.a, p.b, p.scale) for i, p in enumerate(params)]
+    gradients = [factor_gradients(p, g) for p, (_, g) in zip(params, problems, strict=True)]
+    gradients[2] = problems[2][1]  # an exact one
+    states = [{"momentum": jnp.full((), float(i)), "none": None} for i in range(5)]
+    calls = []
+
+    def step(params, gradients, states, count):
+        calls.append([p.shape for p in params])
+        new = [
+            p.with_factors(p.a + to_dense(g) @ jnp.swapaxes(p.b, -1, -2), p.b)
+            for p, g in zip(params, gradients, strict=True)
+        ]
+        return new, [{"momentum": z["momentum"] + count, "none": None} for z in states]
+
+    new, after = of_full_gradients(step)(params, gradients, states, 10)
+    assert sorted(calls) == [[(3, 5, 4)], [(5, 4)], [(6, 4)]]
+    for i, (p, (_, g), z, state) in enumerate(zip(params, problems, new, after, strict=True)):
+        a, b, g = (np.asarray(z) for z in (p.a, p.b, g))
+        pa, pb = a @ np.linalg.pinv(a), np.linalg.pinv(b) @ b
+        full = g if i == 2 else pa @ g + g @ pb - pa @ g @ pb
+        np.testing.assert_allclose(z.a, a + full @ b.T, rtol=1e-8, atol=1e-8)
+        assert float(state["momentum"]) == i + 10 and state["none"] is None
+
+
+def test_what_is_not_finite_stays_with_its_parameter():
+    """In a stack of three."""
+    params = [problem(5, 4, 2, 1.0)[0]] * 3
+    gradients = [jax.tree.map(jnp.ones_like, p) for p in params]
+    bad = LowRank(gradients[1].a.at[0, 0].set(jnp.nan), gradients[1].b)
+    tx = oplora(0.1)
+    update = jax.jit(lambda g: tx.update(g, tx.init(params), params))
+    (expected, _), (updates, state) = update(gradients), update([gradients[0], bad, gradients[2]])
+    assert int(state.skipped) == 1 and not np.any(updates[1].a) and np.any(updates[0].a)
+    for i in (0, 2):
+        chex.assert_trees_all_equal(updates[i], expected[i])
