@@ -11,8 +11,8 @@ import optax
 
 from oplora_jax.adapters.init import positive_number
 from oplora_jax.adapters.layouts import Layout, layout_of
-from oplora_jax.adapters.paths import leaf_name
-from oplora_jax.matrix import LowRank, is_matrix
+from oplora_jax.adapters.paths import leaf_name, weight_name
+from oplora_jax.matrix import LowRank, is_low_rank, is_matrix
 
 # How the paths of a and b end: flax.nnx.LoRA and Qwix (kernel_lora_a), and PyTorch's habit; as arrays, or
 # as dense layers of their own.
@@ -39,6 +39,7 @@ class _Tree(NamedTuple):
     leaves: list[Any]
     treedef: Any
     pairs: dict[str, _Pair]  # by name
+    nodes: dict[str, int]  # whole LoRA parameters by name: their places among the leaves
 
 
 def pair_factors(
@@ -122,14 +123,15 @@ def pair_factors(
 
 
 def to_low_rank(tree: Any, **layout: Any) -> dict[str, LowRank]:
-    """The LoRA parameters of a tree in which the two factors are separate leaves.
+    """The LoRA parameters of a tree by name, whole ones or such whose two factors are separate leaves.
 
     Args:
-      tree: parameters as for `pair_factors`.
+      tree: parameters as for `pair_factors`, or with `LowRank` nodes. The name of a node is the path of the
+        weight beside it: "query/kernel" of "query/lora", and "query/w" of "query/lora/w".
       **layout: `scale`, `pattern`, `transposed`, `batch_axes` and `stack_axis`, as for `pair_factors`.
 
     Returns:
-      A dict from the pairs' names to `LowRank` parameters, a (*batch, n, r) and b (*batch, r, m).
+      A dict from names to `LowRank` parameters, a (*batch, n, r) and b (*batch, r, m).
 
     Example:
       >>> import jax.numpy as jnp, oplora_jax
@@ -138,7 +140,8 @@ def to_low_rank(tree: Any, **layout: Any) -> dict[str, LowRank]:
       {'query/kernel': (4, 15)}
     """
     apart = _take_apart(tree, **layout)
-    return _gather(apart, apart.leaves)["paired"] if apart.leaves else {}
+    pairs = _gather(apart, apart.leaves)["paired"] if apart.leaves else {}
+    return {name: apart.leaves[index] for name, index in apart.nodes.items()} | pairs
 
 
 def from_low_rank(lora: dict[str, LowRank], tree: Any, **layout: Any) -> Any:
@@ -147,7 +150,7 @@ def from_low_rank(lora: dict[str, LowRank], tree: Any, **layout: Any) -> Any:
     Where a parameter's scale is not the tree's, its factors are rescaled, so that the matrix is the same.
 
     Args:
-      lora: LoRA parameters by the pairs' names; pairs that it lacks stay as they are.
+      lora: LoRA parameters by name; those that it lacks stay as they are.
       tree, **layout: as for `to_low_rank`.
 
     Returns:
@@ -164,18 +167,23 @@ def from_low_rank(lora: dict[str, LowRank], tree: Any, **layout: Any) -> Any:
       [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
     """
     apart = _take_apart(tree, **layout)
-    unknown = sorted(set(lora) - set(apart.pairs))
+    known = [*apart.nodes, *apart.pairs]
+    unknown = sorted(set(lora) - set(known))
     if unknown:
-        raise ValueError(f"{', '.join(unknown)}: no such pair; the tree has {', '.join(apart.pairs)}")
+        raise ValueError(f"{', '.join(unknown)}: no such LoRA parameter; the tree has {', '.join(known)}")
     leaves = list(apart.leaves)
     for name, new in lora.items():
-        pair = apart.pairs[name]
-        old = _join(pair, *(leaves[index] for index in pair.indices))
+        pair = apart.pairs.get(name)
+        old = leaves[apart.nodes[name]] if pair is None else _join(pair, *(leaves[i] for i in pair.indices))
         shapes = [(z.a.shape, z.b.shape) for z in (new, old)]
         if shapes[0] != shapes[1]:
             raise ValueError(f"{name}: the factors are {shapes[0]}; the tree needs {shapes[1]}")
         root = math.sqrt(new.scale / old.scale)
         rescaled = new if root == 1 else new.with_factors(root * new.a, root * new.b)
+        if pair is None:
+            factors = (z.astype(like.dtype) for z, like in ((rescaled.a, old.a), (rescaled.b, old.b)))
+            leaves[apart.nodes[name]] = old.with_factors(*factors)
+            continue
         for index, factor in zip(pair.indices, pair.layout.split(rescaled, pair.shapes), strict=True):
             leaves[index] = factor.astype(leaves[index].dtype)
     return apart.treedef.unflatten(leaves)
@@ -214,14 +222,16 @@ def _take_apart(
         number = _checked_scale(paths[0], of_pair(scale), of_qwix)
         layout = layout_of(paths, shapes, transposed, of_pair(batch_axes), of_pair(stack_axis))
         pairs[name] = _Pair(paths, indices, shapes, layout, number)
-    if leaves and not pairs:
+    nodes = {weight_name(name): i for i, name in enumerate(names) if is_low_rank(leaves[i])}
+    if leaves and not pairs and not nodes:
         expected = " and ".join(pattern or ("lora_a", "lora_b; lora_A", "lora_B; lora/a", "lora/b"))
         found = f"no paths end in {expected}; the paths are: {', '.join(names)}"
         raise ValueError(f"no pair of LoRA factors: {found}")
     repeated = [name for name, count in collections.Counter(names).items() if count > 1]
+    repeated += set(pairs) & set(nodes)
     if repeated:
         raise ValueError(f"{', '.join(repeated)}: several leaves have this path")
-    return _Tree(names, leaves, treedef, pairs)
+    return _Tree(names, leaves, treedef, pairs, nodes)
 
 
 def _checked_scale(path: str, scale: Any, of_qwix: bool) -> float | int:

@@ -25,6 +25,17 @@ def leaf_name(path: Any) -> str:
     return path_name(path[:-1] if boxed else path)
 
 
+def weight_name(path: str) -> str:
+    """The path of the weight that a LoRA parameter is beside: "query/kernel" of "query/lora".
+
+    And "query/w" of "query/lora/w", where a module has weights of several names.
+    """
+    *above, last = path.split("/")
+    if last == "lora":
+        return "/".join([*above, "kernel"])
+    return "/".join([*above[:-1], last]) if above and above[-1] == "lora" else path
+
+
 def patterns_of(targets: Targets) -> tuple[str | re.Pattern, ...]:
     """The patterns of an argument `targets`; raises ValueError for none, or for what is no pattern."""
     several = isinstance(targets, Iterable) and not isinstance(targets, str | Mapping)

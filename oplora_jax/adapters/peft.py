@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import safetensors
 import safetensors.numpy
 
-from oplora_jax.adapters.paths import leaf_name
+from oplora_jax.adapters.paths import leaf_name, weight_name
 from oplora_jax.adapters.peft_config import (
     EMBEDDINGS,
     check_config,
@@ -205,7 +205,7 @@ def _layers(path: str, node: LowRank, names: Names | None) -> list[tuple[str, Lo
     if isinstance(names, Mapping) and path not in names:
         raise ValueError(f"{path}: no module name; names has {', '.join(sorted(names)) or 'none'}")
     if names is None:
-        layer, _, last = path.rpartition("/")
+        layer, _, last = weight_name(path).rpartition("/")
         given = (layer if layer and last in _PARAMETERS else path).replace("/", ".")
     else:
         given = names[path] if isinstance(names, Mapping) else names(path)

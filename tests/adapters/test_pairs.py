@@ -10,7 +10,8 @@ from hypothesis import event, given
 from hypothesis import settings as settings_of_hypothesis
 from hypothesis import strategies as st
 
-from oplora_jax import LowRank, from_low_rank, is_low_rank, oplora, pair_factors, to_dense, to_low_rank
+from oplora_jax import LowRank, from_low_rank, is_low_rank, merge, oplora, pair_factors, to_dense, to_low_rank
+from tests.arrays import normals
 from tests.optimizers.cases import OF_FACTORS, make, problem, run, signature
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -537,7 +538,31 @@ def test_bad_gradients_and_parameters():
     half = optax.masked(tx, {"q": {"lora_a": True, "lora_b": False}, "bias": False})
     with pytest.raises(ValueError, match=r"q/lora_a: .*both masked or none"):
         half.init(tree)
-    with pytest.raises(ValueError, match=r"r: no such pair; the tree has q"):
+    with pytest.raises(ValueError, match=r"r: no such LoRA parameter; the tree has q"):
         from_low_rank({"r": LowRank(A, B)}, tree)
     with pytest.raises(ValueError, match=r"q: the factors are .*\(4, 1\).*; the tree needs .*\(4, 2\)"):
         from_low_rank({"q": LowRank(A[:, :1], B[:1])}, tree)
+
+
+def test_whole_parameters_by_their_weights():
+    """`LowRank` nodes, named by the weights beside them, with pairs or without; put back with their roles."""
+    new = normals(0, jnp.float32)
+    node = lambda **of: LowRank(new(4, 2), new(2, 6), **of)
+    tree = {
+        "dense": {"kernel": new(4, 6), "lora": node(scale=2.0)},
+        "query": {"lora": {"w": node(roles="oio")}, "w": new(2, 4, 3)},
+        "other": {"kernel_lora_a": new(4, 2), "kernel_lora_b": new(2, 6)},
+    }
+    lora = to_low_rank(tree, scale=3.0)
+    assert lora["dense/kernel"] is tree["dense"]["lora"] and lora["query/w"] is tree["query"]["lora"]["w"]
+    assert set(lora) == {"dense/kernel", "query/w", "other/kernel"}
+    other = {name: LowRank(2 * p.a, p.b, p.scale / 2) for name, p in lora.items()}
+    back = from_low_rank(other, tree, scale=3.0)
+    assert back["query"]["lora"]["w"].roles == "oio"
+    for name, p in to_low_rank(back, scale=3.0).items():
+        assert p.scale == lora[name].scale
+        chex.assert_trees_all_close(to_dense(p), to_dense(lora[name]), rtol=1e-5, atol=1e-5)  # float32
+    merged = merge(tree, {"query/w": lora["query/w"]})
+    assert jnp.abs(merged["query"]["w"] - tree["query"]["w"]).max() > 0.1
+    with pytest.raises(ValueError, match="key/w: no such LoRA parameter; the tree has dense/kernel, query/w"):
+        from_low_rank({"key/w": node()}, tree, scale=3.0)
