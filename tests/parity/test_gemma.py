@@ -1,6 +1,8 @@
 """gemma's transformer (linen): its own LoRA in pairs, and exact gradients of all projections."""
 
+import dataclasses
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ import qwix
 
 import oplora_jax
 from oplora_jax import LowRank, is_low_rank, linen, to_dense
-from oplora_jax.adapters.kernel_axes import add_increment
+from oplora_jax.adapters.kernel_axes import add_increment, kept_roles
 from oplora_jax.qwix import LoraProvider
 from tests.arrays import normal_like
 
@@ -24,7 +26,8 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     pytest.importorskip("gemma", reason="gemma needs Python 3.12")
     from gemma import gm
-    from gemma.gm.nn import _config, _transformer
+    from gemma.gm.nn import _transformer
+    from gemma.gm.nn import config as configs
 
 RANK, ALPHA, WORDS = 4, 8.0, 48
 
@@ -36,7 +39,8 @@ def as_users_have_jax():
 
 
 class Tiny(_transformer.Transformer):
-    config: _config.TransformerConfig = _config.TransformerConfig(
+    dtype: Any = jnp.float32
+    config: configs.TransformerConfig = configs.TransformerConfig(
         num_embed=WORDS,
         embed_dim=32,
         hidden_dim=48,
@@ -44,15 +48,32 @@ class Tiny(_transformer.Transformer):
         num_kv_heads=2,
         head_dim=8,
         final_logit_softcap=None,
-        attention_types=(_config.AttentionType.GLOBAL,) * 2,
+        attention_types=(configs.AttentionType.GLOBAL,) * 2,
         use_post_attn_norm=True,
         use_post_ffw_norm=True,
         attn_logits_soft_cap=None,
     )
 
 
+EINSUMS = {
+    "q_einsum/w": "BTD,NDH->BTNH",
+    "kv_einsum/w": "BSD,CKDH->CBSKH",
+    "attn_vec_einsum/w": "BTNH,NHD->BTD",
+    "gating_einsum": "...F,NFH->...NH",
+    "linear": "...H,HF->...F",
+}
+ROLES = {
+    "q_einsum": "oio",
+    "kv_einsum": "ooio",
+    "attn_vec_einsum": "iio",
+    "gating_einsum": "oio",
+    "linear": "io",
+}
 TOKENS = (np.arange(4)[:, None] + np.arange(1, 5)[:, None] * np.arange(9)) % WORDS
-X, Y = TOKENS[:, :-1].astype(np.int32), TOKENS[:, 1:].astype(np.int32)
+X, Y = (
+    jnp.asarray(TOKENS[:, :-1]),
+    jnp.asarray(TOKENS[:, 1:]),
+)  # under Qwix the model takes JAX's arrays alone
 
 
 def loss_fn(model, params):
@@ -98,7 +119,7 @@ def test_training():
     provider = LoraProvider(module_path=r"layer_\d+/.*", rank=RANK, alpha=ALPHA)
     model = qwix.apply_lora_to_model(Tiny(), provider)
     lora, put = split(linen.add_lora(model, jax.random.key(1), pretrained(), X))
-    tx = oplora_jax.oplora(0.1)
+    tx = oplora_jax.oplora(0.5)
     state = tx.init(lora)
 
     @jax.jit
@@ -121,5 +142,38 @@ def test_gemmas_own_lora():
     is_lora = lambda path: any(key.key == "lora" for key in path)
     noise = normal_like(3, params, 0.2)
     params = jax.tree.map_with_path(lambda path, z, n: n if is_lora(path) else z, params, noise)
-    pairs = oplora_jax.to_low_rank(params)
+    pairs = oplora_jax.to_low_rank(params, scale=1.0)
     assert len(pairs) == 2 * 5
+    lora = {}
+    for name, pair in pairs.items():
+        module, _, last = name.partition("/_LoRAEinsum_")
+        weight = "w" if last == "0" else last
+        roles = ROLES[weight if last != "0" else module.split("/")[-1]]
+        lora[f"{module}/{weight}"] = dataclasses.replace(pair, roles=kept_roles(roles))
+    merged = oplora_jax.merge(without_lora(params), lora)
+    np.testing.assert_allclose(loss_fn(Tiny(), merged), loss_fn(model, params), rtol=1e-5)  # float32
+    assert abs(loss_fn(Tiny(), without_lora(params)) - loss_fn(model, params)) > 1e-2
+
+
+def test_roles_of_raw_parameters():
+    """Merged weights reach every projection by public names alone: the einsums of gemma's layers."""
+    params = pretrained()
+    lora = oplora_jax.init_lora(jax.random.key(1), params, RANK, EINSUMS, alpha=ALPHA)
+    assert len(lora) == 2 * 5
+    lora = normal_like(2, lora, 0.2)
+    loss, gradients = oplora_jax.value_and_grad(lambda z: loss_fn(Tiny(), oplora_jax.merge(params, z)))(lora)
+    model = qwix.apply_lora_to_model(Tiny(), LoraProvider(module_path=r"layer.*", rank=RANK, alpha=ALPHA))
+    other, put = split(linen.add_lora(model, jax.random.key(1), params, X))
+    assert set(other) == set(lora)
+    expected, exact = oplora_jax.value_and_grad(lambda lora: loss_fn(model, put(lora)))(lora)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    for path, gradient in gradients.items():
+        dense = to_dense(exact[path])
+        np.testing.assert_allclose(gradient, dense, atol=1e-4 * jnp.abs(dense).max(), err_msg=path)
+
+
+def without_lora(tree):
+    """gemma's parameters without those of its LoRA."""
+    if not isinstance(tree, dict):
+        return tree
+    return {name: without_lora(z) for name, z in tree.items() if not name.startswith("_LoRA")}
