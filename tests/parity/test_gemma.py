@@ -119,7 +119,7 @@ def test_training():
     provider = LoraProvider(module_path=r"layer_\d+/.*", rank=RANK, alpha=ALPHA)
     model = qwix.apply_lora_to_model(Tiny(), provider)
     lora, put = split(linen.add_lora(model, jax.random.key(1), pretrained(), X))
-    tx = oplora_jax.oplora(0.5)
+    tx = oplora_jax.oplora(0.1)
     state = tx.init(lora)
 
     @jax.jit
@@ -132,7 +132,7 @@ def test_training():
     for _ in range(20):
         lora, state, loss = step(lora, state)
         losses.append(float(loss))
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < losses[0] - 0.1
 
 
 def test_gemmas_own_lora():
