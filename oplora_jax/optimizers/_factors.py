@@ -56,15 +56,18 @@ def orthonormal(rows: Wide) -> tuple[Wide, Square]:
     return q, triangle
 
 
-def pseudo_inverse(matrix: Square) -> Square:
-    """The pseudo-inverse of a triangular factor of `orthonormal`.
+def pseudo_inverse(
+    decomposed: tuple[Square, Float[Array, "*batch r"], Square],
+    shortest: Float[Array, "*batch 1"] | float = 0.0,
+) -> Square:
+    """The pseudo-inverse of a triangular factor of `orthonormal`, or of a product of two, from its SVD.
 
     Finite for every finite matrix. Directions below the rounding error of the decomposition, some eps times
-    the largest singular value, are cut off. Unlike that of a Gram matrix the error does not grow with the
-    square of the condition number.
+    the largest singular value, are cut off, and so are those not above `shortest`. Unlike that of a Gram
+    matrix the error does not grow with the square of the condition number.
     """
-    u, values, vt = solve.svd(matrix)
-    kept = is_determined(values)
+    u, values, vt = decomposed
+    kept = is_determined(values) & ~(values <= shortest)
     reciprocals = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
     return times(transpose(vt) * reciprocals[..., None, :], transpose(u))
 
