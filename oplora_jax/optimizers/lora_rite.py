@@ -54,9 +54,9 @@ def lora_rite(
     the gradient without the magnitude of b.
 
     The steps of both factors move a b by :math:`\eta^2 M_a (a b)^+ M_b` besides, which has no bound where a b
-    is short, as it is in some directions while gradients have a rank below r. So a waits in directions in which
-    a b is shorter than half a step of b, :math:`\eta \sqrt m / 2`, where the inverse is a pseudo-inverse. Where
-    a has fewer directions than b, as if it starts at zero, b waits.
+    is short, as it is in some directions while gradients have a rank below r. So the inverse is a
+    pseudo-inverse, and a waits in directions in which a b is shorter than half a step of b,
+    :math:`\eta \sqrt m / 2`. Where a has fewer directions than b, as if it starts at zero, b waits.
 
     The scale s cancels but for eps, `skip_threshold` and `max_norm`: the factors step as at scale 1, and the
     increment s a b moves s times as far.
