@@ -37,9 +37,10 @@ def from_wide(like: LowRank, at: Array, b: Array) -> LowRank:
     return like.with_factors(transpose(at).astype(like.a.dtype), b.astype(like.b.dtype))
 
 
-def gram_inverse(rows: Wide, regularization: Any = None) -> Square:
-    """(rows rows^T + regularization I)^-1, as `inverse`."""
-    return solve.inverse(gram(rows), regularization)
+def gram_inverse(rows: Wide, regularization: Any = None, stored: Any = None) -> Square:
+    """(rows rows^T + regularization I)^-1, as `inverse`; `stored` is the type the rows were rounded to."""
+    rounding = 0.0 if stored is None else float(jnp.finfo(stored).eps)
+    return solve.inverse(gram(rows), regularization, rounding)
 
 
 def orthonormal(rows: Wide) -> tuple[Wide, Square]:

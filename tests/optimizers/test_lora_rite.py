@@ -106,6 +106,19 @@ def test_by_hand(scale, zero, targets, skip_threshold, max_norm, decay, escapes,
     assert_same_path(path(tx, targets)(low_rank(a, b, scale)), path_by_hand(step, a, b, scale, targets), 1e-8)
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_waits_where_the_product_is_shorter_than_half_a_step_of_b(turned, x64):
+    """lr sqrt(m) / 2 = 0.1; or b does, below lr sqrt(n) / 2 = 0.4, where it has the more directions."""
+    rng = np.random.default_rng(0)
+    a, b = np.linalg.qr(rng.standard_normal((64, 3)))[0], np.diag([0.11, 0.09, 0.0]) @ np.eye(3, 4)
+    if turned:
+        a, b = a @ np.diag([0.41, 0.39, 0.0]), np.eye(3, 4)
+    updates, _ = one_step(lora_rite(0.1), low_rank(a, b), jnp.asarray(rng.standard_normal((64, 4))))
+    waits, moves = (updates.b, updates.a.T) if turned else (updates.a.T, updates.b)
+    sizes = np.linalg.norm(waits, axis=-1)
+    assert sizes[0] > 0.1 and sizes[1:].max() < 1e-10 and np.linalg.norm(moves, axis=-1).min() > 0.1
+
+
 def one_step(tx, params, gradients):
     return jax.jit(lambda params, gradients: tx.update(gradients, tx.init(params), params))(params, gradients)
 
