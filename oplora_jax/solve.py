@@ -16,17 +16,20 @@ from oplora_jax.matrix import is_zero
 from oplora_jax.products import times, transpose
 
 
-def inverse(gram: Float[Array, "*batch r r"], regularization: Any) -> Float[Array, "*batch r r"]:
+def inverse(
+    gram: Float[Array, "*batch r r"], regularization: Any, rounding: float = 0.0
+) -> Float[Array, "*batch r r"]:
     """(gram + regularization I)^-1 of a Gram matrix; the pseudo-inverse where that is known to be 0 or None.
 
     Finite for every finite Gram matrix: directions below the rounding error of its entries are cut off
     (pseudo-inverse) or floored. A NaN or an infinity is seen. The regularization is a number or one a row.
+    The pseudo-inverse also cuts off where what the Gram matrix is of is below `rounding` of its largest.
     """
     gram = jnp.where(jnp.isfinite(gram), gram, jnp.nan)  # 1 / infinity would be a finite answer
     r, eps, tiny = gram.shape[-1], jnp.finfo(gram.dtype).eps, jnp.finfo(gram.dtype).tiny
     if is_zero(regularization):
         values, vectors = eigh(gram)
-        kept = values > jnp.maximum(r * eps * values[..., -1:], tiny)
+        kept = values > jnp.maximum(max(r * eps, rounding**2) * values[..., -1:], tiny)
         reciprocals = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
         return times(vectors * reciprocals[..., None, :], transpose(vectors))
     ridge = jnp.broadcast_to(jnp.asarray(regularization, gram.dtype), gram.shape[:-1])

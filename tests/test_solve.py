@@ -114,6 +114,13 @@ def test_pseudo_inverse(regularization, batch, dtype):
         np.testing.assert_array_less(norm(f64(found) - expected), limit)
 
 
+def test_the_pseudo_inverse_of_rows_that_were_rounded(dtype):
+    """To 1e-2 here: a row of 1.1e-2 of the longest is kept, and one of 0.9e-2 is not."""
+    lengths = np.array([3.0, 3.3e-2, 2.7e-2])
+    found = inverse(jnp.asarray(np.diag(lengths**2), dtype), None, rounding=1e-2)
+    np.testing.assert_allclose(found, np.diag([*lengths[:2] ** -2.0, 0.0]), rtol=1e-5)  # float32
+
+
 @pytest.mark.parametrize("routine", ROUTINES)
 def test_blocks_have_ridges_of_their_own(routine, dtype):
     """As `lorsum` has them: nothing goes from block to block, however the sizes differ."""

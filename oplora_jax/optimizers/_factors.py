@@ -37,9 +37,10 @@ def from_wide(like: LowRank, at: Array, b: Array) -> LowRank:
     return like.with_factors(transpose(at).astype(like.a.dtype), b.astype(like.b.dtype))
 
 
-def gram_inverse(rows: Wide, regularization: Any = None) -> Square:
-    """(rows rows^T + regularization I)^-1, as `inverse`."""
-    return solve.inverse(gram(rows), regularization)
+def gram_inverse(rows: Wide, regularization: Any = None, stored: Any = None) -> Square:
+    """(rows rows^T + regularization I)^-1, as `inverse`; `stored` is the type the rows were rounded to."""
+    rounding = 0.0 if stored is None else float(jnp.finfo(stored).eps)
+    return solve.inverse(gram(rows), regularization, rounding)
 
 
 def orthonormal(rows: Wide) -> tuple[Wide, Square]:
@@ -56,15 +57,18 @@ def orthonormal(rows: Wide) -> tuple[Wide, Square]:
     return q, triangle
 
 
-def pseudo_inverse(matrix: Square) -> Square:
-    """The pseudo-inverse of a triangular factor of `orthonormal`.
+def pseudo_inverse(
+    decomposed: tuple[Square, Float[Array, "*batch r"], Square],
+    shortest: Float[Array, "*batch 1"] | float = 0.0,
+) -> Square:
+    """The pseudo-inverse of a triangular factor of `orthonormal`, or of a product of two, from its SVD.
 
     Finite for every finite matrix. Directions below the rounding error of the decomposition, some eps times
-    the largest singular value, are cut off. Unlike that of a Gram matrix the error does not grow with the
-    square of the condition number.
+    the largest singular value, are cut off, and so are those not above `shortest`. Unlike that of a Gram
+    matrix the error does not grow with the square of the condition number.
     """
-    u, values, vt = solve.svd(matrix)
-    kept = is_determined(values)
+    u, values, vt = decomposed
+    kept = is_determined(values) & ~(values <= shortest)
     reciprocals = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
     return times(transpose(vt) * reciprocals[..., None, :], transpose(u))
 

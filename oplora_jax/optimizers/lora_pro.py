@@ -125,9 +125,10 @@ def lora_pro_sgd(
 def closest_gradients(param: LowRank, gradient: Any, x_mode: XMode) -> LowRank:
     """The pair (g_a, g_b) for any kind of gradient, in the types of the factors."""
     (at, b), (dat, db) = wide(param), wide(factor_gradients(param, gradient))
-    gat = times(gram_inverse(b), dat) / param.scale**2
-    gb = times(gram_inverse(at), db) / param.scale**2
-    gb = gb - times(gb, transpose(b), gram_inverse(b), b)
+    inverse_a, inverse_b = gram_inverse(at, stored=param.a.dtype), gram_inverse(b, stored=param.b.dtype)
+    gat = times(inverse_b, dat) / param.scale**2
+    gb = times(inverse_a, db) / param.scale**2
+    gb = gb - times(gb, transpose(b), inverse_b, b)
     if x_mode == "sylvester":
         x = sylvester(gram(at), gram(b), -times(at, transpose(gat)))
         gat, gb = gat + times(transpose(x), at), gb - times(x, b)

@@ -23,6 +23,7 @@ class LoRARITEState(NamedTuple):
     basis: Any  # likewise, float32 at least: orthonormal columns that span a's, rows that span b's
     second_moment: tuple[Any, Any]  # for a and b, of trees: (*batch, r, r), float32 at least
     escaped_mass: tuple[Any, Any] | None = None  # likewise: (*batch, 1, 1); None without
+    above_threshold: tuple[Any, Any] | None = None  # likewise, int32: the steps whose U counted as zero
 
 
 @facts(gradient="factors", source="2410.20625", invariant="any")
@@ -32,7 +33,7 @@ def lora_rite(
     b1: Any = 0.9,
     b2: Any = 0.999,
     eps: Any = 1e-6,
-    skip_threshold: Any = 1.0,
+    skip_threshold: Any = None,
     max_norm: Any = 1.0,
     escaped_mass: bool = False,
     weight_decay: Any = 0.0,
@@ -50,7 +51,12 @@ def lora_rite(
       a &\leftarrow a - \eta\, (M R^{-\top} + w a),
 
     with the bias correction in the decays, :math:`\beta(t) = \beta\, (1 - \beta^{t-1}) / (1 - \beta^t)`. U is
-    the gradient without the magnitude of b. The inverse is a pseudo-inverse: where b is zero, a waits.
+    the gradient without the magnitude of b.
+
+    The steps of both factors move a b by :math:`\eta^2 M_a (a b)^+ M_b` besides, which has no bound where a b
+    is short, as it is in some directions while gradients have a rank below r. So the inverse is a
+    pseudo-inverse, and a waits in directions in which a b is shorter than half a step of b,
+    :math:`\eta \sqrt m / 2`. Where a has fewer directions than b, as if it starts at zero, b waits.
 
     The scale s cancels but for eps, `skip_threshold` and `max_norm`: the factors step as at scale 1, and the
     increment s a b moves s times as far.
@@ -59,8 +65,8 @@ def lora_rite(
       learning_rate: eta, a scalar or a schedule, of Adam's size; about 3e-4 in the paper.
       b1, b2: decays of the moments M and V.
       eps: added to the roots of the eigenvalues of V.
-      skip_threshold: the root mean square above which a U counts as zero; none if None. A parameter whose
-        gradient stays above it does not move: scale the loss, or pass None.
+      skip_threshold: the root mean square above which a U counts as zero; none if None (1.0 in the authors'
+        code). What stays above it does not move: `above_threshold` of the state counts those steps.
       max_norm: to which the joint norm of all U is scaled down; none if None. A gradient that is not finite
         does not count in it.
       escaped_mass: whether to make up for what V loses when a basis turns, by adding an average of it to the
@@ -90,14 +96,15 @@ def lora_rite(
         basis = jax.tree.map(lambda z: jnp.zeros_like(z, dtype), param)
         zero = jnp.sum(basis.a, axis=(-2, -1), keepdims=True)  # for its sharding
         square = zero + jnp.zeros((*zero.shape[:-2], r, r), dtype)
-        escaped = (zero, jnp.zeros_like(zero)) if escaped_mass else None
-        momentum = jax.tree.map(jnp.zeros_like, param)
-        return LoRARITEState(momentum, basis, (square, jnp.zeros_like(square)), escaped)
+        of_both = lambda z, kept=True: (jnp.array(z), jnp.array(z)) if kept else None
+        above = of_both(zero.astype(jnp.int32), skip_threshold is not None)
+        moments = jax.tree.map(jnp.zeros_like, param), basis, of_both(square)
+        return LoRARITEState(*moments, of_both(zero, escaped_mass), above)
 
     def step(params, gradients, states, count):
         lr = at_step(learning_rate, count)
         decays = _corrected(b1, count, lr.dtype), _corrected(b2, count, lr.dtype)
-        sides = [_sides(*z, skip_threshold) for z in zip(params, gradients, states, strict=True)]
+        sides = [_sides(*z, lr, skip_threshold) for z in zip(params, gradients, states, strict=True)]
         shrink = 1.0
         if max_norm is not None:  # what is not finite does not count
             squares = [jnp.sum(z.gradient**2) for pair in sides for z in pair]
@@ -112,7 +119,8 @@ def lora_rite(
             # The basis that a side is measured in spans the other factor.
             basis = from_wide(param, pair[1].basis, pair[0].basis)
             moments = from_wide(param, *momentum), basis, second
-            after.append(LoRARITEState(*moments, escaped if escaped_mass else None))
+            above = None if skip_threshold is None else tuple(z.above_threshold for z in pair)
+            after.append(LoRARITEState(*moments, escaped if escaped_mass else None, above))
         return new, after
 
     if others is None:
@@ -126,29 +134,47 @@ class _Side(NamedTuple):
 
     gradient: Array  # U^T, (*batch, r, n)
     basis: Array  # Q
-    inverse: Array  # L^+
+    inverse: Array  # L^+, without the directions in which the factor waits
     old_basis: Array
     momentum: Array  # M^T
     second_moment: Array  # V
     escaped_mass: Array | None
+    above_threshold: Array | None
 
 
-def _sides(param: LowRank, gradient: Any, state: LoRARITEState, skip_threshold: Any) -> tuple[_Side, _Side]:
+def _sides(param: LowRank, gradient: Any, state: LoRARITEState, lr: Array, skip_threshold: Any) -> tuple:
     """Those of a^T and of b."""
-    derivatives, factors, bases = wide(factor_gradients(param, gradient)), wide(param), wide(state.basis)
+    derivatives, bases = wide(factor_gradients(param, gradient)), wide(state.basis)
+    (basis_a, triangle_a), (basis_b, triangle_b) = map(orthonormal, wide(param))
+    # Rows of a factor's momentum, which are whitened, have entries of about 1.
+    step_of_b, step_of_a = (lr * size**0.5 for size in reversed(param.shape[-2:]))
+    inverses = _inverses(triangle_a, triangle_b, step_of_a, step_of_b)
     sides = []
-    for i, derivative in enumerate(derivatives):
-        basis, triangle = orthonormal(factors[1 - i])
-        inverse = pseudo_inverse(triangle)
+    for i, (derivative, inverse) in enumerate(zip(derivatives, inverses, strict=True)):
         u = times(inverse, derivative)
         u = jnp.where(jnp.isfinite(u), u, jnp.nan)
+        escaped, above = (z and z[i] for z in (state.escaped_mass, state.above_threshold))
         if skip_threshold is not None:
-            rms = jnp.sqrt(jnp.mean(u**2, axis=(-2, -1), keepdims=True))
-            u = jnp.where(rms > skip_threshold, 0, u)
-        escaped = state.escaped_mass[i] if state.escaped_mass else None
-        moments = wide(state.momentum)[i], state.second_moment[i], escaped
-        sides.append(_Side(u, basis, inverse, bases[1 - i], *moments))
+            is_above = jnp.sqrt(jnp.mean(u**2, axis=(-2, -1), keepdims=True)) > skip_threshold
+            u, above = jnp.where(is_above, 0, u), above + is_above
+        moments = wide(state.momentum)[i], state.second_moment[i], escaped, above
+        sides.append(_Side(u, (basis_b, basis_a)[i], inverse, bases[1 - i], *moments))
     return tuple(sides)
+
+
+def _inverses(at: Array, b: Array, step_of_a: Array, step_of_b: Array) -> tuple[Array, Array]:
+    """Of the triangle of b, for a^T, and of that of a^T, for b; for one of them without short directions.
+
+    Short are directions of a b below half a step of the other factor. That is the one with fewer directions
+    of its own, b if there are as many; below 2^-8 of the longest, as bfloat16 rounds, there is none.
+    """
+    of_a, of_b, of_product = solve.svd(at), solve.svd(b), solve.svd(times(transpose(at), b))
+    rank_a, rank_b = (jnp.sum(z[1] > 2**-8 * z[1][..., :1], axis=-1, keepdims=True) for z in (of_a, of_b))
+    a_waits = rank_a >= rank_b
+    long = pseudo_inverse(of_product, jnp.where(a_waits, step_of_b, step_of_a) / 2)
+    a_waits = a_waits[..., None]
+    for_a = jnp.where(a_waits, times(long, transpose(at)), pseudo_inverse(of_b))
+    return for_a, jnp.where(a_waits, pseudo_inverse(of_a), times(transpose(long), transpose(b)))
 
 
 def _corrected(decay: Any, steps: Array, dtype: Any) -> Array:

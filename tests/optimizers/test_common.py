@@ -424,18 +424,22 @@ def test_no_array_stands_twice_in_a_fresh_state(name):
     assert len(set(places)) == len(places)
 
 
-@pytest.mark.parametrize("name", ["oplora", "lora_rite", "scaled_oplora_dense"])
+@each
 def test_donation(name):
+    """A step may write over the parameters and the state that it is given, and makes no array twice."""
     params, loss_fn = problem()
     gradient, tx = gradient_of(loss_fn, CASES[name].kinds[0])(params), make(name)
-    expected, _ = run(tx, params, lambda _: gradient, 1)
+    expected, _ = run(tx, params, lambda _: gradient, 2)
 
     def step(params, state):
         updates, state = tx.update(gradient, state, params)
         return optax.apply_updates(params, updates), state
 
-    found, _ = jax.jit(step, donate_argnums=(0, 1))(params, tx.init(params))
-    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)  # compiled apart: float32
+    donated = jax.jit(step, donate_argnums=(0, 1))
+    found = donated(*donated(jax.tree.map(jnp.array, params), tx.init(params)))
+    places = [z.unsafe_buffer_pointer() for z in jax.tree.leaves(found)]
+    assert len(set(places)) == len(places)
+    chex.assert_trees_all_close(found[0], expected, rtol=1e-5, atol=2e-6)  # compiled apart: float32
 
 
 @each

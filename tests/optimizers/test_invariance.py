@@ -17,7 +17,7 @@ OPTIMIZERS = {
     "altlora_plus": (altlora_plus(0.02, regularization=0.0), "none", False),
     "lora_rite": (lora_rite(0.05, skip_threshold=4.0), "any", False),
     "lora_rite, escaped mass": (
-        lora_rite(0.05, skip_threshold=None, max_norm=None, escaped_mass=True),
+        lora_rite(0.05, max_norm=None, escaped_mass=True),
         "any",
         False,
     ),

@@ -2,9 +2,11 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from oplora_jax import LowRank, lora_rite
+from tests.optimizers.cases import problem, run
 from tests.optimizers.paths import (
     assert_same_path,
     factors,
@@ -38,6 +40,16 @@ def moments(u, old_basis, basis, memory, t, escapes):
     return memory["m"]
 
 
+def inverses(ra, rb, rate, m, n):
+    """Those of R that a and b step with: of one of them without the short directions of the product."""
+    a_waits = np.linalg.matrix_rank(ra, rtol=2**-8) >= np.linalg.matrix_rank(rb, rtol=2**-8)
+    u, values, vt = np.linalg.svd(ra @ rb.T)
+    short = values <= rate * np.sqrt(m if a_waits else n) / 2
+    waits = vt.T @ np.diag(np.where(short, 0, 1 / np.where(short, 1, values))) @ u.T  # (ra rb^T)^+
+    moves = np.linalg.pinv(ra if a_waits else rb, rtol=1e-13)
+    return (ra.T @ waits.T, moves) if a_waits else (moves, rb.T @ waits)
+
+
 def by_hand(a, b, skip_threshold, max_norm, decay, escapes):
     square = np.zeros((a.shape[1],) * 2)
     of_a, of_b = {"m": 0 * a, "v": square, "rho": 0.0}, {"m": 0 * b.T, "v": square, "rho": 0.0}
@@ -46,7 +58,7 @@ def by_hand(a, b, skip_threshold, max_norm, decay, escapes):
     def step(t, a, b, da, db):
         rate = float(schedule(t - 1))
         (qa, ra), (qb, rb) = np.linalg.qr(a), np.linalg.qr(b.T)
-        inverse_a, inverse_b = np.linalg.pinv(ra), np.linalg.pinv(rb)
+        inverse_b, inverse_a = inverses(ra, rb, rate, len(b.T), len(a))
         us = [da @ inverse_b, (inverse_a.T @ db).T]
         if skip_threshold is not None:
             us = [0 * u if np.sqrt(np.mean(u**2)) > skip_threshold else u for u in us]
@@ -62,23 +74,49 @@ def by_hand(a, b, skip_threshold, max_norm, decay, escapes):
     return step
 
 
+def one_direction_at_first():
+    """Targets whose gradients have rank 1 in the first step; other directions come up slowly."""
+    rng = np.random.default_rng(2)
+    one = np.outer(rng.standard_normal(6), rng.standard_normal(5)) * (
+        1 + 0.1 * rng.standard_normal((20, 1, 1))
+    )
+    return one + 3e-3 * np.arange(20)[:, None, None] * full_gradients()
+
+
 @pytest.mark.parametrize(
-    "scale, b_zero, skip_threshold, max_norm, decay, escapes",
+    "scale, zero, targets, skip_threshold, max_norm, decay, escapes",
     [
-        (1.0, False, 2.1, 1.0, 0.0, False),  # some of b's gradients are skipped
-        (2.0, False, 3.6, None, 0.3, True),
-        (2.0, True, None, 2.0, 0.0, False),
-        (1.0, True, None, None, 0.3, True),
+        (1.0, "", full_gradients, 2.1, 1.0, 0.0, False),  # some of b's gradients are skipped
+        (2.0, "", full_gradients, 3.6, None, 0.3, True),
+        (2.0, "b", full_gradients, None, 2.0, 0.0, False),
+        (1.0, "b", full_gradients, None, None, 0.3, True),
+        (2.0, "b", one_direction_at_first, None, 1.0, 0.0, False),
+        (1.0, "b", one_direction_at_first, None, None, 0.0, True),
+        (2.0, "a", one_direction_at_first, None, None, 0.0, False),
     ],
 )
-def test_by_hand(scale, b_zero, skip_threshold, max_norm, decay, escapes, x64):
+def test_by_hand(scale, zero, targets, skip_threshold, max_norm, decay, escapes, x64):
     thresholds = {"skip_threshold": skip_threshold, "max_norm": max_norm}
     settings = {"b1": B1, "b2": B2, "eps": EPS, "weight_decay": decay}
     tx = lora_rite(schedule, escaped_mass=escapes, **thresholds, **settings)
-    (a, b), targets = factors(scale, b_zero), full_gradients()
+    a, b = factors(scale)
+    a, b, targets = a * (zero != "a"), b * (zero != "b"), targets()
     step = by_hand(a, b, skip_threshold, max_norm, decay, escapes)
     # float64; factors that were just zero have condition numbers of 1e3, second moments of 1e4.
     assert_same_path(path(tx, targets)(low_rank(a, b, scale)), path_by_hand(step, a, b, scale, targets), 1e-8)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_waits_where_the_product_is_shorter_than_half_a_step_of_b(turned, x64):
+    """lr sqrt(m) / 2 = 0.1; or b does, below lr sqrt(n) / 2 = 0.4, where it has the more directions."""
+    rng = np.random.default_rng(0)
+    a, b = np.linalg.qr(rng.standard_normal((64, 3)))[0], np.diag([0.11, 0.09, 0.0]) @ np.eye(3, 4)
+    if turned:
+        a, b = a @ np.diag([0.41, 0.39, 0.0]), np.eye(3, 4)
+    updates, _ = one_step(lora_rite(0.1), low_rank(a, b), jnp.asarray(rng.standard_normal((64, 4))))
+    waits, moves = (updates.b, updates.a.T) if turned else (updates.a.T, updates.b)
+    sizes = np.linalg.norm(waits, axis=-1)
+    assert sizes[0] > 0.1 and sizes[1:].max() < 1e-10 and np.linalg.norm(moves, axis=-1).min() > 0.1
 
 
 def one_step(tx, params, gradients):
@@ -94,7 +132,7 @@ def test_the_joint_norm_is_of_all_parameters_and_all_layers(x64):
 
     @jax.jit
     def second_moment(max_norm):
-        tx = lora_rite(0.1, skip_threshold=None, max_norm=max_norm)
+        tx = lora_rite(0.1, max_norm=max_norm)
         return tx.update(gradients, tx.init(params), params)[1].lora.second_moment
 
     free = second_moment(np.inf)
@@ -113,9 +151,15 @@ def test_a_factor_above_the_threshold_is_skipped_for_that_layer(x64):
     a, b = factors()
     params, gradient = low_rank(np.stack([a, a]), np.stack([b, b])), full_gradients()[0]
     rms = float(np.sqrt(np.mean((gradient @ np.linalg.qr(b.T)[0]) ** 2)))
+    above_of_b = [z * np.sqrt(np.mean((np.linalg.qr(a)[0].T @ gradient) ** 2)) > rms for z in (0.99, 1.01)]
     gradients = jnp.asarray([0.99 * gradient, 1.01 * gradient])
-    updates, state = one_step(lora_rite(0.1, skip_threshold=rms, max_norm=None), params, gradients)
+    tx = lora_rite(0.1, skip_threshold=rms, max_norm=None)
+    updates, state = one_step(tx, params, gradients)
     assert np.any(updates.a[0]) and not np.any(updates.a[1]) and int(state.skipped) == 0
+    # Counted for each layer and factor, and in no other step.
+    _, state = tx.update(0.1 * gradients, tx.update(gradients, state, params)[1], params)
+    of_a, of_b = optax.tree.get(state, "above_threshold")
+    assert of_a.ravel().tolist() == [0, 2] and of_b.ravel().tolist() == [2 * z for z in above_of_b]
 
 
 def test_a_gradient_that_is_not_finite_does_not_stop_the_others():
@@ -134,7 +178,7 @@ def test_a_gradient_that_is_not_finite_does_not_stop_the_others():
 def test_factors_and_gradients_without_rank():
     """Nothing is divided by zero in float32; where b is zero, a waits. A rank above a side is no matter."""
     ones = LowRank(jnp.ones((6, 3)), jnp.ones((3, 2)), 2.0)
-    tx = lora_rite(0.1, skip_threshold=None)
+    tx = lora_rite(0.1)
     update = jax.jit(tx.update)
     for param in (ones, LowRank(ones.a, 0 * ones.b, 2.0), jax.tree.map(jnp.zeros_like, ones)):
         state = tx.init(param)
@@ -146,9 +190,19 @@ def test_factors_and_gradients_without_rank():
             assert all(np.abs(z).max() < 1 for z in jax.tree.leaves(updates))
 
 
-@pytest.mark.parametrize("escapes, more", [(False, 0), (True, 2)])
-def test_the_size_of_the_state(escapes, more):
+def test_the_defaults_train_a_loss_of_any_size():
+    """The gradients of a summed loss are a thousand times a mean's."""
+    params, loss_fn = problem(b_zero=True)
+    for size in (1.0, 1e3):
+        gradient = lambda params, size=size: jax.grad(lambda p: size * loss_fn(p))(params)
+        after, state = run(lora_rite(0.03), params, gradient, 100)
+        assert loss_fn(after) < 0.01 * loss_fn(params) and int(state.skipped) == 0
+
+
+@pytest.mark.parametrize("escapes, threshold, more", [(False, None, 0), (True, None, 2), (False, 1.0, 2)])
+def test_the_size_of_the_state(escapes, threshold, more):
     n, m, r = 64, 48, 4
-    state = lora_rite(0.1, escaped_mass=escapes).init(LowRank(jnp.ones((n, r)), jnp.ones((r, m))))
+    tx = lora_rite(0.1, escaped_mass=escapes, skip_threshold=threshold)
+    state = tx.init(LowRank(jnp.ones((n, r)), jnp.ones((r, m))))
     sizes = sum(z.size for z in jax.tree.leaves(state.lora))
     assert sizes == 2 * r * (n + m) + 2 * r * r + more
