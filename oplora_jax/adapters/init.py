@@ -73,7 +73,7 @@ def init_lora(
       True
     """
     patterns = patterns_of(targets)
-    kernels = [(path, z) for path, z in jax.tree.leaves_with_path(params) if jnp.ndim(z) >= 2]
+    kernels = [(path, z) for path, z in jax.tree.leaves_with_path(params) if np.ndim(z) >= 2]
     check_patterns(patterns, [leaf_name(path) for path, _ in kernels], "kernel")
     chosen = {path_name(path): kernel for path, kernel in kernels if matches(leaf_name(path), patterns)}
     lora = {}
