@@ -54,7 +54,7 @@ def test_programs(tmp_path, monkeypatch):
                 check(program, before, scope, names.losses)
                 first = first if count else dict(scope)
                 count += 1
-    assert count == 8
+    assert count == 9
 
 
 def test_the_table_of_optimizers():
