@@ -14,7 +14,7 @@ GUIDE = PACKAGE.parent / "CONTRIBUTING.md"
 # A part imports from those below it, and not from those beside it.
 LAYERS = """\
 tunix: Tunix's trainer, with exact gradients
-linen, nnx, peft, qwix, reslora: Flax layers and models; the public names of two modules of adapters
+equinox, linen, nnx, peft, qwix, reslora: models of other libraries; the public names of adapters' modules
 _flax: what Flax is to know of LowRank nodes
 adapters, optimizers: LoRA parameters beside a model's kernels; what steps them
 gradients: lora_dot, the exact gradient of the full weight, clipping
@@ -37,6 +37,7 @@ _facts, _trees, _types: what is declared; trees, types
 # The other libraries, and who imports them.
 EVERYWHERE = {"jax", "jaxtyping", "numpy", "oplora_jax"} | sys.stdlib_module_names
 LIBRARIES = {
+    "equinox": {"equinox"},
     "flax": {"_flax", "linen", "nnx", "qwix", "tunix"},
     "optax": {"adapters", "gradients", "optimizers", "tunix"},
     "orbax": {"tunix"},

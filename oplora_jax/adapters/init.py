@@ -90,7 +90,7 @@ def init_lora(
         given = f"batch_axes={batch_axes} and output_axes={output_axes}"
         raise ValueError(f"targets has the roles of the kernels' axes; leave out {given}")
     patterns = patterns_of(targets if by_pattern is None else [*by_pattern])
-    kernels = [(path, z) for path, z in jax.tree.leaves_with_path(params) if jnp.ndim(z) >= 2]
+    kernels = [(path, z) for path, z in jax.tree.leaves_with_path(params) if np.ndim(z) >= 2]
     check_patterns(patterns, [leaf_name(path) for path, _ in kernels], "kernel")
     chosen = [(path, kernel) for path, kernel in kernels if matches(leaf_name(path), patterns)]
     lora = {}

@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-from jaxtyping import Array
 
 from oplora_jax.adapters.kernel_axes import add_increment
 from oplora_jax.adapters.paths import path_name
@@ -25,7 +24,7 @@ def merge(params: Any, lora: dict[str, LowRank]) -> Any:
     """
     missing = set(lora)
 
-    def add(path: Any, kernel: Array) -> Array:
+    def add(path: Any, kernel: Any) -> Any:
         name = path_name(path)
         if name not in lora:
             return kernel

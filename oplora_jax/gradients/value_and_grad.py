@@ -66,7 +66,8 @@ def value_and_grad(
 
     Raises:
       ValueError: an unknown `gradient` or `moments`; a parameter, named by its path, that is used in a way
-        whose exact gradient, or moments, cannot be taken; a batch that does not make k microbatches.
+        whose exact gradient, or moments, cannot be taken, or that is no array of floating-point numbers; a
+        batch that does not make k microbatches.
 
     Example:
       >>> import jax.numpy as jnp
@@ -79,7 +80,7 @@ def value_and_grad(
       ([[1.0, 1.0, 1.0]], [[1.0, 1.0]])
     """
 
-    def loss_and_state(params: Any, state: None, *args: Any, **kwargs: Any) -> Any:
+    def loss_and_state(params: Any, state: None, /, *args: Any, **kwargs: Any) -> Any:
         out = loss_fn(params, *args, **kwargs)
         if has_aux and not (isinstance(out, tuple | list) and len(out) == 2):
             raise ValueError(f"with has_aux=True the loss must return (loss, auxiliary data), not {out!r}")
@@ -113,6 +114,7 @@ def stateful_value_and_grad(
     def differentiate(params, state, args, kwargs, share=None):
         paths_and_nodes, treedef = jax.tree.flatten_with_path(params, is_leaf=is_low_rank)
         nodes = [node for _, node in paths_and_nodes]
+        _check_differentiable(paths_and_nodes)
 
         def loss(nodes):
             value, rest = loss_fn(treedef.unflatten(nodes), state, *args, **kwargs)
@@ -240,6 +242,22 @@ class TracedLoss:
 def name_of(path: Any) -> str:
     """A path of a tree, to name a parameter in an error."""
     return jax.tree_util.keystr(path) or "the LoRA parameter"
+
+
+def _check_differentiable(paths_and_nodes: list[Any]) -> None:
+    """Raises ValueError for what JAX takes no derivative by, such as a function among a module's leaves."""
+    for path, node in paths_and_nodes:
+        try:
+            if is_low_rank(node) or jnp.issubdtype(jax.typeof(node).dtype, jnp.inexact):
+                continue
+            what = f"{jax.typeof(node).dtype} numbers"
+        except TypeError:
+            what = f"a {type(node).__name__}"
+        raise ValueError(
+            f"{name_of(path)}: {what} among the parameters, by which there is no derivative; expected LoRA "
+            "parameters and floating-point arrays. Close the loss over it. For Equinox's modules "
+            "oplora_jax.equinox.value_and_grad does that"
+        )
 
 
 def _tap(

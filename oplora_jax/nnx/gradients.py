@@ -63,7 +63,7 @@ def value_and_grad(
         places = map(_Place, range(1, len(objects)))
         args, kwargs = treedef.unflatten(next(places) if _is_object(leaf) else leaf for leaf in leaves)
 
-        def pure_loss(params, rest, *args, **kwargs):
+        def pure_loss(params, rest, /, *args, **kwargs):
             inner = nnx.merge(graphdef, nnx.State({0: params}), rest, copy=True)
             at_places = lambda leaf: inner[leaf.index] if isinstance(leaf, _Place) else leaf
             args, kwargs = jax.tree.map(at_places, (args, kwargs), is_leaf=lambda z: isinstance(z, _Place))

@@ -282,3 +282,15 @@ def test_steps_in_loops(name, make_model):
         expected = nnx.state(one_by_one[0]), nnx.state(one_by_one[1])
         # float32, compiled apart
         chex.assert_trees_all_close((nnx.state(model), nnx.state(optimizer)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_keyword_arguments_of_any_name():
+    model = Model(nnx.Rngs(0))
+    scaled_loss = lambda model, x, y, state, params, rest: (
+        state * params * rest * mean_squared_error(model, x, y)
+    )
+    loss, gradients = value_and_grad(scaled_loss, "dense")(model, X, Y, state=2.0, params=3.0, rest=5.0)
+    expected_loss, expected = value_and_grad(mean_squared_error, "dense")(model, X, Y)
+    chex.assert_trees_all_close(
+        (loss, gradients), jax.tree.map(lambda z: 30 * z, (expected_loss, expected)), rtol=1e-5
+    )
