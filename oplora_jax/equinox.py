@@ -2,6 +2,9 @@
 
 A `LowRank` is a field of a module like any other. The weights of `equinox.nn.Linear` are (out, in), the
 kernels of `lora_dot` (in, out): a layer that puts LoRA on one transposes its weight, and stands in its place.
+`init_lora` and `merge` take modules too, for LoRA beside a model that stays as it is; that needs no more than
+`oplora_jax.value_and_grad`. `optax.partition` calls a tree of labels that is a module with ``__call__``: give
+it ``lambda _: labels``.
 
 Example:
   >>> import equinox as eqx, jax, jax.numpy as jnp

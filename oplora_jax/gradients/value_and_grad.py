@@ -114,7 +114,6 @@ def stateful_value_and_grad(
     def differentiate(params, state, args, kwargs, share=None):
         paths_and_nodes, treedef = jax.tree.flatten_with_path(params, is_leaf=is_low_rank)
         nodes = [node for _, node in paths_and_nodes]
-        _check_differentiable(paths_and_nodes)
 
         def loss(nodes):
             value, rest = loss_fn(treedef.unflatten(nodes), state, *args, **kwargs)
@@ -183,6 +182,8 @@ class TracedLoss:
         for path, node in paths_and_nodes:
             if is_low_rank(node):
                 check_factors(node, name_of(path))
+            else:
+                _check_differentiable(node, name_of(path))
 
         def traced(nodes):
             value, rest = loss(nodes)
@@ -244,20 +245,19 @@ def name_of(path: Any) -> str:
     return jax.tree_util.keystr(path) or "the LoRA parameter"
 
 
-def _check_differentiable(paths_and_nodes: list[Any]) -> None:
+def _check_differentiable(leaf: Any, name: str) -> None:
     """Raises ValueError for what JAX takes no derivative by, such as a function among a module's leaves."""
-    for path, node in paths_and_nodes:
-        try:
-            if is_low_rank(node) or jnp.issubdtype(jax.typeof(node).dtype, jnp.inexact):
-                continue
-            what = f"{jax.typeof(node).dtype} numbers"
-        except TypeError:
-            what = f"a {type(node).__name__}"
-        raise ValueError(
-            f"{name_of(path)}: {what} among the parameters, by which there is no derivative; expected LoRA "
-            "parameters and floating-point arrays. Close the loss over it. For Equinox's modules "
-            "oplora_jax.equinox.value_and_grad does that"
-        )
+    try:
+        what = f"{jax.typeof(leaf).dtype} numbers"
+        if jnp.issubdtype(jax.typeof(leaf).dtype, jnp.inexact):
+            return
+    except TypeError:
+        what = f"a {type(leaf).__name__}"
+    raise ValueError(
+        f"{name}: {what} among the parameters, by which there is no derivative; expected LoRA parameters and "
+        "floating-point arrays. Close the loss over it. For Equinox's modules "
+        "oplora_jax.equinox.value_and_grad does that"
+    )
 
 
 def _tap(
