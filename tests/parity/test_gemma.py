@@ -16,6 +16,7 @@ from oplora_jax import LowRank, is_low_rank, linen, to_dense
 from oplora_jax.adapters.kernel_axes import add_increment, kept_roles
 from oplora_jax.qwix import LoraProvider
 from tests.arrays import normal_like
+from tests.test_readme import programs
 
 pytestmark = [
     pytest.mark.parity,
@@ -170,6 +171,18 @@ def test_roles_of_raw_parameters():
     for path, gradient in gradients.items():
         dense = to_dense(exact[path])
         np.testing.assert_allclose(gradient, dense, atol=1e-4 * jnp.abs(dense).max(), err_msg=path)
+
+
+def test_the_readmes_program():
+    [program] = [z for z in programs() if "gemma" in z]
+    cross_entropy = lambda logits: optax.softmax_cross_entropy_with_integer_labels(logits, Y).mean()
+    scope = {"jax": jax, "qwix": qwix, "optax": optax, "oplora_jax": oplora_jax, "LoraProvider": LoraProvider}
+    scope |= {"gemma": Tiny(), "pretrained": pretrained(), "tokens": X, "loss_fn": cross_entropy}
+    exec(compile(program, "README.md", "exec"), scope)
+    params, state = scope["params"], scope["tx"].init(scope["params"])
+    updates, _ = scope["tx"].update(scope["gradients"], state, params)
+    after = loss_fn(scope["model"], optax.apply_updates(params, updates))
+    assert after < scope["loss"]
 
 
 def without_lora(tree):

@@ -20,6 +20,7 @@ from oplora_jax.adapters.kernel_axes import add_increment
 from oplora_jax.nnx import value_and_grad
 from oplora_jax.qwix import LoraProvider
 from tests.arrays import normal_like
+from tests.test_readme import programs
 
 pytestmark = [
     pytest.mark.parity,
@@ -306,3 +307,13 @@ def test_data_hooks_load_no_groups():
         trainer = PeftTrainer(with_lora(model_of("llama3")), oplora_jax.oplora(0.3), config)
         trainer.with_data_hooks(object())
         trainer.train([])
+
+
+def test_the_readmes_program(tmp_path):
+    [program] = [z for z in programs() if "oplora_jax.tunix" in z]
+    scope = {"nnx": nnx, "qwix": qwix, "optax": optax, "oplora_jax": oplora_jax, "LoraProvider": LoraProvider}
+    scope |= {"llama": model_of("llama3"), "model_inputs": inputs_of, "batches": batches(3)}
+    scope["config"] = peft_trainer.TrainingConfig(eval_every_n_steps=10, max_steps=3)
+    exec(compile(program, "README.md", "exec"), scope)
+    assert scope["trainer"].train_steps == 3
+    assert len(oplora_jax.to_low_rank(nnx.state(scope["trainer"].model, nnx.LoRAParam))) == 14
