@@ -74,7 +74,9 @@ def _step(eqn: Any, operands: list[Any], taps: Taps, jitted: Any) -> tuple[list[
             return _call(name, params, operands, taps, jitted)
         if name == "shard_map":
             return _on_devices(params, operands, taps, jitted), nothing
-    results = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(params))
+    bound = eqn.primitive.get_bind_params(params)
+    functions, bound = bound if isinstance(bound, tuple) else ((), bound)  # JAX 0.9.0 and 0.9.1 have both
+    results = eqn.primitive.bind(*functions, *operands, **bound)
     results = list(results) if eqn.primitive.multiple_results else [results]
     if name in SAME:
         return results, list(taps)

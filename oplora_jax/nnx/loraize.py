@@ -171,7 +171,8 @@ def _modules(node: Any, parents: tuple[Any, ...], path: str = "") -> Iterator[tu
     if isinstance(node, nnx.Module):
         yield path, node
     if isinstance(node, nnx.Pytree):
-        children = [(k, v) for k, v in vars(node).items() if not k.startswith("_pytree__")]
+        # Before Flax 0.12.4 the names in an `nnx.List` are integers.
+        children = [(k, v) for k, v in vars(node).items() if not str(k).startswith("_pytree__")]
     else:
         flat, _ = jax.tree.flatten_with_path(node, is_leaf=lambda z: z is not node)
         children = [(path_name(key), child) for key, child in flat if key]
