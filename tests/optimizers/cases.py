@@ -87,7 +87,7 @@ CASES = {
     ),
     "altlora": Case("altlora", {}, 0.05),
     "altlora_plus": Case("altlora_plus", {"b2": 0.99}, 0.03, wide=True),
-    # The joint norm would tie LoRA parameters together; a threshold that nothing reaches is counted by.
+    # The joint norm would tie LoRA parameters together; the threshold, never reached, brings counts along.
     "lora_rite": Case(
         "lora_rite",
         {"max_norm": None, "skip_threshold": 1e3, "b2": 0.9},
