@@ -23,7 +23,7 @@ class LoRARITEState(NamedTuple):
     basis: Any  # likewise, float32 at least: orthonormal columns that span a's, rows that span b's
     second_moment: tuple[Any, Any]  # for a and b, of trees: (*batch, r, r), float32 at least
     escaped_mass: tuple[Any, Any] | None = None  # likewise: (*batch, 1, 1); None without
-    above_threshold: tuple[Any, Any] | None = None  # likewise, int32: the steps whose U counted as zero
+    above_threshold: tuple[Any, Any] | None = None  # likewise: in how many steps U counted as zero
 
 
 @facts(gradient="factors", source="2410.20625", invariant="any")
@@ -97,8 +97,9 @@ def lora_rite(
         zero = jnp.sum(basis.a, axis=(-2, -1), keepdims=True)  # for its sharding
         square = zero + jnp.zeros((*zero.shape[:-2], r, r), dtype)
         of_both = lambda z, kept=True: (jnp.array(z), jnp.array(z)) if kept else None
-        above = of_both(zero.astype(jnp.int32), skip_threshold is not None)
         moments = jax.tree.map(jnp.zeros_like, param), basis, of_both(square)
+        # Counts of floating point: the backward pass captures nothing else.
+        above = of_both(zero, skip_threshold is not None)
         return LoRARITEState(*moments, of_both(zero, escaped_mass), above)
 
     def step(params, gradients, states, count):

@@ -87,8 +87,14 @@ CASES = {
     ),
     "altlora": Case("altlora", {}, 0.05),
     "altlora_plus": Case("altlora_plus", {"b2": 0.99}, 0.03, wide=True),
-    # The joint norm would tie LoRA parameters together.
-    "lora_rite": Case("lora_rite", {"max_norm": None, "b2": 0.9}, 0.03, mirrors=False, wide=True),
+    # The joint norm would tie LoRA parameters together; the threshold, never reached, brings counts along.
+    "lora_rite": Case(
+        "lora_rite",
+        {"max_norm": None, "skip_threshold": 1e3, "b2": 0.9},
+        0.03,
+        mirrors=False,
+        wide=True,
+    ),
     "lora_pro": Case("lora_pro", {}, 0.03, mirrors=False, wide=True, forms=True),
     "lora_pro_sgd": Case("lora_pro_sgd", {}, 0.2),
     "reflora": Case("reflora", {"warmup_steps": 2}, 0.03),
