@@ -68,8 +68,12 @@ def add_lora(model: nn.Module, rngs: Any, params: Any, *args: Any, **kwargs: Any
     tree = jax.tree.map_with_path(fill, tree, is_leaf=lambda leaf: leaf is None)
 
     def placed(layer: dict[str, Any], path: str) -> dict[str, Any]:  # over a mesh, as the kernels are
+        put = lambda lora, weight: beside(meta.unbox(layer[weight]), lora) if weight in layer else lora
         names = [name for name in ("lora", *SHORTCUTS) if isinstance(layer.get(name), LowRank)]
-        return layer | {name: beside(meta.unbox(layer["kernel"]), layer[name]) for name in names}
+        new = {name: put(layer[name], "kernel") for name in names}
+        if (lora := loras_of(layer)) and not names:
+            new = {"lora": {**layer["lora"], **{weight: put(z, weight) for weight, z in lora.items()}}}
+        return layer | new
 
     return map_layers(placed, tree)
 
@@ -115,9 +119,7 @@ def merge_layer(layer: dict[str, Any], path: str) -> dict[str, Any]:
     for name in SHORTCUTS:
         if name in layer:
             raise ValueError(f"{path}/{name}: {SHORTCUTS[name]}")
-    loras = layer.get("lora")
-    loras = {"kernel": loras} if isinstance(loras, LowRank) else loras  # or those of oplora_jax.qwix
-    if not isinstance(loras, Mapping) or not any(isinstance(z, LowRank) for z in loras.values()):
+    if not (loras := loras_of(layer)):
         return layer
     merged = {name: z for name, z in layer.items() if name != "lora"}
     for name, lora in loras.items():
@@ -129,3 +131,11 @@ def merge_layer(layer: dict[str, Any], path: str) -> dict[str, Any]:
             raise ValueError(f"{path}/lora: {error}") from error
         merged[name] = meta.replace_boxed(layer[name], increased)
     return merged
+
+
+def loras_of(layer: Mapping[str, Any]) -> dict[str, LowRank]:
+    """The LoRA parameters of a layer by the names of their weights; those of `oplora_jax.qwix` are a dict."""
+    lora = layer.get("lora")
+    lora = {"kernel": lora} if isinstance(lora, LowRank) else lora
+    of = lora if isinstance(lora, Mapping) else {}
+    return {name: z for name, z in of.items() if isinstance(z, LowRank)}

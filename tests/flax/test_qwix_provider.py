@@ -386,3 +386,19 @@ def test_what_is_not_public_in_qwix():
     assert model.layers[0].qwix_path == ("layers", 0) and model.layers[0].qwix_rngs is None
     for name in ("get_current_module", "get_current_module_path", "make_rng", "unbox"):
         assert callable(getattr(flax_util, name))
+
+
+def test_linen_on_a_mesh():
+    """`add_lora` lays the factors beside the axes of their weights."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"))
+    params = Linen().init(jax.random.key(0), X)["params"]
+    place = lambda z, *spec: jax.device_put(z, NamedSharding(mesh, P(*spec)))
+    params["query"]["w"] = place(params["query"]["w"], "model", "data", None)
+    params["mlp"]["linear"] = place(params["mlp"]["linear"], "data", "model")
+    model = qwix.apply_lora_to_model(Linen(), by_provider())
+    params = linen.add_lora(model, jax.random.key(1), params, X)
+    for lora, specs in (
+        (params["query"]["lora"]["w"], (P("data"), P(None, "model"))),
+        (params["mlp"]["lora"]["linear"], (P("data"), P(None, "model"))),
+    ):
+        assert (lora.a.sharding.spec, lora.b.sharding.spec) == specs
