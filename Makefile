@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 
 help:
 	@echo "make test       run the linter, the tests and the examples in the docstrings"
-	@echo "make parity     run the tests against PyTorch, PEFT and transformers"
+	@echo "make parity     run the tests against PyTorch, PEFT, transformers and Tunix"
 	@echo "make demo       train LeNet-5 on MNIST with six LoRA optimizers; a table and outputs/demo/curves.png"
 	@echo "make demo-text  fine-tune a pretrained encoder on film reviews; a table and outputs/demo-text/curves.png"
 	@echo "make lint       run the linter alone"
@@ -38,7 +38,7 @@ test: lint
 	$(BIN)/python -m pytest -m "not parity" --numprocesses=auto --maxprocesses=4
 
 parity: $(VENV)/.parity
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m parity tests/parity
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m parity tests/parity --numprocesses=auto --maxprocesses=4
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from oplora_jax import LowRank, OuterProduct
+from oplora_jax import LowRank, OuterProduct, to_dense
+from oplora_jax.adapters.kernel_axes import add_increment
 
 KINDS = ("low_rank", "outer", "dense")
 
@@ -43,3 +44,10 @@ def draw_matrix(kind, rng, shape, batch=(), dtype=jnp.float32, scale=1.0):
         return OuterProduct(x, dy), np.swapaxes(f64(x), -1, -2) @ f64(dy)
     dense = new(*batch, n, m)
     return dense, f64(dense)
+
+
+def as_kernel(matrix, roles, shape):
+    """A matrix (*batch, n, m) as an array of the shape and the roles of a kernel's axes."""
+    dense = to_dense(matrix)
+    identity = jnp.broadcast_to(jnp.eye(dense.shape[-1]), (*dense.shape[:-2], *[dense.shape[-1]] * 2))
+    return add_increment(jnp.zeros(shape, dense.dtype), LowRank(dense, identity, roles=roles))

@@ -12,10 +12,10 @@ import pytest
 import qwix
 
 import oplora_jax
-from oplora_jax import LowRank, is_low_rank, linen, to_dense
-from oplora_jax.adapters.kernel_axes import add_increment, kept_roles
+from oplora_jax import is_low_rank, linen, to_dense
+from oplora_jax.adapters.kernel_axes import kept_roles
 from oplora_jax.qwix import LoraProvider
-from tests.arrays import normal_like
+from tests.arrays import as_kernel, normal_like
 from tests.test_readme import programs
 
 pytestmark = [
@@ -109,9 +109,7 @@ def test_exact_gradients_of_all_projections():
         weight = by_weight
         for key in path.split("/"):
             weight = weight[key]
-        dense = to_dense(gradient)
-        identity = jnp.broadcast_to(jnp.eye(dense.shape[-1]), (*dense.shape[:-2], *[dense.shape[-1]] * 2))
-        found = add_increment(jnp.zeros_like(weight), LowRank(dense, identity, roles=lora[path].roles))
+        found = as_kernel(gradient, lora[path].roles, weight.shape)
         # Relative to the largest: sums of 32 tokens in float32 through two layers.
         np.testing.assert_allclose(found, weight, atol=1e-4 * jnp.abs(weight).max(), err_msg=path)
 

@@ -15,11 +15,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import oplora_jax
-from oplora_jax import LowRank, to_dense
-from oplora_jax.adapters.kernel_axes import add_increment
 from oplora_jax.nnx import value_and_grad
 from oplora_jax.qwix import LoraProvider
-from tests.arrays import normal_like
+from tests.arrays import as_kernel, normal_like
 from tests.test_readme import programs
 
 pytestmark = [
@@ -125,9 +123,7 @@ def test_gradients_of_all_projections(name):
             lambda tree, key: tree[int(key) if key.isdigit() else key], path.split("/"), by_weight
         )
         module, _, name = path.rpartition("/")
-        dense = to_dense(gradients[f"{module}/lora/{name}"])
-        identity = jnp.eye(dense.shape[-1])
-        found = add_increment(jnp.zeros_like(weight), LowRank(dense, identity, roles=lora[path].roles))
+        found = as_kernel(gradients[f"{module}/lora/{name}"], lora[path].roles, weight.shape)
         # Relative to the largest: sums of 32 tokens through two layers.
         np.testing.assert_allclose(found, weight, atol=1e-4 * jnp.abs(weight).max(), err_msg=path)
 
