@@ -25,6 +25,7 @@ def test_there_are_commands():
         "encoder",
         "matrix",
         "scaling",
+        "tunix",
     }
 
 
