@@ -159,7 +159,7 @@ def _nnx_lora(module: nnx.Module, name: str, new: Callable[[Array], LowRank]) ->
         raise ValueError(
             f"{_path()}: this {type(module).__name__} has LoRA already; leave it out of module_path"
         )
-    if name not in params:
+    if name not in vars(params):
         if not isinstance(module.qwix_rngs, nnx.Rngs):
             raise ValueError(
                 f"{_path(name)}: the call that qwix.apply_lora_to_model makes did not use this weight, so it "
