@@ -9,6 +9,7 @@ from oplora_jax.matrix import (
     OuterProduct,
     left_product,
     matrix_entries,
+    opened,
     thin_factors,
     to_dense,
 )
@@ -65,6 +66,7 @@ def frobenius_norm(matrix: Matrix) -> Float[Array, "*batch"]:
       >>> round(float(frobenius_norm(LowRank(jnp.ones((2, 1)), jnp.ones((1, 2)), scale=3.0))), 5)
       6.0
     """
+    matrix = opened(matrix)
     return under_auto_sharding(_frobenius_norm, lambda: partition(*matrix_entries(matrix)[:-2]), matrix)
 
 

@@ -7,6 +7,7 @@ was, and p and q are the squared norms over t. In a sum they are larger, as far 
 that is Cauchy's and Schwarz's inequality. A sum that rounding does not tell from a scaling is right up to it.
 """
 
+import weakref
 from typing import Any
 
 import jax
@@ -17,6 +18,9 @@ from jaxtyping import Array
 from oplora_jax._jax import Tracer
 from oplora_jax.products import compute_dtype
 from oplora_jax.sharding import entries, partition, under_auto_sharding
+
+# Of each seal that there is: itself, and the x and the dy that it was made of.
+_made: dict[int, tuple[weakref.ref, ...]] = {}
 
 
 def seal_of(x: Any, dy: Any) -> Any:
@@ -30,7 +34,10 @@ def seal_of(x: Any, dy: Any) -> Any:
         p, q = _squared_norm(x, 1.0), _squared_norm(dy, 1.0)
         return jnp.stack([jnp.ones_like(p), p, q], axis=-1)
 
-    return under_auto_sharding(form, lambda: partition(*entries(x)[:-2]), jnp.asarray(x), jnp.asarray(dy))
+    seal = under_auto_sharding(form, lambda: partition(*entries(x)[:-2]), jnp.asarray(x), jnp.asarray(dy))
+    _made[id(seal)] = tuple(map(weakref.ref, (seal, x, dy)))
+    weakref.finalize(seal, _made.pop, id(seal), None)
+    return seal
 
 
 def opened(seal: Any, x: Array, dy: Array) -> Any:
@@ -45,6 +52,9 @@ def opened(seal: Any, x: Array, dy: Array) -> Any:
         return ()
     if isinstance(seal, tuple) or seal.shape[-1] == 1:
         return seal
+    made = _made.get(id(seal))
+    if made is not None and all(z is of() for z, of in zip((seal, x, dy), made, strict=True)):
+        return ()  # leaves for a moment, as NNX makes them: compiled programs have nothing of the seal then
 
     def form(seal, x, dy):
         t, *norms = (seal[..., k] for k in range(3))
