@@ -105,7 +105,9 @@ def check_evaluation():
         with jax.named_scope("outer"):
             stack = _jax.current_name_stack() + eqn.source_info.name_stack
             with _jax.user_context(eqn.source_info.traceback, name_stack=stack), eqn.ctx.manager:
-                return eqn.primitive.bind(x, **eqn.primitive.get_bind_params(eqn.params))
+                params = eqn.primitive.get_bind_params(eqn.params)
+                params = params[1] if isinstance(params, tuple) else params  # JAX 0.9.0 and 0.9.1
+                return eqn.primitive.bind(x, **params)
 
     assert "outer/inner" in jax.jit(again).lower(1.0).as_text(debug_info=True)
 
