@@ -1,5 +1,6 @@
 """Qwix's LoRA with exact gradients: a `LowRank` beside each weight, in any Flax model that Qwix takes."""
 
+import re
 import string
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import qwix
-from flax import nnx
+from flax import errors, nnx
 from jaxtyping import Array
 from qwix._src.providers.ptq import WithAux
 from qwix._src.utils import flax_util
@@ -39,7 +40,8 @@ class LoraProvider(qwix.LoraProvider):
     Raises:
       ValueError: in the model's call, by the module's path: a rank above a side of a weight; an einsum that
         is no product with a matrix; a weight that is not its module's parameter as it is, but transposed or
-        scaled, as merged weights would then compute something else.
+        scaled, as merged weights would then compute something else; and LoRA in the model already that the
+        rules leave out, or give another rank or scale.
 
     Example:
       >>> import jax.numpy as jnp
@@ -54,6 +56,17 @@ class LoraProvider(qwix.LoraProvider):
       (4, 6)
       >>> loss, gradients = value_and_grad(lambda model, x: model(x).sum())(model, jnp.ones((1, 4)))
     """
+
+    def process_model_inputs(self, model: Any, args: Any, kwargs: Any) -> Any:
+        patterns = [rule.module_path for rule in self._rules if isinstance(rule, qwix.LoraRule)]
+        for _, module in nnx.iter_modules(model) if isinstance(model, nnx.Module) else ():
+            path = "/".join(map(str, module.qwix_path)) if _has_lora(module) else None
+            if path is not None and not any(re.fullmatch(pattern, path) for pattern in patterns):
+                raise ValueError(
+                    f"{path}: this {type(module).__name__} has LoRA of an earlier provider, which the rules "
+                    "of this one leave out: it would have no effect. Give one provider a rule for each"
+                )
+        return super().process_model_inputs(model, args, kwargs)
 
     def dot_general(
         self,
@@ -108,7 +121,7 @@ class LoraProvider(qwix.LoraProvider):
     def _weight(self, op: str, rhs: Any) -> tuple[qwix.LoraRule, str] | None:
         """The rule for a weight of the current module, and its name; None for anything else."""
         rule, _ = self._get_current_rule_and_op_id(op, repeated_call=True)
-        name = flax_util.find_param(rhs, WithAux) if isinstance(rule, qwix.LoraRule) else None
+        name = _name_of(rhs) if isinstance(rule, qwix.LoraRule) else None
         return None if name is None else (rule, name)
 
 
@@ -133,9 +146,8 @@ def _lora_and_inputs(
     boxed = module.get_variable("params", name) if linen else getattr(module, name)
     stored = flax_util.unbox(boxed)
     _check_as_stored(weight, stored, name)
-    lora = (_linen_lora if linen else _nnx_lora)(
-        module, name, lambda key: _new(key, stored, roles, rule, name)
-    )
+    new = lambda key: _new(key, stored, roles, rule, name)
+    lora = _linen_lora(module, name, new) if linen else _nnx_lora(module, name, new, rule)
     lora = without_space(lora, roles)
     check_roles(lora, roles, _path("lora", name))
     if rule.dropout > 0:
@@ -150,7 +162,12 @@ def _linen_lora(module: nn.Module, name: str, new: Callable[[Array], LowRank]) -
     )
 
 
-def _nnx_lora(module: nnx.Module, name: str, new: Callable[[Array], LowRank]) -> LowRank:
+def _has_lora(module: nnx.Module) -> bool:
+    params = getattr(module, "lora", None)
+    return isinstance(params, nnx.Dict) and any(isinstance(z, nnx.LoRAParam) for z in params.values())
+
+
+def _nnx_lora(module: nnx.Module, name: str, new: Callable[[Array], LowRank], rule: qwix.LoraRule) -> LowRank:
     # Below the module's own attributes, where Qwix looks for weights by their shapes.
     params = getattr(module, "lora", None)
     if params is None:
@@ -159,15 +176,30 @@ def _nnx_lora(module: nnx.Module, name: str, new: Callable[[Array], LowRank]) ->
         raise ValueError(
             f"{_path()}: this {type(module).__name__} has LoRA already; leave it out of module_path"
         )
+    applying = isinstance(module.qwix_rngs, nnx.Rngs)
     if name not in vars(params):
-        if not isinstance(module.qwix_rngs, nnx.Rngs):
+        if not applying:
             raise ValueError(
                 f"{_path(name)}: the call that qwix.apply_lora_to_model makes did not use this weight, so it "
                 "has no LoRA. Give it inputs with which it does, or leave the module out of module_path"
             )
-        params[name] = nnx.LoRAParam(new(module.qwix_rngs.params()))
-        module.lora = params
-    return params[name].get_value()
+        try:
+            params[name] = nnx.LoRAParam(new(module.qwix_rngs.params()))
+            module.lora = params
+        except errors.TraceContextError as error:
+            raise ValueError(
+                f"{_path(name)}: the model calls this module inside of a transformation of JAX, where it "
+                "takes no new parameters. Put Flax's in its place, such as nnx.vmap or nnx.remat for "
+                "jax.vmap or jax.checkpoint, with the module among the arguments"
+            ) from error
+    lora = params[name].get_value()
+    found, said = (lora.a.shape[-1], lora.scale), (rule.rank, rule.alpha / rule.rank)
+    if applying and found != said:
+        raise ValueError(
+            f"{_path(name)}: this weight has LoRA of rank {found[0]} and scale {found[1]} already; the rule "
+            f"says rank {said[0]} and scale {said[1]}"
+        )
+    return lora
 
 
 def _new(key: Array, stored: Any, roles: str, rule: qwix.LoraRule, name: str) -> LowRank:
@@ -194,24 +226,65 @@ def _new(key: Array, stored: Any, roles: str, rule: qwix.LoraRule, name: str) ->
     return beside(stored, lora.with_factors(a, b))
 
 
-def _check_as_stored(weight: Any, stored: Any, name: str) -> None:
-    """Raises ValueError unless a weight is a parameter as it is, as far as can be seen."""
-    if isinstance(stored, WithAux) or weight is stored:
-        return
-    if not isinstance(weight, Tracer) and not isinstance(stored, Tracer):
-        same = weight.shape == stored.shape and np.array_equal(weight, stored.astype(weight.dtype))
+def _name_of(weight: Any) -> str | None:
+    """The name of a weight in the current module; None for an array that is none."""
+    try:
+        name = flax_util.find_param(weight, WithAux)
+    except ValueError:  # of several weights of one shape Qwix does not know which
+        name = None
+    if name is not None or isinstance(weight, WithAux):
+        return name
+    # Nor does it look at NumPy's arrays, and takes none of two.
+    module = flax_util.get_current_module()
+    if isinstance(module, nn.Module):
+        params = module.variables.get("params", {})
     else:
-        same, at = True, weight
-        while same and at is not stored and (made := getattr(at, "parent", None)) is not None:
-            same = made.primitive.name in _SAME_VALUES
-            at = made.in_tracers[0] if made.in_tracers else stored
-    if not same:
+        params = {name: z for name, z in vars(module).items() if isinstance(z, nnx.Param)}
+    unboxed = {name: flax_util.unbox(z) for name, z in params.items()}
+    arrays = {name: z for name, z in unboxed.items() if isinstance(z, jax.Array | np.ndarray)}
+    names = [name for name, z in arrays.items() if z.shape == weight.shape and _is_stored(weight, z)]
+    if len(names) > 1:
+        raise ValueError(
+            f"{_path()}: the weights {', '.join(names)} are equal, and cast: it cannot be told which of them "
+            "is used. Put jax.jit, or nnx.jit, around the call"
+        )
+    return names[0] if names else None
+
+
+def _check_as_stored(weight: Any, stored: Any, name: str) -> None:
+    """Raises ValueError unless a weight is a parameter as it is."""
+    if not isinstance(stored, WithAux) and not _is_stored(weight, stored):
         raise ValueError(
             f"{_path(name)}: the module multiplies with an array of this weight's shape that is not the "
             "weight itself, but made of it or another: merged weights would compute something else than "
             "LoRA. Leave the module out of module_path; what is no weight at all, another batch size tells"
-            " apart"
+            " apart, and a weight that is handed to a function under jax.jit, disable_jit=True"
         )
+
+
+def _is_stored(weight: Any, stored: Any) -> bool:
+    """Whether a weight is a parameter as it is, or cast."""
+    weight, stored = _origin(weight), _origin(stored)
+    if weight is stored or isinstance(weight, Tracer) or isinstance(stored, Tracer):
+        return weight is stored
+    return weight.shape == stored.shape and np.array_equal(weight, stored.astype(weight.dtype))
+
+
+def _origin(array: Any) -> Any:
+    """The array whose values a traced one has: under derivatives and vmap too, as far as there are traces."""
+    while isinstance(array, Tracer):
+        if not hasattr(array, "parent"):  # of a derivative, or of vmap
+            inner = getattr(array, "primal", getattr(array, "val", array))
+        elif array.parent is None:
+            inner = array.get_const()  # what the traced function closes over, if it is that
+            inner = array if inner is None else inner
+        else:
+            made = array.parent
+            inner = made.in_tracers[0] if made.primitive.name in _SAME_VALUES and made.in_tracers else array
+        if inner is array:
+            break
+        array = inner
+    return array
 
 
 def _path(*names: str) -> str:

@@ -28,7 +28,9 @@ class PeftTrainer(peft_trainer.PeftTrainer):
 
     With `gradient_accumulation_steps` k in the configuration, k batches are one step of one compiled program,
     which runs the loss on one after the other. All must have the same shapes; a rest of fewer than k batches
-    is left out. A step's hooks are called once for the k of them.
+    is left out. A step's training hooks are called once for the k of them.
+
+    Tunix's other trainers take exact gradients as `class Dpo(DPOTrainer, PeftTrainer)`, this one last.
 
     Args:
       model, optimizer, training_config: as for Tunix's. To clip, `optax.chain` the optimizer behind
@@ -37,7 +39,8 @@ class PeftTrainer(peft_trainer.PeftTrainer):
       gradient, moments: as for `oplora_jax.value_and_grad`; the second moments are for `scaled_oplora`.
 
     Raises:
-      ValueError: batches that are accumulated and differ in shape, or come from data hooks.
+      ValueError: batches that are accumulated and differ in shape, or whose arrays differ in the size of
+        their first axis, or that come from data hooks.
     """
 
     def __init__(
@@ -65,15 +68,21 @@ class PeftTrainer(peft_trainer.PeftTrainer):
                     f"{self._microbatches} give the batches to train() instead"
                 )
             train_ds = _groups(train_ds, self._microbatches)
-        super().train(train_ds, *args, **kwargs)
+        prepare, post_process = self._prepare_inputs, self._post_process_train_step
 
-    def _prepare_inputs(self, input_data: Any) -> Any:
-        prepare = super()._prepare_inputs
-        return (
-            _side_by_side([*map(prepare, input_data)])
-            if isinstance(input_data, _Group)
-            else prepare(input_data)
-        )
+        def prepare_all(data: Any) -> Any:
+            return _side_by_side([*map(prepare, data)]) if isinstance(data, _Group) else prepare(data)
+
+        def post_process_all(aux: Any) -> None:
+            for part in [aux] if self._microbatches == 1 else map(_at(aux), range(self._microbatches)):
+                post_process(part)
+
+        # On the trainer itself: a subclass may have methods of its own, which are for one batch.
+        self._prepare_inputs, self._post_process_train_step = prepare_all, post_process_all
+        try:
+            super().train(train_ds, *args, **kwargs)
+        finally:
+            del self._prepare_inputs, self._post_process_train_step
 
     def _train_step(self, model: nnx.Module, optimizer: nnx.Optimizer, inputs: Any) -> tuple[Any, Any, Any]:
         loss_fn = lambda model, inputs: self.loss_fn(model, **self.gen_model_input_fn(inputs))
@@ -84,10 +93,6 @@ class PeftTrainer(peft_trainer.PeftTrainer):
         loss, aux = out if self._has_aux else (out, None)
         optimizer.update(model, gradients)
         return loss, aux, global_norm(gradients)
-
-    def _post_process_train_step(self, aux: Any) -> None:
-        for part in [aux] if self._microbatches == 1 else map(_at(aux), range(self._microbatches)):
-            super()._post_process_train_step(part)
 
     def _shard_optimizer(self, mesh: Mesh) -> None:
         _on_one_mesh(self.optimizer)
@@ -169,6 +174,12 @@ def _side_by_side(batches: list[Any]) -> Any:
         raise ValueError(
             f"with gradient_accumulation_steps={len(batches)} the batches of a step must have "
             f"one shape: {listed}"
+        )
+    sizes = {np.shape(array)[:1] for array in jax.tree.leaves(batches[0])}
+    if len(sizes) > 1 or () in sizes:
+        raise ValueError(
+            f"with gradient_accumulation_steps={len(batches)} the arrays of a batch must have one size of "
+            f"their first axis: {shapes[0]}. Leave it out and take larger batches"
         )
     join = lambda *arrays: np.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])
     return jax.tree.map(join, *batches)

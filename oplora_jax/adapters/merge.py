@@ -6,7 +6,7 @@ import jax
 
 from oplora_jax.adapters.kernel_axes import add_increment
 from oplora_jax.adapters.paths import path_name
-from oplora_jax.matrix import LowRank
+from oplora_jax.matrix import LowRank, check_factors
 
 
 def merge(params: Any, lora: dict[str, LowRank]) -> Any:
@@ -29,6 +29,7 @@ def merge(params: Any, lora: dict[str, LowRank]) -> Any:
         if name not in lora:
             return kernel
         missing.discard(name)
+        check_factors(lora[name], name)
         try:
             return add_increment(kernel, lora[name])
         except ValueError as error:

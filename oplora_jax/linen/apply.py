@@ -91,6 +91,11 @@ def call_with_lora(layer: nn.Module, call: Any, args: Any, kwargs: Any, new: tup
     if kernel is None:  # a setup, or a method that does not need the kernel
         return y
     if lora is None:  # scope.param raises Flax's own error where parameters cannot be created
+        if layer.scope.has_variable("params", "lora"):
+            raise ValueError(
+                f"{'/'.join(layer.path)}: this {type(layer).__name__} has LoRA of its own; leave it out of "
+                "the module_path of Qwix's rules"
+            )
         layer.scope.param("lora", init_beside, kernel, roles, *new)
         return y  # the increment is zero
     x = promoted(layer, args[0] if args else kwargs["inputs"])

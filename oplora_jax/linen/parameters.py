@@ -12,7 +12,7 @@ from oplora_jax.adapters.init import beside
 from oplora_jax.adapters.kernel_axes import add_increment, with_space
 from oplora_jax.adapters.paths import path_name
 from oplora_jax.adapters.reslora import SHORTCUTS
-from oplora_jax.matrix import LowRank, is_low_rank
+from oplora_jax.matrix import LowRank, check_factors, is_low_rank
 
 
 def add_lora(model: nn.Module, rngs: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
@@ -125,6 +125,7 @@ def merge_layer(layer: dict[str, Any], path: str) -> dict[str, Any]:
     for name, lora in loras.items():
         if name not in layer:
             raise ValueError(f"{path}: there is no {name} beside its LoRA parameter in 'lora'")
+        check_factors(lora, f"{path}/lora")
         try:
             increased = add_increment(meta.unbox(layer[name]), lora)
         except ValueError as error:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import qwix
-from flax import nnx
+from flax import nnx, serialization
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from qwix._src.providers.ptq import WithAux
@@ -244,6 +244,11 @@ def test_layers_of_a_scan(axis, remat, x64):
         lambda lora: jnp.sum(jnp.sin(model.apply({"params": put(lora)}, x)))
     )(lora)
     merged = linen.merge(put(lora))
+    if axis == 1:  # what init makes is refused: along that axis the factors are no matrices
+        plain_init = model.init(jax.random.key(0), x)["params"]
+        for merge in (linen.merge, lambda tree: oplora_jax.merge(params, oplora_jax.to_low_rank(tree))):
+            with pytest.raises(ValueError, match=r"do not fit; .*linen.add_lora makes them so"):
+                merge(plain_init)
     expected, by_kernel = jax.value_and_grad(loss)(merged)
     np.testing.assert_allclose(value, expected, rtol=1e-12)
     [gradient] = map(to_dense, gradients.values())
@@ -328,6 +333,123 @@ def test_a_weight_that_is_none_takes_no_lora():
 
     model = qwix.apply_lora_to_model(Attention(), by_provider(module_path="q"), X[0], rngs=nnx.Rngs(1))
     assert [path for path, _ in nnx.to_flat_state(nnx.state(model, nnx.LoRAParam))] == [("q", "lora", "w")]
+
+
+class Scores(nn.Module):
+    """Multiplies with its inputs, which may be of its weight's shape."""
+
+    @nn.compact
+    def __call__(self, x):
+        return jnp.einsum("td,ds->ts", x @ self.param("w", nn.initializers.normal(), (8, 8)), x)
+
+
+def test_an_array_of_a_weights_shape():
+    """Traced, as where it is seen: what is multiplied with is the weight, or it is refused."""
+    x = normal(0, 8, 8, dtype=jnp.float32)
+    model = qwix.apply_lora_to_model(Scores(), by_provider())
+    params = {"w": x + 1, "lora": {"w": LowRank(x[:, :2], x[:2], 3.0)}}
+    loss = lambda params, x: model.apply({"params": params}, x).sum()
+    calls = {
+        "plain": loss,
+        "jit": jax.jit(loss),
+        "jit closed over": lambda params, x: jax.jit(lambda x: loss(params, x))(x),
+        "grad": jax.grad(loss, 1),
+        "vmap": lambda params, x: jax.vmap(lambda x: loss(params, x))(x[None]),
+        "jit of vmap": jax.jit(lambda params, x: jax.vmap(lambda x: loss(params, x))(x[None])),
+        "checkpoint": jax.checkpoint(loss),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=r"w: .* is not the weight itself, .* another batch size"):
+            call(params, x)
+            pytest.fail(name)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_weights_of_one_shape_that_are_cast(count):
+    """Told apart by their values, where no trace does it."""
+
+    class Chain(nnx.Module):
+        def __init__(self):
+            self.count = count
+            for i in range(count):
+                setattr(self, f"w{i}", nnx.Param(normal(i, 8, 8, dtype=jnp.float32)))
+
+        def __call__(self, x):
+            for i in range(self.count):
+                x = jnp.einsum("td,df->tf", x, getattr(self, f"w{i}")[...].astype(jnp.bfloat16))
+            return x
+
+    x = X[0].astype(jnp.bfloat16)
+    model = qwix.apply_lora_to_model(Chain(), by_provider(), x, rngs=nnx.Rngs(1))
+    assert len(oplora_jax.to_low_rank(nnx.state(model, nnx.LoRAParam))) == count
+    nnx.update(model, normal_like(3, nnx.state(model, nnx.LoRAParam)))
+    np.testing.assert_array_equal(model(x), nnx.jit(lambda model: model(x))(model))
+    equal = Chain()
+    equal.w1.set_value(equal.w0[...])
+    with pytest.raises(ValueError, match=r"the weights w0, w1 are equal, and cast: .*Put jax.jit"):
+        qwix.apply_lora_to_model(equal, by_provider(), x, rngs=nnx.Rngs(1))
+
+
+def test_weights_of_numpy():
+    """As `flax.serialization.from_bytes` makes them."""
+    model = qwix.apply_lora_to_model(Linen(), by_provider())
+    params = model.init(jax.random.key(0), X)["params"]
+    lora, put = take(params)
+    state = serialization.to_bytes(put(lora))
+    restored = serialization.from_bytes(params, state)
+    assert isinstance(restored["query"]["w"], np.ndarray)
+    values = []
+    for place in (put, take(restored)[1]):
+        loss = lambda lora, put=place: model.apply({"params": put(lora)}, X).sum()
+        values.append((loss(lora), *oplora_jax.value_and_grad(loss)(lora)))
+    chex.assert_trees_all_close(*values, rtol=1e-6)  # two programs
+
+
+def test_a_second_provider():
+    """LoRA that the first one made stays in use, as it is, or the model is refused."""
+
+    def apply(model, **rules):
+        rules = [qwix.LoraRule(module_path=path, rank=rank, alpha=4 * rank) for path, rank in rules.items()]
+        return qwix.apply_lora_to_model(model, LoraProvider(rules), X, rngs=nnx.Rngs(1))
+
+    model = apply(Model(), dense=2)
+    with pytest.raises(
+        ValueError, match="dense: this Linear has LoRA of an earlier provider, which the rules"
+    ):
+        apply(model, query=2)
+    with pytest.raises(
+        ValueError, match=r"dense/kernel: .* of rank 2 and scale 4.0 already; the rule says rank 3"
+    ):
+        apply(model, dense=3)
+    model = apply(model, dense=2, query=3)
+    assert set(oplora_jax.to_low_rank(nnx.state(model, nnx.LoRAParam))) == {"dense/kernel", "query/w"}
+
+
+def test_modules_that_take_no_parameters():
+    """Within JAX's own transformations, and layers with LoRA of their own."""
+
+    class Mapped(nnx.Module):
+        def __init__(self, vmap):
+            self.vmap, self.dense = vmap, nnx.Linear(8, 4, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.vmap(self.dense, x)
+
+    def apply(vmap):
+        return qwix.apply_lora_to_model(Mapped(vmap), by_provider(), X, rngs=nnx.Rngs(1))
+
+    with pytest.raises(ValueError, match=r"dense/kernel: .* Put Flax's in its place, such as nnx.vmap"):
+        apply(lambda dense, x: jax.vmap(dense)(x))
+    model = apply(lambda dense, x: nnx.vmap(lambda dense, x: dense(x), in_axes=(None, 0))(dense, x))
+    assert model.dense.lora["kernel"].shape == (8, 4)
+
+    class Own(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return linen.LoRADense(4, rank=2)(x)
+
+    with pytest.raises(ValueError, match="LoRADense_0: this LoRADense has LoRA of its own; leave it out"):
+        qwix.apply_lora_to_model(Own(), by_provider()).init(jax.random.key(0), X)
 
 
 def test_implicit_einsums(x64):

@@ -35,6 +35,7 @@ with warnings.catch_warnings():
     from tunix.models.qwen3 import model as qwen3
     from tunix.sft import checkpoint_manager, peft_trainer
     from tunix.sft import utils as sft_utils
+    from tunix.sft.dpo import dpo_trainer
 
     from oplora_jax.tunix import CheckpointManager, PeftTrainer
 
@@ -234,6 +235,63 @@ def test_resumed(accumulated, tmp_path):
     assert last == losses[3:]
     np.testing.assert_array_equal(lora_of(rest), lora_of(whole))
     assert optax.tree.get(rest.optimizer.opt_state, "count").get_value() == 6
+
+
+class Shifted(PeftTrainer):
+    """A trainer whose own methods take one batch."""
+
+    def _prepare_inputs(self, input_data):
+        return dataclasses.replace(input_data, input_tokens=(input_data.input_tokens + 1) % WORDS)
+
+    def _post_process_train_step(self, aux):
+        assert np.shape(aux) == ()
+        self.seen = [*getattr(self, "seen", []), float(aux)]
+
+
+@pytest.mark.parametrize("accumulated", [None, 2])
+def test_subclasses(accumulated):
+    def trainer(*args):
+        with_aux = lambda model, **inputs: (
+            peft_trainer._default_loss_fn(model, **inputs),
+            inputs["input_tokens"].sum(),
+        )
+        return Shifted(*args).with_loss_fn(with_aux, has_aux=True)
+
+    data = batches(4)
+    found, _ = trained(
+        4 // (accumulated or 1), data, trainer=trainer, gradient_accumulation_steps=accumulated
+    )
+    assert found.seen == [float(((batch.input_tokens + 1) % WORDS).sum()) for batch in data]
+
+
+def test_preferences():
+    """Tunix's DPO; accumulation needs arrays of one size, which its batches do not have."""
+
+    class Dpo(dpo_trainer.DPOTrainer, PeftTrainer):
+        pass
+
+    def train(accumulated):
+        tokens = [batch.input_tokens for batch in batches(4)]
+        names = ("prompt", "chosen", "rejected")
+        parts = lambda z: {"prompt": z[:, :3], "chosen": z[:, 3:6], "rejected": z[:, :2:-1][:, :3]}
+        data = [
+            dpo_trainer.TrainingInput(
+                **{f"{name}_ids": parts(z)[name] for name in names},
+                **{f"{name}_mask": np.ones((BATCH, 3), bool) for name in names},
+            )
+            for z in tokens
+        ]
+        config = dpo_trainer.DPOTrainingConfig(
+            eval_every_n_steps=10, pbar_description=None, gradient_accumulation_steps=accumulated
+        )
+        trainer = Dpo(with_lora(model_of("llama3")), model_of("llama3"), oplora_jax.oplora(0.3), config)
+        trainer.train(data * 5)
+        return trainer.metrics_logger.get_metric_history("", "loss", "train")
+
+    losses = train(None)
+    assert abs(losses[0] - np.log(2)) < 1e-5 and losses[-1] < 0.99 * losses[0]
+    with pytest.raises(ValueError, match=r"must have one size of their first axis: .*take larger batches"):
+        train(2)
 
 
 def placed(model):
