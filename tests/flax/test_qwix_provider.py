@@ -16,7 +16,7 @@ from qwix._src.providers.ptq import WithAux
 from qwix._src.utils import flax_util
 
 import oplora_jax
-from oplora_jax import factor_gradients, is_low_rank, linen, to_dense
+from oplora_jax import LowRank, factor_gradients, is_low_rank, linen, to_dense
 from oplora_jax.adapters.kernel_axes import add_increment
 from oplora_jax.nnx import LoRALinear, value_and_grad
 from oplora_jax.qwix import LoraProvider
