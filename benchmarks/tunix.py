@@ -5,11 +5,12 @@ import importlib.util
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
+import tyro
 from flax import nnx
 from rich.console import Console
 
@@ -35,8 +36,8 @@ class Variant(NamedTuple):
     moments: str | None = None
 
 
+BASELINE = Variant("adamw", "factors", lambda scale: optax.adamw(RATE), False)
 VARIANTS = (
-    Variant("adamw", "factors", lambda scale: optax.adamw(RATE), False),
     Variant("oplora", "exact", lambda scale: oplora_jax.oplora(RATE), True),
     Variant("scaled_oplora", "exact", lambda scale: oplora_jax.scaled_oplora(RATE), True, "diagonal"),
     Variant(
@@ -46,6 +47,9 @@ VARIANTS = (
         False,
     ),
 )
+
+
+NAMES = tuple(variant.name for variant in VARIANTS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +68,7 @@ class Tunix:
     """Tokens of each."""
     rank: int = 8
     """Of the LoRA parameters."""
+    methods: Annotated[tuple[str, ...], tyro.conf.arg(help=", ".join(NAMES))] = NAMES
     pairs: int = 5
     """Measured steps of each method, in turn with one of AdamW's; 0 for the counts alone."""
     output: Path = Path("outputs/benchmark")
@@ -72,11 +77,14 @@ class Tunix:
     def run(self, console: Console) -> None:
         """Measures, prints a table, and writes it and a figure."""
         at_least(1, layers=self.layers, sequences=self.sequences, length=self.length, rank=self.rank)
+        if unknown := sorted(set(self.methods) - set(NAMES)):
+            raise ExperimentError(f"no method {', '.join(unknown)}; expected {', '.join(NAMES)}")
+        chosen = [variant for variant in VARIANTS if variant.name in self.methods]
         if importlib.util.find_spec("tunix") is None:
             raise ExperimentError("Tunix is not installed; pip install 'oplora-jax[tunix]'")
         with warnings.catch_warnings():  # what Tunix imports and calls is its own
             warnings.simplefilter("ignore")
-            report.compare_variants(self, "tunix", self.prepare, VARIANTS, console)
+            report.compare_variants(self, "tunix", self.prepare, [BASELINE, *chosen], console)
 
     def prepare(self, variant: Variant) -> Prepared:
         """Compiles the step of a trainer."""

@@ -6,9 +6,10 @@ import shlex
 
 import pytest
 
-from benchmarks import steps
+from benchmarks import steps, tunix
 from benchmarks.__main__ import parse
 from benchmarks.layers import Layers
+from benchmarks.tunix import Tunix
 
 ROOT = pathlib.Path(__file__).parents[2]
 COMMANDS = [
@@ -33,5 +34,8 @@ def test_there_are_commands():
 def test_every_command_is_understood(command):
     workload = parse(shlex.split(command, comments=True))
     task = Layers(layers=1, width=8, tokens=8, rank=2)
+    if isinstance(workload, Tunix):
+        assert set(workload.methods) <= set(tunix.NAMES)
+        return
     for method in getattr(workload, "methods", ()):
         steps.parse(method, task)
