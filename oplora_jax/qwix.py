@@ -149,7 +149,11 @@ def _lora_and_inputs(
     new = lambda key: _new(key, stored, roles, rule, name)
     lora = _linen_lora(module, name, new) if linen else _nnx_lora(module, name, new, rule)
     lora = without_space(lora, roles)
-    check_roles(lora, roles, _path("lora", name))
+    try:
+        check_roles(lora, roles, _path("lora", name))
+    except ValueError as error:
+        two = "If the module multiplies with the weight in two ways, leave it out of module_path"
+        raise ValueError(f"{error}. {two}") from error
     if rule.dropout > 0:
         x = nnx.Dropout(rule.dropout, deterministic=False)(x, rngs=flax_util.make_rng("dropout"))
     return lora, x

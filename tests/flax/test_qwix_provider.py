@@ -306,6 +306,9 @@ def test_refusals():
         apply(Weight("td,df->tf", 8, 1))
     with pytest.raises(ValueError, match="layers/0: the einsum 'td,df->t' is no matrix product"):
         apply(Weight("td,df->t", 8, 3))
+    two_ways = lambda x, w: jnp.einsum("td,df->tf", x, w) + jnp.einsum("td,fd->tf", x, w)
+    with pytest.raises(ValueError, match=r"layers/0/lora/w: .*If the module multiplies .* in two ways"):
+        apply(Odd(two_ways))
     with pytest.raises(ValueError, match="layers/0: this LoRALinear has LoRA already"):
         apply(LoRALinear(8, 3, rank=2, rngs=nnx.Rngs(0)))
     model = apply(Branch())
