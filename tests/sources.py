@@ -1,6 +1,8 @@
-"""What modules import and read, from their source."""
+"""What modules import and read, from their source; the programs of the README."""
 
 import ast
+import pathlib
+import re
 
 
 def imports(path):
@@ -19,3 +21,11 @@ def uses(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Attribute):
             yield ast.unparse(node.value), node.attr
+
+
+README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+
+
+def programs(text=README):
+    """The programs of a document, those of the README if none is given."""
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)

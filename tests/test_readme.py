@@ -1,6 +1,5 @@
 """The README's programs run as they stand, and its table is the catalogue's."""
 
-import pathlib
 import re
 
 import chex
@@ -9,16 +8,10 @@ import numpy as np
 import pytest
 
 from benchmarks.catalogue import markdown
-
-README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
-
+from tests.sources import README, programs
 
 # Programs with what these tests do not install: tests/parity runs them.
 ELSEWHERE = ("oplora_jax.tunix", "gemma")
-
-
-def programs(section=README):
-    return re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
 
 
 class Names(dict):

@@ -16,7 +16,7 @@ from oplora_jax import is_low_rank, linen, to_dense
 from oplora_jax.adapters.kernel_axes import kept_roles
 from oplora_jax.qwix import LoraProvider
 from tests.arrays import as_kernel, normal_like
-from tests.test_readme import programs
+from tests.sources import programs
 
 pytestmark = [
     pytest.mark.parity,

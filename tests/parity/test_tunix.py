@@ -19,7 +19,7 @@ from benchmarks.tunix import BASELINE, VARIANTS, Tunix
 from oplora_jax.nnx import value_and_grad
 from oplora_jax.qwix import LoraProvider
 from tests.arrays import as_kernel, normal_like
-from tests.test_readme import programs
+from tests.sources import programs
 
 pytestmark = [
     pytest.mark.parity,
