@@ -145,7 +145,6 @@ def _lora_and_inputs(
     linen = isinstance(module, nn.Module)
     boxed = module.get_variable("params", name) if linen else getattr(module, name)
     stored = flax_util.unbox(boxed)
-    _check_as_stored(weight, stored, name)
     new = lambda key: _new(key, stored, roles, rule, name)
     lora = _linen_lora(module, name, new) if linen else _nnx_lora(module, name, new, rule)
     lora = without_space(lora, roles)
@@ -231,39 +230,43 @@ def _new(key: Array, stored: Any, roles: str, rule: qwix.LoraRule, name: str) ->
 
 
 def _name_of(weight: Any) -> str | None:
-    """The name of a weight in the current module; None for an array that is none."""
-    try:
-        name = flax_util.find_param(weight, WithAux)
-    except ValueError:  # of several weights of one shape Qwix does not know which
-        name = None
-    if name is not None or isinstance(weight, WithAux):
-        return name
-    # Nor does it look at NumPy's arrays, and takes none of two.
+    """The name of a weight in the current module; None for an array that is none.
+
+    Raises:
+      ValueError: what Qwix takes for a weight is not the parameter as it is, or may be two.
+    """
     module = flax_util.get_current_module()
     if isinstance(module, nn.Module):
         params = module.variables.get("params", {})
     else:
-        params = {name: z for name, z in vars(module).items() if isinstance(z, nnx.Param)}
-    unboxed = {name: flax_util.unbox(z) for name, z in params.items()}
-    arrays = {name: z for name, z in unboxed.items() if isinstance(z, jax.Array | np.ndarray)}
-    names = [name for name, z in arrays.items() if z.shape == weight.shape and _is_stored(weight, z)]
-    if len(names) > 1:
+        params = {name: z for name, z in vars(module).items() if isinstance(z, nnx.Param | WithAux)}
+    params = {name: flax_util.unbox(z) for name, z in params.items()}
+    # Qwix itself finds neither NumPy's arrays nor casts of one of several weights of a shape.
+    alike = [name for name, z in params.items() if getattr(z, "shape", None) == weight.shape]
+    arrays = [name for name in alike if isinstance(params[name], jax.Array | np.ndarray)]
+    same = [name for name in arrays if weight is params[name]]
+    same = same or [
+        name for name in arrays if not isinstance(weight, WithAux) and _is_stored(weight, params[name])
+    ]
+    if len(same) > 1:
         raise ValueError(
-            f"{_path()}: the weights {', '.join(names)} are equal, and cast: it cannot be told which of them "
+            f"{_path()}: the weights {', '.join(same)} are equal, and cast: it cannot be told which of them "
             "is used. Put jax.jit, or nnx.jit, around the call"
         )
-    return names[0] if names else None
-
-
-def _check_as_stored(weight: Any, stored: Any, name: str) -> None:
-    """Raises ValueError unless a weight is a parameter as it is."""
-    if not isinstance(stored, WithAux) and not _is_stored(weight, stored):
+    if same:
+        return same[0]
+    try:
+        name = flax_util.find_param(weight, WithAux)
+    except ValueError:  # one of several of a shape, and not as it is
+        name = None
+    if name is not None and not isinstance(params[name], WithAux):
         raise ValueError(
             f"{_path(name)}: the module multiplies with an array of this weight's shape that is not the "
             "weight itself, but made of it or another: merged weights would compute something else than "
             "LoRA. Leave the module out of module_path; what is no weight at all, another batch size tells"
             " apart, and a weight that is handed to a function under jax.jit, disable_jit=True"
         )
+    return name
 
 
 def _is_stored(weight: Any, stored: Any) -> bool:

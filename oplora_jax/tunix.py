@@ -41,6 +41,23 @@ class PeftTrainer(peft_trainer.PeftTrainer):
     Raises:
       ValueError: batches that are accumulated and differ in shape, or whose arrays differ in the size of
         their first axis, or that come from data hooks.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from tunix.sft.peft_trainer import TrainingConfig
+      >>> import oplora_jax
+      >>> from oplora_jax.tunix import PeftTrainer
+      >>> model = nnx.Sequential(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
+      >>> _ = oplora_jax.nnx.loraize(model, rank=2, targets="layers/0", rngs=nnx.Rngs(1))
+      >>> config = TrainingConfig(eval_every_n_steps=10, max_steps=5, pbar_description=None)
+      >>> loss_fn = lambda model, x: jnp.mean((model(x) - 1.0) ** 2)
+      >>> trainer = PeftTrainer(model, oplora_jax.oplora(0.1), config).with_loss_fn(loss_fn)
+      >>> batch = {"x": jnp.ones((8, 4))}
+      >>> before = loss_fn(model, **batch)
+      >>> trainer.train([batch] * 5)
+      >>> bool(loss_fn(model, **batch) < before)
+      True
     """
 
     def __init__(

@@ -19,6 +19,7 @@ import oplora_jax
 from oplora_jax import LowRank, factor_gradients, is_low_rank, linen, to_dense
 from oplora_jax.adapters.kernel_axes import add_increment
 from oplora_jax.nnx import LoRALinear, value_and_grad
+from oplora_jax.peft import load_adapter, save_adapter
 from oplora_jax.qwix import LoraProvider
 from tests.arrays import as_kernel, normal, normal_like
 
@@ -191,6 +192,43 @@ def test_a_convolution(settings, x64):
     np.testing.assert_allclose(found, value, rtol=1e-12)
     [gradient] = jax.tree.leaves(gradients)
     np.testing.assert_allclose(gradient.reshape(expected.shape), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_quantised_convolution():
+    """Qwix's own, with the increment's beside it."""
+    conv, x = nnx.Sequential(nnx.Conv(4, 6, (3,), rngs=nnx.Rngs(0))), normal(0, 2, 7, 4, dtype=jnp.float32)
+    types = {"weight_qtype": "int8", "act_qtype": "int8"}
+    quantised = qwix.quantize_model(conv, qwix.PtqProvider([qwix.QuantizationRule(**types)]), x)
+    provider = LoraProvider(rank=RANK, alpha=ALPHA, **types)
+    model = qwix.apply_lora_to_model(conv, provider, x, rngs=nnx.Rngs(1))
+    nnx.update(model, normal_like(3, nnx.state(model, nnx.LoRAParam)))
+    lora = model.layers[0].lora["kernel"].get_value()
+
+    def loss(increment):
+        axes = ("NHC", "HIO", "NHC")
+        added = jax.lax.conv_general_dilated(x, increment, (1,), "SAME", dimension_numbers=axes)
+        return jnp.sum(jnp.sin(quantised(x) + added))
+
+    value, expected = jax.value_and_grad(loss)(to_dense(lora).reshape(3, 4, 6))
+    found, gradients = value_and_grad(lambda model: jnp.sum(jnp.sin(model(x))))(model)
+    np.testing.assert_allclose(found, value, rtol=1e-6)
+    gradient = gradients["layers"][0]["lora"]["kernel"].get_value()
+    np.testing.assert_allclose(gradient.reshape(3, 4, 6), expected, rtol=1e-5, atol=1e-5)  # float32
+
+
+def test_adapters_of_peft(tmp_path):
+    """Saved by the names of their weights, and put back with the roles of their axes."""
+    model = qwix.apply_lora_to_model(Model(), by_provider(module_path="query|dense"), X, rngs=nnx.Rngs(1))
+    nnx.update(model, normal_like(3, nnx.state(model, nnx.LoRAParam)))
+    state, y = nnx.state(model, nnx.LoRAParam), model(X)
+    names = {"query/w": "attention.query", "dense/kernel": "mlp.dense"}
+    save_adapter(tmp_path, oplora_jax.to_low_rank(state), names=names)
+    nnx.update(model, jax.tree.map(jnp.zeros_like, state))
+    assert jnp.abs(model(X) - y).max() > 1e-2
+    nnx.update(model, oplora_jax.from_low_rank(load_adapter(tmp_path, names=names), state))
+    np.testing.assert_array_equal(model(X), y)
+    save_adapter(tmp_path, state)  # by names of its own: the weights' modules
+    assert set(load_adapter(tmp_path)) == {"query/kernel", "dense/kernel"}
 
 
 def test_dropout(x64):

@@ -1,6 +1,7 @@
 """Tunix's models and trainer: exact gradients of all projections, accumulation, checkpoints, meshes."""
 
 import dataclasses
+import doctest
 import functools
 import inspect
 import warnings
@@ -371,6 +372,11 @@ def test_data_hooks_load_no_groups():
         trainer = PeftTrainer(with_lora(model_of("llama3")), oplora_jax.oplora(0.3), config)
         trainer.with_data_hooks(object())
         trainer.train([])
+
+
+def test_the_docstrings_example():
+    failed, attempted = doctest.testmod(oplora_jax.tunix)
+    assert failed == 0 < attempted
 
 
 def test_the_readmes_program(tmp_path):
