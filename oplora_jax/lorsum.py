@@ -90,6 +90,7 @@ def lorsums(
     shrinkage: Sequence[Any] | None = None,
     num_iters: Any = 1,
     first: str = "a",
+    relative: bool = False,
 ) -> list[list[LowRank]]:
     r"""All :math:`P_p \leftarrow \mathrm{LoRSum}[\sum_q A_{pq} P_q + c_p G]` of many parameters.
 
@@ -101,7 +102,8 @@ def lorsums(
       ([A \circ X X_0^\top - \langle X, X \rangle - \mu I]\, Y_0 + c X G).
 
     A is the mixing, by sum and anchor. By sum are the rates c, the regularization lambda, which pulls to the
-    anchor (where it is known to be 0 there are pseudo-inverses), and the shrinkage mu, which pulls to zero.
+    anchor (where it is known to be 0 there are pseudo-inverses; relative ones are multiplied by the mean
+    eigenvalue of <X, X> within the sum), and the shrinkage mu, which pulls to zero.
     The R x R algebra of all parameters is done together. What is as wide as a parameter stays with it, so
     that its gradient is free once its own products are taken.
     """
@@ -111,17 +113,18 @@ def lorsums(
     ridges = [None if is_zero(value) else value for value in regularization]
     problems = [z._replace(gradient=[(c, opened(term)) for c, term in z.gradient]) for z in problems]
     numbers = mixing, rates, ridges, shrinkage or [0.0] * len(rates)
-    return (_solve_static if isinstance(num_iters, int) else _solve)(problems, numbers, num_iters, first)
+    solve = _solve_static if isinstance(num_iters, int) else _solve
+    return solve(problems, numbers, num_iters, first, relative)
 
 
-def _solve(problems, numbers, num_iters, first):
+def _solve(problems, numbers, num_iters, first, relative):
     starts = [_rows(problem.anchors) for problem in problems]
     ranks = [tuple(anchor.a.shape[-1] for anchor in problem.anchors) for problem in problems]
 
     def half_step(side, changes):
         """The changes of all Y, a^T (side 0) or b (1), from those of X."""
         grams = [_grams(side, *z) for z in zip(problems, starts, changes, strict=True)]
-        steps = together(lambda ranks, grams: _step(ranks, *numbers, *grams), ranks, grams)
+        steps = together(lambda ranks, z: _step(ranks, relative, *numbers, *z), ranks, grams)
         return [_change(side, *z) for z in zip(problems, starts, changes, steps, strict=True)]
 
     def iterate(_, changes):
@@ -138,7 +141,7 @@ def _solve(problems, numbers, num_iters, first):
     return [_sums(*z) for z in zip(problems, starts, *changes, strict=True)]
 
 
-_solve_static = jax.jit(_solve, static_argnums=(2, 3))
+_solve_static = jax.jit(_solve, static_argnums=(2, 3, 4))
 
 
 # What is compiled by itself is traced once for all parameters of a shape.
@@ -162,7 +165,7 @@ def _grams(side, problem, start, change):
     return inner(measured, x), inner(measured, change), cross
 
 
-def _step(ranks, mixing, rates, regularization, shrinkage, gram, drift, cross):
+def _step(ranks, relative, mixing, rates, regularization, shrinkage, gram, drift, cross):
     """R x R matrices: what to multiply Y_0 and X G with; in a metric, then Y_0 in the inverse metric too."""
     of = np.repeat(np.arange(len(ranks)), ranks)  # the sum that a row belongs to
     over = lambda z: jnp.broadcast_to(z, gram.shape)
@@ -172,7 +175,11 @@ def _step(ranks, mixing, rates, regularization, shrinkage, gram, drift, cross):
     own = jnp.where(same, (mixing - 1) * (gram - drift) - drift, across if cross is None else 0)
     own = own - over(jnp.diag(rows(shrinkage)))
     if None not in regularization:
-        solve = inverse(jnp.where(same, gram, 0), rows(regularization) + rows(shrinkage))
+        ridge = rows(regularization)
+        if relative:
+            own_diagonals = same * jnp.diagonal(gram, axis1=-2, axis2=-1)[..., None, :]
+            ridge = ridge * jnp.sum(own_diagonals, -1) / jnp.sum(same, -1)
+        solve = inverse(jnp.where(same, gram, 0), ridge + rows(shrinkage))
     else:
         solve = jnp.zeros_like(gram)
         for end, rank, value, small in zip(np.cumsum(ranks), ranks, regularization, shrinkage, strict=True):

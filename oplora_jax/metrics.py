@@ -100,6 +100,31 @@ def average(old: Array, new: Array, weight: Any) -> Array:
     return old * (1 - weight).astype(old.dtype) + new.astype(old.dtype) * weight.astype(old.dtype)
 
 
+def relative(metric: KroneckerMetric, shape: tuple[int, ...]) -> KroneckerMetric:
+    """Both sides, of matrices of a shape, over their mean eigenvalues; a side of zeros as it is."""
+
+    def over_its_mean(side: Array) -> Array:
+        mean = jnp.mean(_diagonal(side, shape), axis=-1)
+        return side / jnp.where(mean > 0, mean, 1).reshape(mean.shape + (1,) * (side.ndim - mean.ndim))
+
+    return KroneckerMetric(*map(over_its_mean, metric))
+
+
+def typical(side: Array, shape: tuple[int, ...], damping: Any) -> Float[Array, "*batch"]:
+    """The geometric mean of a side's diagonal, which the few largest hardly change.
+
+    damping, a share of the mean, is added to all: the dead ones count as that.
+    """
+    diagonal = _diagonal(side, shape)
+    mean = jnp.mean(diagonal, axis=-1, keepdims=True)
+    shares = diagonal / jnp.where(mean > 0, mean, 1) + jnp.maximum(damping, FLOOR)
+    return mean[..., 0] * jnp.exp(jnp.mean(jnp.log(shares), axis=-1))
+
+
+def _diagonal(side: Array, shape: tuple[int, ...]) -> Array:
+    return side if side.ndim < len(shape) else jnp.diagonal(side, axis1=-2, axis2=-1)
+
+
 def powers(
     metric: KroneckerMetric, power: Any, damping: Any = 0.0, *, batch_ndim: int = 0
 ) -> tuple[KroneckerMetric, KroneckerMetric]:

@@ -84,6 +84,9 @@ def of_scaled(config):
         power=config["metric_power"],
         metric="kfac" if config["kfac_metric"] else "shampoo",
         structure=config["metric_type"],
+        units="absolute",
+        momentum_kind="low_rank",
+        bias_correction=False,
     )
 
 

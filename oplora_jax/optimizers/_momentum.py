@@ -35,6 +35,7 @@ def heavy_ball(
     weight: Any,
     regularization: tuple[Any, Any],
     num_iters: Any,
+    relative: bool = False,
 ) -> list[tuple[LowRank, LowRank | None]]:
     """P <- LoRSum[w P - lr (share G + decay M)] and M <- LoRSum[decay M + share G], in one pass over each G.
 
@@ -49,13 +50,13 @@ def heavy_ball(
       gradients: G, exact or its projection.
       metrics: of the first sum, as for `Sums`.
       learning_rate, decay, share, weight: lr, decay, share and w.
-      regularization: of both sums.
+      regularization: of both sums; relative, as for `lorsums`.
       num_iters: as for `lorsum`; for the momentum 1 at least.
     """
     mixing, rates = [[weight, -learning_rate * decay], [0.0, decay]], [-learning_rate * share, share]
     # The authors' code adds 1e-6 to the diagonal of every Gram matrix. It shows in the momentum alone, which
     # starts at zero: at most 0.2 % of the regularization, so that a step of size 0 changes nothing.
-    small = 0.0 if is_zero(regularization[1]) else jnp.minimum(1e-6, 2e-3 * regularization[1])
+    small = 0.0 if relative or is_zero(regularization[1]) else jnp.minimum(1e-6, 2e-3 * regularization[1])
     shrinkage, sums = [0.0, small], 1 if None in momenta else 2
     found = lorsums(
         [
@@ -67,11 +68,14 @@ def heavy_ball(
         regularization=regularization[:sums],
         shrinkage=shrinkage[:sums],
         num_iters=num_iters,
+        relative=relative,
     )
     if sums == 2 and not (isinstance(num_iters, int) and num_iters):
         alone = [Sums([m], [(1.0, g)]) for m, g in zip(momenta, gradients, strict=True)]
         ridges, once = (regularization[1:], shrinkage[1:]), at_least_one(num_iters)
-        moments = lorsums(alone, [[decay]], [share], ridges[0], shrinkage=ridges[1], num_iters=once)
+        moments = lorsums(
+            alone, [[decay]], [share], ridges[0], shrinkage=ridges[1], num_iters=once, relative=relative
+        )
         found = [[new, moment] for (new, _), (moment,) in zip(found, moments, strict=True)]
     return [(new, _balanced(moment[0]) if moment else None) for new, *moment in found]
 

@@ -8,12 +8,40 @@ import optax
 
 from oplora_jax.gradients.tangent import of_full_gradients
 from oplora_jax.matrix import DenseGradient, LowRank, OuterProduct, is_zero
-from oplora_jax.metrics import KroneckerMetric, Structure, average, kfac_moments, powers, shampoo_moments
+from oplora_jax.metrics import (
+    KroneckerMetric,
+    Structure,
+    average,
+    kfac_moments,
+    powers,
+    relative,
+    shampoo_moments,
+    typical,
+)
+from oplora_jax.optimizers import _rulers
+from oplora_jax.optimizers._factors import from_wide
 from oplora_jax.optimizers._facts import facts
 from oplora_jax.optimizers._lift import at_step, lora_optimizer
 from oplora_jax.optimizers._momentum import heavy_ball, random_start
 from oplora_jax.optimizers._types import check_state_dtype
 from oplora_jax.products import compute_dtype
+
+_DEFAULTS = {
+    "relative": {
+        "b1": 0.8,
+        "regularization": 0.1,
+        "damping": 1e-3,
+        "momentum_kind": "factors",
+        "bias_correction": True,
+    },
+    "absolute": {  # of PSI-LoRA
+        "b1": 0.9,
+        "regularization": 1e-2,
+        "damping": 1e-5,
+        "momentum_kind": "low_rank",
+        "bias_correction": False,
+    },
+}
 
 
 class ScaledOPLoRAState(NamedTuple):
@@ -21,6 +49,7 @@ class ScaledOPLoRAState(NamedTuple):
 
     momentum: Any  # LowRank at each LoRA parameter: a (*batch, n, r), b (*batch, r, m); None without momentum
     moments: KroneckerMetric  # of trees: (*batch, n) and (*batch, m), dense (*batch, n, n) and (*batch, m, m)
+    size: Any = None  # relative units alone: (*batch,), the mean square of what steps take of a gradient
     metric: KroneckerMetric | None = None  # dense alone, of trees: the damped powers of the moments
     inverse_metric: KroneckerMetric | None = None  # likewise
 
@@ -29,17 +58,20 @@ class ScaledOPLoRAState(NamedTuple):
 def scaled_oplora(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    b1: Any = 0.9,
+    b1: Any = None,
     b2: Any = 0.99,
-    num_iters: Any = 1,
-    regularization: Any = 1e-2,
-    damping: Any = 1e-5,
+    num_iters: Any = None,
+    regularization: Any = None,
+    damping: Any = None,
     power: Any = 0.5,
+    hold: Any = 4.0,
+    units: Literal["relative", "absolute"] = "relative",
+    momentum_kind: Literal["factors", "low_rank"] | None = None,
     metric: Literal["kfac", "shampoo"] = "kfac",
     structure: Structure = "diagonal",
     loss_reduction: Literal["mean", "sum"] = "mean",
     metric_every: Any = 1,
-    bias_correction: Any = False,
+    bias_correction: Any = None,
     state_dtype: Any = None,
     others: optax.GradientTransformation | None = None,
     others_learning_rate: optax.ScalarOrSchedule = 1e-3,
@@ -106,52 +138,98 @@ def scaled_oplora(
     References:
       PSI-LoRA, https://arxiv.org/abs/2602.16456.
     """
-    for name, value, *known in (
-        ("metric", metric, "kfac", "shampoo"),
-        ("structure", structure, "diagonal", "dense"),
-        ("loss_reduction", loss_reduction, "mean", "sum"),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} is {value!r}; expected {known[0]!r} or {known[1]!r}")
+    known = {
+        "units": (units, ("relative", "absolute")),
+        "momentum_kind": (momentum_kind, ("factors", "low_rank", None)),
+        "metric": (metric, ("kfac", "shampoo")),
+        "structure": (structure, ("diagonal", "dense")),
+        "loss_reduction": (loss_reduction, ("mean", "sum")),
+    }
+    for name, (value, values) in known.items():
+        if value not in values:
+            raise ValueError(f"{name} is {value!r}; expected {values[0]!r} or {values[1]!r}")
     always = isinstance(metric_every, int) and metric_every == 1
     if isinstance(metric_every, int) and (metric_every < 1 or (structure == "diagonal" and not always)):
         raise ValueError(
             f"metric_every is {metric_every} with structure={structure!r}; expected a positive number, and 1 "
             "for a diagonal metric, which is not decomposed"
         )
-    dense = structure == "dense"
+    is_relative, dense = units == "relative", structure == "dense"
+    given = {
+        "b1": b1,
+        "regularization": regularization,
+        "damping": damping,
+        "momentum_kind": momentum_kind,
+        "bias_correction": bias_correction,
+    }
+    chosen = {name: _DEFAULTS[units][name] if value is None else value for name, value in given.items()}
+    b1, regularization, damping, momentum_kind, bias_correction = chosen.values()
+    of_factors = momentum_kind == "factors"
+    if of_factors and (num_iters is not None or not is_relative):
+        raise ValueError(
+            f"num_iters is {num_iters} and units is {units!r} with momentum_kind='factors', whose steps are "
+            "not iterated and have relative units; expected momentum_kind='low_rank'"
+        )
+    if is_relative and bias_correction is False:
+        raise ValueError("bias_correction is False with units='relative'; expected units='absolute'")
     estimate = kfac_moments if metric == "kfac" else shampoo_moments
 
     def init(param, key):
         ones = _ones(param, structure)
-        caches = (jax.tree.map(jnp.array, ones), jax.tree.map(jnp.array, ones)) if dense else ()
-        return ScaledOPLoRAState(None if is_zero(b1) else random_start(param, key), ones, *caches)
+        caches = [jax.tree.map(jnp.array, ones) if dense else None for _ in range(2)]
+        momentum = jax.tree.map(jnp.zeros_like, param) if of_factors else random_start(param, key)
+        size = jnp.zeros_like(param.a[..., 0, 0], compute_dtype(param.a, param.b)) if is_relative else None
+        return ScaledOPLoRAState(None if is_zero(b1) else momentum, ones, size, *caches)
 
     def step(params, gradients, states, count):
         lr = at_step(learning_rate, count)
-        ridge = jnp.maximum(lr * regularization, 1e-5)
-        corrected = (1 - b2) / (1 - jnp.asarray(b2, lr.dtype) ** (count + 1))
-        weight = jnp.where(bias_correction, corrected, 1 - b2)
+        since_start = lambda decay: 1 - jnp.asarray(decay, lr.dtype) ** (count + 1)
+        # Exactly 1 at the first step: rounding would leave of the start what is more than small moments.
+        of_moments = jnp.where(count == 0, 1, (1 - b2) / since_start(b2))
+        weight = jnp.where(bias_correction, of_moments, 1 - b2)
 
         def measured(gradient, state):
             new = estimate(gradient, structure, loss_reduction)
             return jax.tree.map(lambda x, y: average(x, y, weight), state.moments, new)
 
+        def of_one(moment, shape):
+            shares = relative(moment, shape) if is_relative else moment
+            return powers(shares, power, damping, batch_ndim=len(shape) - 2)
+
         moments = [measured(*z) for z in zip(gradients, states, strict=True)]
-        of_one = lambda z, param: powers(z, power, damping, batch_ndim=param.a.ndim - 2)
-        decompose = lambda: [*map(of_one, moments, params)]
+        shapes = [param.shape for param in params]
+        decompose = lambda: [*map(of_one, moments, shapes)]
         if dense and not always:
             kept = lambda: [(state.metric, state.inverse_metric) for state in states]
             metrics = jax.lax.cond(count % metric_every == 0, decompose, kept)
         else:
             metrics = decompose()
-        momenta = [state.momentum for state in states]
+        momenta, sizes = [state.momentum for state in states], [state.size for state in states]
         rates = {"learning_rate": lr, "decay": b1, "share": 1 - b1, "weight": 1.0}
-        settings = {"regularization": (ridge, ridge), "num_iters": num_iters}
-        found = heavy_ball(params, momenta, gradients, metrics, **rates, **settings)
-        after = zip(found, moments, metrics, strict=True)
-        states = [ScaledOPLoRAState(m, z, *(d if dense else ())) for (_, m), z, d in after]
-        return [new for new, _ in found], states
+        ridge = jnp.maximum(lr * regularization, 1e-5)
+        if is_relative:
+            of_one = lambda z, param: typical(z.input, param.shape, damping) if metric == "kfac" else 1.0
+            inputs = [of_one(*z) for z in zip(moments, params, strict=True)]
+            products = [_rulers.factor_products(*z) for z in zip(params, gradients, strict=True)]
+            settings = {"weight": weight, "regularization": regularization, "hold": hold}
+            rulers = _rulers.measure(params, products, metrics, inputs, sizes, learning_rate=lr, **settings)
+            sizes, ridge = [z.size for z in rulers], regularization
+            rates["learning_rate"] = lr / since_start(b1)  # the momentum starts at zero
+        if of_factors:
+            ahead = [_rulers.averaged(*z, b1) for z in zip(momenta, products, strict=True)]
+            new = [
+                _rulers.step_along(*z, since_start(b1))
+                for z in zip(params, ahead, metrics, rulers, strict=True)
+            ]
+            momenta = [m if m is None else from_wide(m, *z) for m, z in zip(momenta, ahead, strict=True)]
+        else:
+            if is_relative:
+                metrics = [_rulers.in_units(*z) for z in zip(metrics, rulers, strict=True)]
+            settings = {"regularization": (ridge, ridge), "num_iters": 1 if num_iters is None else num_iters}
+            found = heavy_ball(params, momenta, gradients, metrics, **rates, **settings, relative=is_relative)
+            new, momenta = map(list, zip(*found, strict=True))
+        after = zip(momenta, moments, sizes, metrics, strict=True)
+        return new, [ScaledOPLoRAState(*z, *(d if dense else ())) for *z, d in after]
 
     if others is None:
         adam = {"b1": b1, "b2": b2, "mu_dtype": check_state_dtype(state_dtype), "weight_decay": 0.0}

@@ -1,0 +1,112 @@
+"""Steps whose length a learning rate says, whatever the units of the loss and of a layer's inputs are."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from oplora_jax.matrix import LowRank, Matrix, from_unit_scale, left_product, transposed
+from oplora_jax.metrics import KroneckerMetric, average, times_output
+from oplora_jax.optimizers._factors import Pair, Square, wide, wide_at_unit_scale
+from oplora_jax.products import times, transpose
+from oplora_jax.solve import inverse
+from oplora_jax.together import together
+
+Pairs = tuple[KroneckerMetric, KroneckerMetric]  # D and its inverse
+
+LEAST_INPUTS = 0.1  # the root mean square that inputs count as whose own is less: no huge steps for them
+
+
+class Ruler(NamedTuple):
+    """How long the steps of a parameter are."""
+
+    rates: tuple[Square, Square]  # what the averaged gradients of a^T and b are multiplied with
+    size: Float[
+        Array, "*batch"
+    ]  # the running mean of |s|^2, s = a b' with b' the least-squares step of b along a gradient
+    factor: Float[Array, "*batch"]  # |s| for a rate of 1, that D is multiplied with for a step of that length
+
+
+def factor_products(param: LowRank, gradient: Matrix) -> Pair:
+    """((G b^T)^T, a^T G) for the factors at scale 1."""
+    at, b = wide_at_unit_scale(param)
+    products = left_product(b, transposed(gradient)), left_product(at, gradient)
+    return tuple(z.astype(at.dtype) for z in products)
+
+
+def measure(
+    params: Sequence[LowRank],
+    products: Sequence[Pair],
+    metrics: Sequence[Pairs],
+    inputs: Sequence[Any],
+    sizes: Sequence[Float[Array, "*batch"]],
+    *,
+    learning_rate: Any,
+    weight: Any,
+    regularization: Any,
+    hold: Any,
+) -> list[Ruler]:
+    """The rulers of parameters a b, from the `factor_products` of their gradients.
+
+    Args:
+      params, products, metrics: of each parameter.
+      inputs: the mean square of a layer's inputs, (*batch), or 1 where it is not known.
+      sizes: of the last rulers.
+      learning_rate: the root mean square of a step's entries, for inputs of mean square 1.
+      weight: of this step in the running mean.
+      regularization: of the solves, as a share of the mean eigenvalue of their Gram matrices.
+      hold: how many squared lengths of a step the Gram matrix of b is enlarged by in the solve for a.
+    """
+
+    def algebra(_, z):
+        (gram_a, gram_b), (energy_a, energy_b), size, unit = z
+        mean = lambda gram: jnp.trace(gram, axis1=-2, axis2=-1) / gram.shape[-1]
+        ridges = regularization * jnp.stack([mean(gram_b), mean(gram_a)])
+        solve_a, solve_b = inverse(jnp.stack([gram_b, gram_a]), ridges[..., None])
+        along = lambda gram, solve, energy: jnp.sum(times(solve, gram, solve) * energy, axis=(-2, -1))
+        started = mean(gram_a) > 0  # b's step is the measure: a's goes along what b has learned
+        new = jnp.where(started, along(gram_a, solve_b, energy_b), along(gram_b, solve_a, energy_a))
+        size = average(size, new, weight)
+        factor = jnp.where(size > 0, jnp.sqrt(size), 1) / unit
+        rate = jnp.where(size > 0, learning_rate / factor, 0)[..., None, None]
+        held = hold * jnp.square(learning_rate * unit) / jnp.where(started, mean(gram_a), jnp.inf)
+        slow_a = inverse(gram_b, (ridges[0] + held)[..., None])
+        return Ruler((rate * slow_a, rate * solve_b), size, factor)
+
+    found = []
+    for param, pair, (metric, inverse_metric), square, size in zip(
+        params, products, metrics, inputs, sizes, strict=True
+    ):
+        *_, n, m = param.shape
+        inner = lambda rows, side: times(times_output(rows, side), transpose(rows))
+        grams = tuple(map(inner, wide_at_unit_scale(param), metric))
+        energies = tuple(map(inner, pair, inverse_metric))
+        unit = (n * m) ** 0.5 / jnp.sqrt(jnp.maximum(square, LEAST_INPUTS**2))
+        found.append((grams, energies, size, jnp.broadcast_to(unit, size.shape).astype(size.dtype)))
+    return together(algebra, [None] * len(params), found)
+
+
+def averaged(momentum: LowRank | None, products: Pair, decay: Any) -> Pair:
+    """The average of `factor_products` one step on, from that in a state; the products if there is none."""
+    if momentum is None:
+        return products
+    return tuple(decay * old + (1 - decay) * new for old, new in zip(wide(momentum), products, strict=True))
+
+
+def step_along(param: LowRank, averages: Pair, metrics: Pairs, ruler: Ruler, correction: Any) -> LowRank:
+    """The parameter after least-squares steps of both factors along averages over their correction."""
+    at, b = (
+        rows - times(rate / correction, times_output(ahead, side))
+        for rows, rate, ahead, side in zip(
+            wide_at_unit_scale(param), ruler.rates, averages, metrics[1], strict=True
+        )
+    )
+    return from_unit_scale(LowRank(transpose(at), b), param)
+
+
+def in_units(metrics: Pairs, ruler: Ruler) -> Pairs:
+    """The metric in which a step at a rate is as long as it says."""
+    (given, output), (inverse_given, inverse_output) = metrics
+    factor = ruler.factor.reshape(ruler.factor.shape + (1,) * (output.ndim - ruler.factor.ndim))
+    return KroneckerMetric(given, output * factor), KroneckerMetric(inverse_given, inverse_output / factor)
