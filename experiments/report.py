@@ -27,7 +27,9 @@ def gather(configs: Sequence[Config]) -> pd.DataFrame:
     tables = []
     for config in configs:
         run = {"method": str(config.method), "learning_rate": config.learning_rate, "seed": config.seed}
-        run["optimizer_state_kib"] = optimizer_bytes(config) / 1024
+        run["lora_state_kib"], run["optimizer_state_kib"] = (
+            z / 1024 for z in optimizer_bytes(config.task, config.method)
+        )
         tables.append(storage.read_metrics(config.folder).assign(**config.method.settings, **run))
     return pd.concat(tables, ignore_index=True)
 
@@ -43,7 +45,7 @@ def summary(runs: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
     columns = {f"{z}_{part}": _over_seeds(ends, z, part) for z in metrics for part in PARTS}
     columns["milliseconds_per_step"] = 1e3 * groups["seconds_per_step"].median()
     columns["peak_memory_mib"] = groups["peak_memory_mib"].max()
-    columns["optimizer_state_kib"] = groups["optimizer_state_kib"].first()
+    columns |= {name: groups[name].first() for name in ("lora_state_kib", "optimizer_state_kib")}
     return pd.DataFrame(columns).reset_index()
 
 
@@ -62,7 +64,7 @@ def markdown(table: pd.DataFrame, metrics: Sequence[str]) -> str:
         ]
     cells["ms per step"] = table["milliseconds_per_step"].map("{:.2f}".format)
     cells["peak memory, MiB"] = table["peak_memory_mib"].map("{:.3g}".format)
-    cells["optimizer state, KiB"] = table["optimizer_state_kib"].map("{:.1f}".format)
+    cells["state of LoRA, KiB"] = table["lora_state_kib"].map("{:.1f}".format)
     columns = [[name, "---", *values] for name, values in cells.items()]
     widths = [max(map(len, column)) for column in columns]
     lines = (
@@ -72,19 +74,17 @@ def markdown(table: pd.DataFrame, metrics: Sequence[str]) -> str:
 
 
 def best(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """The runs at the learning rate with the best final median of each method."""
+    """The runs at the learning rate with the best final median of each method; the smallest of several."""
     medians = _over_seeds(final(runs).groupby(RUN, sort=False), metric, "median")
     loss = (-medians if _is_score(metric) else medians).fillna(np.inf).reset_index()
+    loss = loss.sort_values("learning_rate", kind="stable")
     chosen = loss.loc[loss.groupby("method", sort=False)[metric].idxmin(), RUN]
     return runs.merge(chosen)  # in the order of the runs
 
 
 def draw_curves(runs: pd.DataFrame, metrics: Sequence[str], path: Path) -> None:
-    """Draws metrics by epoch, each method at its best learning rate for the first of them."""
-    chosen = best(runs, metrics[0])
-    if runs.groupby("method")["learning_rate"].nunique().max() > 1:
-        chosen["method"] += chosen["learning_rate"].map(" (lr {:g})".format)
-    _write(_lines(chosen, "epoch", metrics), path)
+    """Draws metrics by epoch, each method at one learning rate."""
+    _write(_lines(runs, "epoch", metrics), path)
 
 
 def draw_sweep(runs: pd.DataFrame, metric: str, path: Path) -> None:
@@ -126,8 +126,7 @@ def _lines(runs: pd.DataFrame, x: str, metrics: Sequence[str]) -> sns.FacetGrid:
 def draw_heat_map(runs: pd.DataFrame, settings: Sequence[str], metric: str, path: Path) -> None:
     """Draws the final metric by two to four settings of a method: the last two are the axes of each panel."""
     *panels, y, x = settings
-    chosen = final(best(runs, metric))
-    values = _over_seeds(chosen.groupby(list(settings)), metric, "median")
+    values = _over_seeds(final(runs).groupby(list(settings)), metric, "median")
     values = _drawn(values, metric).rename("value").reset_index()
     norm = LogNorm(values["value"].min(), values["value"].max())
 
@@ -154,8 +153,8 @@ def _quantity(name: str) -> str:
 
 
 def _is_score(name: str) -> bool:
-    """Whether a metric is best at 1: accuracies and correlations are, losses are not."""
-    return not name.endswith("loss")
+    """Whether a metric is best at 1: accuracies and correlations are, losses and perplexities are not."""
+    return not name.endswith(("loss", "perplexity"))
 
 
 def _write(grid: sns.FacetGrid, path: Path) -> None:
