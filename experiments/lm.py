@@ -15,7 +15,8 @@ from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float, Int
 
 from experiments import ExperimentError, tokens
-from experiments.models.decoder import Decoder, DecoderConfig, bundled_decoder, load_decoder
+from experiments.models.decoder import Decoder, DecoderConfig
+from experiments.models.decoder_checkpoints import bundled_decoder, load_decoder
 from experiments.sentences import INSTALL
 from experiments.task import Task, Trainable, divide, is_full, join
 from oplora_jax.linen import loraize
@@ -97,8 +98,7 @@ class Lm(Task):
         for split, ids in texts.items():
             if len(ids) <= self.length:
                 raise ExperimentError(
-                    f"length is {self.length}; the {split} text has {len(ids)} tokens, and one more than the length "
-                    "is needed"
+                    f"length is {self.length}; the {split} text has {len(ids)} tokens, expected more than the length"
                 )
         random = np.random.default_rng(seed)
         places = random.integers(0, len(texts["train"]) - self.length, self.steps * self.batch_size)
