@@ -59,9 +59,7 @@ class Attention(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "N L d"], rotary: Float[Array, "2 L half"]
-    ) -> Float[Array, "N L d"]:
+    def __call__(self, x: Float[Array, "N L d"], rotary: Float[Array, "2 L half"]) -> Float[Array, "N L d"]:
         """The heads' outputs, mixed by a dense layer."""
         config = self.config
 
