@@ -200,7 +200,8 @@ def compare(command: Compare, choices: list[Choice]) -> None:
     print(f"after the last epoch: median (least, largest) of {len(seeds)} seed{'s' * (len(seeds) > 1)}{by}\n")
     print(report.markdown(table, task.metrics))
     storage.write_rows(output / "summary.csv", table.to_dict("records"))
-    report.draw_curves(chosen, task.metrics, output / "curves.png")
+    curves = dict.fromkeys((task.selection, *(z for z in task.metrics if not z.startswith("test_"))))
+    report.draw_curves(chosen, list(curves), output / "curves.png")
     written = ["summary.csv", "curves.png"]
     if several:
         runs, metrics = report.gather(configs), dict.fromkeys((task.selection, *task.metrics))
