@@ -109,9 +109,8 @@ def test_scan_is_a_loop(tmp_path):
     np.testing.assert_allclose(run(hidden[:, -1], method="logits"), run(TOKENS)[:, -1], **TOLERANCE)
 
 
-@KINDS
-def test_remat(tmp_path, values):
-    config, params = load(tmp_path, values)
+def test_remat(tmp_path):
+    config, params = load(tmp_path, LLAMA)
 
     def loss(params, remat):
         return jnp.mean(Decoder(config, remat=remat).apply({"params": params}, TOKENS) ** 2)
@@ -163,9 +162,8 @@ def with_lora(folder, values, dtype, lora_dtype):
     return loss, *split(params)
 
 
-@KINDS
-def test_gradients_of_lora_are_exact(tmp_path, x64, values):
-    loss, lora, rest = with_lora(tmp_path, values, jnp.float64, jnp.float64)
+def test_gradients_of_lora_are_exact(tmp_path, x64):
+    loss, lora, rest = with_lora(tmp_path, QWEN2, jnp.float64, jnp.float64)
     assert sorted(lora) == sorted(f"layers/{z}/lora" for z in TARGETS)
     kernel = lambda path: path.replace("/lora", "/kernel")
     merged = {kernel(path): rest[kernel(path)] + z.scale * z.a @ z.b for path, z in lora.items()}
