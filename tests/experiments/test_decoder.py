@@ -380,6 +380,10 @@ def test_tied_weights_that_differ(tmp_path):
     write(tmp_path, QWEN2, random_tensors(QWEN2) | other)
     with pytest.raises(ExperimentError, match=r"no place for lm_head\.weight"):
         load_decoder(tmp_path)
+    tensors = random_tensors(QWEN2)
+    del tensors["model.embed_tokens.weight"]
+    with pytest.raises(ExperimentError, match=r"no tensor embed_tokens\.weight$"):
+        load_decoder(write(tmp_path, QWEN2, tensors))
 
 
 BAD_FILES = {
