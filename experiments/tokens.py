@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -13,18 +14,22 @@ from tokenizers import pre_tokenizers
 from experiments import ExperimentError
 from experiments.models.gguf_files import gguf_value, read_gguf
 
+_bytes = partial(pre_tokenizers.ByteLevel, add_prefix_space=False)
 # By GGUF's name: how a text is normalized, and split into words before byte pairs are merged in them.
 _SPLITS = {
-    "smollm": (None, pre_tokenizers.Digits(individual_digits=True)),  # and then as GPT-2 does
+    "smollm": (None, [pre_tokenizers.Digits(individual_digits=True), _bytes()]),
     "qwen2": (
         tokenizers.normalizers.NFC(),
-        pre_tokenizers.Split(
-            tokenizers.Regex(
-                r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
-                r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        [
+            pre_tokenizers.Split(
+                tokenizers.Regex(
+                    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+                    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+                ),
+                behavior="isolated",
             ),
-            behavior="isolated",
-        ),
+            _bytes(use_regex=False),
+        ],
     ),
 }
 CHUNK = 10_000  # an encoding takes kilobytes until its ids are copied: not all of them at once
@@ -62,15 +67,14 @@ def _from_gguf(path: Path) -> tokenizers.Tokenizer:
         counts = f"{len(words)} tokens, {len(vocabulary)} of them different, of {len(kinds)} types"
         raise ExperimentError(f"{path}: tokenizer.ggml has {counts}")
     merges = [tuple(merge.split(" ")) for merge in value("merges", [])]
-    unknown = None if unknown is None else words[unknown]
     try:
+        unknown = None if unknown is None else words[unknown]
         model = tokenizers.models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True)
     except Exception as error:  # tokenizers raises a bare Exception
-        raise ExperimentError(f"{path}: tokenizer.ggml.merges cannot be read. {error}") from error
+        raise ExperimentError(f"{path}: its tokenizer cannot be read: {error}") from error
     tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.normalizer, split = _SPLITS[value("pre")]
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=value("pre") == "smollm")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    tokenizer.normalizer, words_then_bytes = _SPLITS[value("pre")]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(words_then_bytes)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     added = {gguf.TokenType.CONTROL: True, gguf.TokenType.USER_DEFINED: False}  # whether they are special
     tokenizer.add_tokens(

@@ -112,7 +112,7 @@ class Decoder(nn.Module):
 
     Attributes:
       config: its sizes and conventions.
-      dtype: of the computation; norms, rotary embedding, softmax and logits are in float32 at least.
+      dtype: of the computation; norms, rotary embedding and logits are in float32 at least, softmax in that.
       remat: whether the backward pass computes each layer again rather than keep what is inside it.
     """
 

@@ -154,7 +154,7 @@ def _folder(folder: Path) -> _Checkpoint:
     tensors = {name.removeprefix("model."): tensor for name, tensor in read_tensors(folder).items()}
     tensors = {name: z for name, z in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
     if tied and np.array_equal(tensors.get("lm_head.weight"), tensors.get("embed_tokens.weight")):
-        del tensors["lm_head.weight"]
+        tensors.pop("lm_head.weight", None)  # where neither is there, that is said below
     return _Checkpoint(config, "layers", 0, tensors, tensors.__getitem__)
 
 
