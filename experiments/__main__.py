@@ -66,6 +66,20 @@ class Compare(Training):
 
 
 @dataclasses.dataclass(frozen=True)
+class Report:
+    """Tell of all runs in some folders, wherever they were run: of several tasks, ranks and so on.
+
+    Prints a table of tasks by methods, each at the learning rate that is best on the validation data, and one
+    for each task; writes overview.csv, and of each task TASK_sweep.png and TASK_curves.png.
+    """
+
+    folders: tyro.conf.Positional[tuple[Path, ...]]
+    """Of config.json and metrics.csv, in any depth."""
+    output: Path = Path("outputs/report")
+    """Folder for the table and the figures."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Optimizers:
     """Print the table of all optimizers: what each needs, keeps and costs."""
 
@@ -94,7 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit status."""
     try:
         command, choices = parse(sys.argv[1:] if arguments is None else arguments)
-        {Run: run, Compare: compare, Optimizers: optimizers}[type(command)](command, choices)
+        {Run: run, Compare: compare, Report: report_runs, Optimizers: optimizers}[type(command)](
+            command, choices
+        )
     except (ExperimentError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -104,11 +120,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse(arguments: Sequence[str]) -> tuple[Run | Compare | Optimizers, list[Choice]]:
+def parse(arguments: Sequence[str]) -> tuple[Run | Compare | Report | Optimizers, list[Choice]]:
     """(the command, the methods that it names)."""
     rest, choices = split(arguments)
     command = tyro.cli(
-        Run | Compare | Optimizers,
+        Run | Compare | Report | Optimizers,
         prog="python -m experiments",
         description=__doc__,
         args=rest,
@@ -170,25 +186,59 @@ def compare(command: Compare, choices: list[Choice]) -> None:
     seeds = dict.fromkeys(command.seeds or task.seeds)
     configs = _configs(command, choices, seeds, command.learning_rates, command.rate_factors)
     _train(command, configs)
-    from experiments import report  # which takes seconds to load what draws
+    from experiments import figures, report  # which takes seconds to load what draws
 
     runs = report.gather(configs)
     table = report.summary(runs, task.metrics)
     print(f"after the last epoch: median (least, largest) of {len(seeds)} seed{'s' * (len(seeds) > 1)}\n")
     print(report.markdown(table, task.metrics))
     storage.write_rows(output / "summary.csv", table.to_dict("records"))
-    report.draw_curves(runs, task.metrics, output / "curves.png")
+    figures.draw_curves(report.best(runs, task.metrics[0]), task.metrics, output / "curves.png")
     written = ["summary.csv", "curves.png"]
     if len(table) > table["method"].nunique():
         written.append("sweep.png")
-        report.draw_sweep(runs, task.metrics[0], output / "sweep.png")
+        figures.draw_sweep(report.final(runs), task.metrics[0], output / "sweep.png")
     for choice in choices:
         varied = [name for name, values in choice.settings.items() if len(values) > 1]
         if len(choice.names) == 1 and 2 <= len(varied) <= 4:
             written.append("heat_map.png")
             of = runs[runs["method"].isin([str(method) for method in choice.methods()])]
-            report.draw_heat_map(of, varied, task.metrics[0], output / "heat_map.png")
+            figures.draw_heat_map(
+                report.final(report.best(of, task.metrics[0])),
+                varied,
+                task.metrics[0],
+                output / "heat_map.png",
+            )
     print(f"\nin {', '.join(str(output / name) for name in dict.fromkeys(written))}")
+
+
+def report_runs(command: Report, choices: list[Choice]) -> None:
+    """Prints tables of runs that are there, and draws them."""
+    from experiments import figures, report
+
+    output, tables = command.output, {}
+    for task, runs in report.read(command.folders).items():
+        whole = report.complete(runs)
+        for _, (*run, seed) in runs.loc[~whole, [*report.RUN, "seed"]].drop_duplicates().iterrows():
+            print(f"left out, as it is not finished: {task}, {run}, seed {seed}", file=sys.stderr)
+        tables[task] = runs[whole]
+    table = report.overview(tables)
+    print(report.overview_markdown(table))
+    storage.write_rows(output / "overview.csv", table.to_dict("records"))
+    for (task, metric), rows in table.groupby(["task", "metric"], sort=False):
+        print(f"\n{task}: median (least, largest) after the last epoch\n")
+        print(
+            report.markdown(
+                rows.rename(columns=lambda z: f"{metric}_{z}" if z in report.PARTS else z), [metric]
+            )
+        )
+    for task, runs in tables.items():
+        selection, metric = (report.main_metric(runs, data) for data in ("validation", "test"))
+        figures.draw_sweep(report.final(runs), selection, output / f"{task}_sweep.png")
+        figures.draw_curves(
+            report.best(runs, selection), [metric, "train_loss"], output / f"{task}_curves.png"
+        )
+    print(f"\nin {output}: overview.csv, {', '.join(f'{z}_sweep.png, {z}_curves.png' for z in tables)}")
 
 
 def optimizers(command: Optimizers, choices: list[Choice]) -> None:
