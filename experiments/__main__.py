@@ -4,7 +4,7 @@ TASK is linear, mnist, cifar100 or text. Behind --method NAME come the settings 
 method is changed, arguments of its optimizer: --method oplora --num-iters 2 --momentum-rank 16, and its
 --learning-rate. `compare` takes several names, --method svdlora lora_adamw, and values, --num-iters 1 2 8,
 of which all combinations are trained, and --method again for others. experiments/presets.toml has the names;
-all stands for every one.
+all stands for every one. Parameters that are no LoRA train by one AdamW at the task's --others-rate.
 """
 
 import dataclasses
@@ -28,6 +28,8 @@ from experiments.text import Text
 from experiments.training import train
 
 Task = Linear | Mnist | Cifar100 | Text
+FACTORS = (0.1, 0.316, 1, 3.16, 10)  # of a method's own rate, in a sweep
+EXTENSIONS = 2  # of a sweep whose best is at an end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,14 +55,19 @@ class Run(Training):
 class Compare(Training):
     """Train several methods, with several seeds and learning rates, and compare them.
 
-    Prints a table; writes summary.csv, curves.png, with several learning rates sweep.png, and with several
-    values of two settings or more of a method heat_map.png. Runs that are there already are not repeated.
+    Each method is shown on the test data, at the learning rate that is its best on the validation data.
+    Prints a table; writes summary.csv, curves.png, with several learning rates sweep.csv and sweep.png, and
+    with several values of two settings or more of a method heat_map.png. Runs that are there already are not
+    repeated.
     """
 
     learning_rates: tuple[float, ...] = ()
     """For every method without its own --learning-rate; the papers' if not given."""
     rate_factors: tuple[float, ...] = ()
     """Multiples of each method's own learning rate to take instead, as 0.3 1 3."""
+    sweep: bool = False
+    """First one seed at each learning rate, by default at five half a decade apart around each method's own,
+    and at one further while the best is at an end, at most twice; then all seeds at the best."""
     seeds: tuple[int, ...] = ()
     """The papers' if not given: 0 to 4 for linear, 0 to 2 for the others."""
 
@@ -183,62 +190,54 @@ def run(command: Run, choices: list[Choice]) -> None:
 def compare(command: Compare, choices: list[Choice]) -> None:
     """Trains several methods, prints a table and draws the curves."""
     task, output = command.task, command.output
-    seeds = dict.fromkeys(command.seeds or task.seeds)
-    configs = _configs(command, choices, seeds, command.learning_rates, command.rate_factors)
+    seeds = tuple(dict.fromkeys(command.seeds or task.seeds))
+    configs = _configs(command, choices, seeds[:1] if command.sweep else seeds)
     _train(command, configs)
     from experiments import figures, report  # which takes seconds to load what draws
 
-    runs = report.gather(configs)
-    table = report.summary(runs, task.metrics)
-    print(f"after the last epoch: median (least, largest) of {len(seeds)} seed{'s' * (len(seeds) > 1)}\n")
+    def best() -> tuple[pd.DataFrame, dict[str, float]]:
+        runs = report.best(report.gather(configs), task.selection)
+        return runs, dict(zip(runs["method"], runs["learning_rate"], strict=True))
+
+    for _ in range(EXTENSIONS if command.sweep else 0):
+        further = _further(configs, best()[1])
+        _train(command, further)
+        configs += further
+    chosen, rates = best()
+    if command.sweep:
+        of = dict.fromkeys(config.method for config in configs)
+        final = [Config(task, method, rates[str(method)], seed, output) for method in of for seed in seeds]
+        _train(command, final)
+        chosen = report.gather(final)
+    several = len({(config.method, config.learning_rate) for config in configs}) > len(rates)
+    table = report.summary(chosen, task.metrics)
+    by = f", at the rates with the best {task.selection.replace('_', ' ')}" if several else ""
+    print(f"after the last epoch: median (least, largest) of {len(seeds)} seed{'s' * (len(seeds) > 1)}{by}\n")
     print(report.markdown(table, task.metrics))
     storage.write_rows(output / "summary.csv", table.to_dict("records"))
-    figures.draw_curves(report.best(runs, task.metrics[0]), task.metrics, output / "curves.png")
+    figures.draw_curves(chosen, task.metrics, output / "curves.png")
     written = ["summary.csv", "curves.png"]
-    if len(table) > table["method"].nunique():
-        written.append("sweep.png")
-        figures.draw_sweep(report.final(runs), task.metrics[0], output / "sweep.png")
+    if several:
+        runs, metrics = report.gather(configs), dict.fromkeys((task.selection, *task.metrics))
+        storage.write_rows(output / "sweep.csv", report.summary(runs, list(metrics)).to_dict("records"))
+        figures.draw_sweep(report.final(runs), task.selection, output / "sweep.png")
+        written += ["sweep.csv", "sweep.png"]
+        for name in dict.fromkeys(str(config.method) for config in _further(configs, rates)):
+            print(f"\n{name}: the best rate, {rates[name]:g}, is at an end of those tried")
     for choice in choices:
         varied = [name for name, values in choice.settings.items() if len(values) > 1]
         if len(choice.names) == 1 and 2 <= len(varied) <= 4:
             written.append("heat_map.png")
-            of = runs[runs["method"].isin([str(method) for method in choice.methods()])]
-            figures.draw_heat_map(
-                report.final(report.best(of, task.metrics[0])),
-                varied,
-                task.metrics[0],
-                output / "heat_map.png",
-            )
+            of = chosen[chosen["method"].isin([str(method) for method in choice.methods()])]
+            figures.draw_heat_map(report.final(of), varied, task.metrics[0], output / "heat_map.png")
     print(f"\nin {', '.join(str(output / name) for name in dict.fromkeys(written))}")
 
 
 def report_runs(command: Report, choices: list[Choice]) -> None:
     """Prints tables of runs that are there, and draws them."""
-    from experiments import figures, report
+    from experiments import report
 
-    output, tables = command.output, {}
-    for task, runs in report.read(command.folders).items():
-        whole = report.complete(runs)
-        for _, (*run, seed) in runs.loc[~whole, [*report.RUN, "seed"]].drop_duplicates().iterrows():
-            print(f"left out, as it is not finished: {task}, {run}, seed {seed}", file=sys.stderr)
-        tables[task] = runs[whole]
-    table = report.overview(tables)
-    print(report.overview_markdown(table))
-    storage.write_rows(output / "overview.csv", table.to_dict("records"))
-    for (task, metric), rows in table.groupby(["task", "metric"], sort=False):
-        print(f"\n{task}: median (least, largest) after the last epoch\n")
-        print(
-            report.markdown(
-                rows.rename(columns=lambda z: f"{metric}_{z}" if z in report.PARTS else z), [metric]
-            )
-        )
-    for task, runs in tables.items():
-        selection, metric = (report.main_metric(runs, data) for data in ("validation", "test"))
-        figures.draw_sweep(report.final(runs), selection, output / f"{task}_sweep.png")
-        figures.draw_curves(
-            report.best(runs, selection), [metric, "train_loss"], output / f"{task}_curves.png"
-        )
-    print(f"\nin {output}: overview.csv, {', '.join(f'{z}_sweep.png, {z}_curves.png' for z in tables)}")
+    report.write(command.folders, command.output)
 
 
 def optimizers(command: Optimizers, choices: list[Choice]) -> None:
@@ -250,22 +249,38 @@ def optimizers(command: Optimizers, choices: list[Choice]) -> None:
         print(f"in {command.into}")
 
 
-def _configs(command, choices, seeds, learning_rates=(), rate_factors=()) -> list[Config]:
+def _configs(command: Training, choices: list[Choice], seeds: Sequence[int]) -> list[Config]:
     """The runs of a command: each method with its rates and each seed, none twice."""
+    learning_rates, rate_factors, sweep = (
+        getattr(command, name, ()) for name in ("learning_rates", "rate_factors", "sweep")
+    )
     if rate_factors and (learning_rates or any(choice.learning_rates for choice in choices)):
         raise ExperimentError("both learning rates and rate-factors are given; give one")
+    factors = rate_factors or (FACTORS if sweep else (1,))
     configs = {}
     for choice in choices:
         for method in choice.methods():
             rates = choice.learning_rates or learning_rates
             if not rates:
                 own = method.rate(command.task.protocol)
-                rates = [float(f"{own * factor:.3g}") for factor in rate_factors] or [own]
+                rates = [float(f"{own * factor:.3g}") for factor in factors]
             for rate, seed in itertools.product(rates, seeds):
                 configs[Config(command.task, method, rate, seed, command.output)] = None
     if not configs:
         raise ExperimentError(f"no method is given; behind --method there may be {methods.NAMES}")
     return list(configs)
+
+
+def _further(configs: list[Config], best: dict[str, float]) -> list[Config]:
+    """One rate further for each method whose best one is at an end of its rates."""
+    found = []
+    for config in configs:
+        rates = sorted({z.learning_rate for z in configs if z.method == config.method})
+        ends = {rates[0]: rates[1], rates[-1]: rates[-2]} if len(rates) > 1 else {}
+        rate = config.learning_rate
+        if rate == best[str(config.method)] and rate in ends:
+            found.append(dataclasses.replace(config, learning_rate=float(f"{rate**2 / ends[rate]:.3g}")))
+    return found
 
 
 def _train(command: Training, configs: list[Config]) -> list[pd.DataFrame]:

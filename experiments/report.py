@@ -1,6 +1,7 @@
 """Tables of runs, from their folders alone: where they ran does not matter."""
 
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -91,8 +92,16 @@ def main_metric(runs: pd.DataFrame, data: str) -> str:
 
 
 def best(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """The runs at the learning rate with the best final median of each method in each setting; the smallest of several."""
-    medians = _over_seeds(final(runs).groupby(RUN, sort=False), metric, "median")
+    """The runs at each method's best learning rate in each setting, the smallest of several.
+
+    The final median is taken over the seeds that all rates have, if there are some: more seeds at one rate
+    neither help nor harm it.
+    """
+    ends = final(runs)
+    rates = ends.groupby(RUN[:2])["learning_rate"].transform("nunique")
+    common = ends.groupby([*RUN[:2], "seed"])["learning_rate"].transform("nunique") == rates
+    some = common.groupby([ends[z] for z in RUN[:2]]).transform("any")
+    medians = _over_seeds(ends[common | ~some].groupby(RUN, sort=False), metric, "median")
     loss = (-medians if figures.is_score(metric) else medians).fillna(np.inf).reset_index()
     loss = loss.sort_values("learning_rate", kind="stable")
     chosen = loss.loc[loss.groupby(RUN[:2], sort=False)[metric].idxmin(), RUN]
@@ -122,45 +131,52 @@ def overview(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
         metric = main_metric(runs, "test")
         of = summary(best(runs, main_metric(runs, "validation")), [metric])
         of = of.rename(columns={f"{metric}_{part}": part for part in PARTS})
-        rows.append(
-            of.assign(task=[", ".join(filter(None, (task, z))) for z in of["setting"]], metric=metric)
+        of.insert(0, "task", [", ".join(filter(None, (task, setting))) for setting in of.pop("setting")])
+        of.insert(1, "metric", metric)
+        of["rank"] = of.groupby("task")["median"].rank(
+            ascending=not figures.is_score(metric), na_option="bottom"
         )
-    return pd.concat(rows, ignore_index=True)[["task", "metric", *rows[0].columns[1:-2]]]
+        rows.append(of.sort_values("rank", kind="stable"))
+    return pd.concat(rows, ignore_index=True)
 
 
 def markdown(table: pd.DataFrame, metrics: Sequence[str]) -> str:
     """A summary as it is shown."""
-    cells = {"method": table["method"], "learning rate": table["learning_rate"].map("{:g}".format)}
-    cells["seeds"] = table["seeds"].map(str)
-    for name in metrics:
-        cells[name.replace("_", " ")] = _spreads(table, f"{name}_")
-    cells["ms per step"] = table["milliseconds_per_step"].map("{:.2f}".format)
-    cells["peak memory, MiB"] = table["peak_memory_mib"].map("{:.3g}".format)
-    cells["state of LoRA, KiB"] = table["lora_state_kib"].map("{:.1f}".format)
-    cells["whole state, KiB"] = table["optimizer_state_kib"].map("{:.1f}".format)
-    return _markdown(cells)
+    return _markdown(_cells(table, {name: _spreads(table, f"{name}_") for name in metrics}))
 
 
 def overview_markdown(table: pd.DataFrame) -> str:
-    """Tasks by methods, the method with the best mean rank first, and the best of each task in bold.
+    """The overview: tasks by methods, then each task.
 
-    State and time are in units of LoRA-AdamW's, the least and the largest over the tasks.
+    The method with the best mean rank comes first, the best of each task is in bold. State and time are in
+    units of LoRA-AdamW's, from the least to the largest over the tasks.
     """
-    sign = table["metric"].map(lambda name: -1 if figures.is_score(name) else 1)
-    ranks = (sign * table["median"]).groupby(table["task"]).rank(na_option="bottom")
-    order = ranks.groupby(table["method"]).mean().sort_values(kind="stable").index
-    bold = np.where(ranks == 1, "**", "")
-    table = table.assign(cell=[f"{z}{text}{z}" for z, text in zip(bold, _spreads(table, ""), strict=True)])
-    cells = {"method": list(order)}
+    table = table.assign(cell=_spreads(table, ""), method=table["method"].map("`{}`".format))
+    order = table.groupby("method")["rank"].mean().sort_values(kind="stable").index
+    cells, sections = {"method": list(order)}, []
     for (task, metric), rows in table.groupby(["task", "metric"], sort=False):
-        of = rows.set_index("method")["cell"].reindex(order, fill_value="")
-        cells[f"{task}: {metric.replace('_', ' ')}"] = list(of)
-    baseline = table[table["method"] == BASELINE].set_index("task")
+        title = f"{task}: {metric.replace('_', ' ')}"
+        bold = rows["cell"].where(rows["rank"] > 1, "**" + rows["cell"] + "**")
+        cells[title] = list(bold.set_axis(rows["method"]).reindex(order, fill_value=""))
+        sections.append(f"{title}\n\n{_markdown(_cells(rows, {metric: bold}))}")
+    baseline = table[table["method"] == f"`{BASELINE}`"].set_index("task")
     for name, column in (("state", "lora_state_kib"), ("time", "milliseconds_per_step")):
         ratios = (table[column] / table["task"].map(baseline[column])).groupby(table["method"])
         low, high = (z.reindex(order).map("{:.2g}".format) for z in (ratios.min(), ratios.max()))
         cells[f"{name} / {BASELINE}'s"] = np.where(low == high, low, low + " to " + high)
-    return _markdown(cells)
+    return "\n\n".join([_markdown(cells), *sections])
+
+
+def _cells(table: pd.DataFrame, metrics: dict[str, Sequence[str]]) -> dict[str, Sequence[str]]:
+    return {
+        "method": table["method"],
+        "learning rate": table["learning_rate"].map("{:g}".format),
+        "seeds": table["seeds"].map(str),
+        **{name.replace("_", " "): cells for name, cells in metrics.items()},
+        "ms per step": table["milliseconds_per_step"].map("{:.2f}".format),
+        "peak memory, MiB": table["peak_memory_mib"].map("{:.3g}".format),
+        "state of LoRA, KiB": table["lora_state_kib"].map("{:.1f}".format),
+    }
 
 
 def _spreads(table: pd.DataFrame, prefix: str) -> list[str]:
@@ -178,3 +194,22 @@ def _markdown(cells: dict[str, Sequence[str]]) -> str:
         [cell.ljust(n) for cell, n in zip(row, widths, strict=True)] for row in zip(*columns, strict=True)
     )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def write(folders: Sequence[Path], output: Path) -> None:
+    """Prints the overview of all runs in folders; writes it, and each task's sweep and best curves."""
+    tables = read(folders)
+    for task, runs in tables.items():
+        whole = complete(runs)
+        for run in runs.loc[~whole, [*RUN, "seed"]].drop_duplicates().to_dict("records"):
+            print(f"left out, not finished: {task}, {run}", file=sys.stderr)
+        tables[task] = runs[whole]
+    table = overview(tables)
+    storage.write_rows(output / "overview.csv", table.to_dict("records"))
+    print(f"after the last epoch: median (least, largest)\n\n{overview_markdown(table)}\n")
+    for task, runs in tables.items():
+        selection, metric = (main_metric(runs, data) for data in ("validation", "test"))
+        metrics = [metric] if metric == selection else [metric, "train_loss"]
+        figures.draw_sweep(final(runs), selection, output / f"{task}_sweep.png")
+        figures.draw_curves(best(runs, selection), metrics, output / f"{task}_curves.png")
+        print(f"in {output}: {task}_sweep.png, {task}_curves.png")

@@ -5,7 +5,8 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -55,7 +56,8 @@ def train(config: Config, *hooks: Hook, checkpoint_seconds: float = 10.0) -> pd.
     task, folder = config.task, config.folder
     if config.finished:
         return storage.read_metrics(folder)
-    data, test = task.load(config.seed)
+    of_method, of_all = optimizer_bytes(task, config.method)
+    data, held_out = task.load(config.seed)
     size, lengths = len(data[0]), task.lengths(data)
     _check(config, size)
     ends = evaluations(task, size)
@@ -76,10 +78,14 @@ def train(config: Config, *hooks: Hook, checkpoint_seconds: float = 10.0) -> pd.
             if step in ends:
                 losses, seconds, memory = zip(*window, strict=True)
                 metrics = {"epoch": ends[step], "train_loss": float(np.mean(losses))}
-                metrics |= task.evaluate(state.trainable, frozen, test)
+                for prefix, part in held_out.items():
+                    found = task.evaluate(state.trainable, frozen, part)
+                    metrics |= {f"{prefix}{name}": value for name, value in found.items()}
                 metrics |= {
                     "peak_memory_mib": max(memory) / 2**20,
                     "seconds_per_step": float(np.median(seconds)),
+                    "lora_state_kib": of_method / 1024,
+                    "optimizer_state_kib": of_all / 1024,
                 }
                 window = []
             # The checkpoint last: it says how many rows of the metrics count.
@@ -110,10 +116,12 @@ def start(config: Config) -> tuple[State, Any]:
         raise ExperimentError(f"{config.method}: {error}") from error
 
 
-def optimizer_bytes(config: Config) -> int:
-    """The size of the optimizer's state."""
-    state, _ = jax.eval_shape(partial(start, config))
-    return size_in_bytes(state.optimizer)
+@cache
+def optimizer_bytes(task: Task, method: Method) -> tuple[int, int]:
+    """The size of the optimizer's state: (of LoRA, or of the kernels in its place; of all that trains)."""
+    state, _ = jax.eval_shape(partial(start, Config(task, method, 1.0, 0, Path())))
+    of_method = state.optimizer if task.others_rate is None else state.optimizer.inner_states["adapted"]
+    return size_in_bytes(of_method), size_in_bytes(state.optimizer)
 
 
 def size_in_bytes(tree: Any) -> int:
@@ -163,13 +171,25 @@ def load_parameters(config: Config) -> tuple[Any, Any]:
 def make_optimizer(
     task: Task, method: Method, learning_rate: Any, seed: int, steps: int
 ) -> optax.GradientTransformation:
-    """A method's optimizer, with the task's clipping and schedule, for so many steps."""
-    if task.decay:
-        learning_rate = optax.linear_schedule(learning_rate, 0.0, steps)
-    optimizer = method.optimizer(task, learning_rate, seed)
-    if task.max_norm is None:
-        return optimizer
-    return optax.chain(oplora_jax.clip_by_global_norm(task.max_norm), optimizer)
+    """A method's optimizer, beside the AdamW of what is not adapted, for so many steps.
+
+    Both have the task's schedule and clipping, each for itself: what is not adapted trains in the same way
+    whatever the method and its kind of gradient are.
+    """
+
+    def finish(make, rate):
+        tx = make(optax.linear_schedule(rate, 0.0, steps) if task.decay else rate)
+        if task.max_norm is None:
+            return tx
+        return optax.chain(oplora_jax.clip_by_global_norm(task.max_norm), tx)
+
+    of_method = finish(lambda rate: method.optimizer(task, rate, seed), learning_rate)
+    if task.others_rate is None:
+        return of_method
+    others = finish(partial(optax.adamw, weight_decay=0.0), task.others_rate)
+    return optax.partition(
+        {"adapted": of_method, "others": others}, {"adapted": "adapted", "others": "others"}
+    )
 
 
 def make_step(config: Config, steps: int, frozen: Any) -> Callable[..., tuple[State, tuple]]:
@@ -221,5 +241,7 @@ def _check(config: Config, size: int) -> None:
         raise ExperimentError(f"batch-size is {task.batch_size}; expected 1 to {size}, all examples")
     if not (config.learning_rate > 0 and math.isfinite(config.learning_rate)):
         raise ExperimentError(f"learning-rate is {config.learning_rate}; expected a positive number")
+    if task.others_rate is not None and not (task.others_rate > 0 and math.isfinite(task.others_rate)):
+        raise ExperimentError(f"others-rate is {task.others_rate}; expected a positive number")
     if config.seed < 0:
         raise ExperimentError(f"seed is {config.seed}; expected 0 or more")

@@ -15,7 +15,7 @@ def runs(metric, finals):
     rows = []
     for (name, rate, seed), value in finals.items():
         fields = {"method": name, "learning_rate": rate, "seed": seed, "seconds_per_step": 0.25}
-        fields |= {"peak_memory_mib": 3.0 + seed, "optimizer_state_kib": 2.0}
+        fields |= {"peak_memory_mib": 3.0 + seed, "lora_state_kib": 2.0, "optimizer_state_kib": 2.5}
         rows += [fields | {"epoch": epoch, metric: value * (3 - epoch)} for epoch in (1.0, 2.0)]
     return pd.DataFrame(rows)
 
@@ -34,7 +34,7 @@ def test_summary():
     )
     summary = report.summary(table, ["x_loss"])
     assert summary[["method", "learning_rate"]].to_numpy().tolist() == [["b", 0.1], ["a", 0.1], ["a", 0.2]]
-    assert summary.iloc[0, 2:].to_list() == [2.0, 1.0, 4.0, 250.0, 5.0, 2.0]
+    assert summary.iloc[0, 2:].to_list() == [2.0, 1.0, 4.0, 250.0, 5.0, 2.0, 2.5]
     assert summary["x_loss_median"].to_list()[:2] == [2.0, 5.0]
     # A seed that fails is not left out.
     assert summary.filter(like="x_loss").iloc[2].isna().all()
@@ -72,7 +72,9 @@ def test_heat_map(tmp_path, monkeypatch):
     for value, setting in zip(values, itertools.product(*grid.values()), strict=True):
         finals = {(str(setting), 0.1, 0): 1 - value, (str(setting), 0.2, 0): 0.05}
         tables.append(runs("x_accuracy", finals).assign(**dict(zip(grid, setting, strict=True))))
-    report.draw_heat_map(pd.concat(tables), list(grid), "x_accuracy", tmp_path / "map.png")
+    report.draw_heat_map(
+        report.best(pd.concat(tables), "x_accuracy"), list(grid), "x_accuracy", tmp_path / "map.png"
+    )
     found = {tuple(table.stack().round(6)) for table in drawn}
     expected = np.append(np.reshape(values, (4, 4))[:3].ravel(), [*values[12:15], 0.95]).reshape(4, 4)
     assert found == {tuple(row) for row in expected.round(6).tolist()}
