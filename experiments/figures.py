@@ -32,19 +32,20 @@ NOTES = {"^": "▲: above the axis, or diverged", "v": "▼: below the axis"}
 
 
 def draw_curves(runs: pd.DataFrame, metrics: Sequence[str], path: Path) -> None:
-    """Draws metrics by epoch, a panel for each; the first one alone where there are panels of something else.
+    """Draws metrics by epoch or step, a panel for each; the first alone where panels are of something else.
 
     Args:
       runs: as `report.gather` gives them, at one learning rate for each method.
       metrics: their names.
       path: of the figure.
     """
+    x = "step" if "step" in runs else "epoch"
     if runs["setting"].nunique() > 1 or runs["method"].nunique() > len(LINES):
-        points, quantity = _points(runs, runs["setting"], "epoch", metrics[0]), _quantity(metrics[0])
+        points, quantity = _points(runs, runs["setting"], x, metrics[0]), _quantity(metrics[0])
     else:
-        points = pd.concat([_points(runs, _quantity(metric), "epoch", metric) for metric in metrics])
+        points = pd.concat([_points(runs, _quantity(metric), x, metric) for metric in metrics])
         quantity = ""
-    write_figure(_draw(points, "epoch", quantity), path)
+    write_figure(_draw(points, x, quantity), path)
 
 
 def draw_sweep(runs: pd.DataFrame, metric: str, path: Path) -> None:
@@ -82,6 +83,8 @@ def _draw(points: pd.DataFrame, x: str, quantity: str) -> plt.Figure:
         line, panel = panel, line
         points = points.iloc[np.argsort(points.groupby("method")["y"].transform("min"), kind="stable")]
     lines, panels = points[line].unique(), points[panel].unique()
+    if len(lines) > len(LINES):
+        raise ValueError(f"{len(panels)} panels of {len(lines)} lines; expected at most {len(LINES)} lines")
     columns = min(len(panels), 4 if panel == "method" else 3)
     rows = math.ceil(len(panels) / columns)
     size = WIDTH * (0.7 if columns == 1 else 1), 0.8 + HEIGHTS[columns - 1] * rows

@@ -1,6 +1,7 @@
 """Tables of runs, from their folders alone: where they ran does not matter."""
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -43,6 +44,8 @@ def read(folders: Iterable[Path]) -> dict[str, pd.DataFrame]:
             raise ExperimentError(f"{file}: {error}") from error
         run |= {z: config.pop(z) for z in ("learning_rate", "seed")}
         table = storage.read_metrics(file.parent).assign(**settings, **run)
+        if "steps" in config:
+            table["step"] = table["epoch"] * config["steps"]
         found.setdefault(config.pop("task"), []).append((config, table))
     if not found:
         raise ExperimentError(f"no run in {', '.join(map(str, folders))}")
@@ -208,8 +211,13 @@ def write(folders: Sequence[Path], output: Path) -> None:
     storage.write_rows(output / "overview.csv", table.to_dict("records"))
     print(f"after the last epoch: median (least, largest)\n\n{overview_markdown(table)}\n")
     for task, runs in tables.items():
+        parts = {task: runs}
+        if min(runs["method"].nunique(), runs["setting"].nunique()) > len(figures.LINES):
+            parts = {f"{task}_{setting}": part for setting, part in runs.groupby("setting", sort=False)}
         selection, metric = (main_metric(runs, data) for data in ("validation", "test"))
         metrics = [metric] if metric == selection else [metric, "train_loss"]
-        figures.draw_sweep(final(runs), selection, output / f"{task}_sweep.png")
-        figures.draw_curves(best(runs, selection), metrics, output / f"{task}_curves.png")
-        print(f"in {output}: {task}_sweep.png, {task}_curves.png")
+        for name, part in parts.items():
+            name = re.sub(r"[^\w.]+", "_", name)
+            figures.draw_sweep(final(part), selection, output / f"{name}_sweep.png")
+            figures.draw_curves(best(part, selection), metrics, output / f"{name}_curves.png")
+            print(f"in {output}: {name}_sweep.png, {name}_curves.png")
