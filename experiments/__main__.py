@@ -1,6 +1,6 @@
 """The command line: `python -m experiments run|compare TASK --method NAME`, or `optimizers`.
 
-TASK is linear, mnist, cifar100 or text. Behind --method NAME come the settings in which the
+TASK is linear, mnist, cifar100, text or lm. Behind --method NAME come the settings in which the
 method is changed, arguments of its optimizer: --method oplora --num-iters 2 --momentum-rank 16, and its
 --learning-rate. `compare` takes several names, --method svdlora lora_adamw, and values, --num-iters 1 2 8,
 of which all combinations are trained, and --method again for others. experiments/presets.toml has the names;
@@ -21,13 +21,14 @@ from benchmarks import catalogue
 from experiments import ExperimentError, hooks, methods, storage
 from experiments.cifar100 import Cifar100
 from experiments.linear import Linear
+from experiments.lm import Lm
 from experiments.methods import Method
 from experiments.mnist import Mnist
 from experiments.storage import Config
 from experiments.text import Text
 from experiments.training import train
 
-Task = Linear | Mnist | Cifar100 | Text
+Task = Linear | Mnist | Cifar100 | Text | Lm
 FACTORS = (0.1, 0.316, 1, 3.16, 10)  # of a method's own rate, in a sweep
 EXTENSIONS = 2  # of a sweep whose best is at an end
 

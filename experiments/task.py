@@ -32,6 +32,7 @@ class Task:
     evaluations = 1  # in an epoch
     decay = False  # whether the learning rates fall linearly to zero at the end of training
     max_norm: float | None = None  # that the gradients of either part are clipped to
+    in_backward = False  # whether each LoRA parameter takes its step inside the backward pass
     others_rate: float | None = None  # AdamW's, of the others; None where there are none
     metrics: tuple[str, ...]
 

@@ -22,6 +22,7 @@ from experiments import ExperimentError, methods, storage
 from experiments.methods import Method
 from experiments.storage import Config
 from experiments.task import Task
+from oplora_jax.optimizers import OPTIMIZERS as OURS
 
 BUCKETED = 32  # batches whose examples are sorted by length together
 
@@ -224,13 +225,26 @@ def advance(
     return State(optax.apply_updates(state.trainable, updates), optimizer_state), loss
 
 
+def advance_in_backward(
+    loss: Callable[..., Any], optimizer: optax.GradientTransformation, state: State, *arguments: Any
+) -> tuple[State, Any]:
+    """`advance` with each LoRA parameter's step inside the backward pass."""
+    step = oplora_jax.value_and_update(loss, optimizer)
+    loss, updates, optimizer_state = step(state.trainable, state.optimizer, *arguments)
+    return State(optax.apply_updates(state.trainable, updates), optimizer_state), loss
+
+
 # The learning rate is an argument, so that all runs of a method share one compilation.
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _step(task, method, steps, learning_rate, key, step, state, frozen, batch, weights):
-    value_and_grad = methods.differentiate(method.gradient)(task.loss)
     optimizer = make_optimizer(task, method, learning_rate, 0, steps)
-    key = jax.random.fold_in(key, step)
-    return advance(value_and_grad, optimizer, state, frozen, batch, weights, key)
+    arguments = state, frozen, batch, weights, jax.random.fold_in(key, step)
+    if not task.in_backward:
+        return advance(methods.differentiate(method.gradient)(task.loss), optimizer, *arguments)
+    try:
+        return advance_in_backward(task.loss, optimizer, *arguments)
+    except ValueError as error:
+        raise ExperimentError(f"{method} with in-backward: {error}") from error
 
 
 def _check(config: Config, size: int) -> None:
@@ -243,5 +257,10 @@ def _check(config: Config, size: int) -> None:
         raise ExperimentError(f"learning-rate is {config.learning_rate}; expected a positive number")
     if task.others_rate is not None and not (task.others_rate > 0 and math.isfinite(task.others_rate)):
         raise ExperimentError(f"others-rate is {task.others_rate}; expected a positive number")
+    if task.in_backward and (config.method.of not in OURS or task.max_norm is not None):
+        raise ExperimentError(
+            f"in-backward with {config.method}{'' if task.max_norm is None else ' and clipping'}; expected one "
+            "of this package's optimizers, and no clipping, which needs all gradients at once"
+        )
     if config.seed < 0:
         raise ExperimentError(f"seed is {config.seed}; expected 0 or more")
