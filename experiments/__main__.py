@@ -1,4 +1,4 @@
-"""The command line: `python -m experiments run|compare TASK --method NAME`, or `optimizers`.
+"""The command line: `python -m experiments run|compare TASK --method NAME`, `report FOLDER`, or `optimizers`.
 
 TASK is linear, mnist, cifar100, text or lm. Behind --method NAME come the settings in which the
 method is changed, arguments of its optimizer: --method oplora --num-iters 2 --momentum-rank 16, and its
@@ -75,14 +75,14 @@ class Compare(Training):
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Tell of all runs in some folders, wherever they were run: of several tasks, ranks and so on.
+    """Tell of all runs in folders, also of other machines: of several tasks, and of several ranks and so on.
 
     Prints a table of tasks by methods, each at the learning rate that is best on the validation data, and one
-    for each task; writes overview.csv, and of each task TASK_sweep.png and TASK_curves.png.
+    for each task; writes overview.csv, and for each task TASK_sweep.png and TASK_curves.png.
     """
 
-    folders: tyro.conf.Positional[tuple[Path, ...]]
-    """Of config.json and metrics.csv, in any depth."""
+    folders: tyro.conf.Positional[tuple[Path, ...]] = (Path("outputs"),)
+    """Of config.json and metrics.csv, in any depth: all else of a run's folder may be gone."""
     output: Path = Path("outputs/report")
     """Folder for the table and the figures."""
 
@@ -116,9 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit status."""
     try:
         command, choices = parse(sys.argv[1:] if arguments is None else arguments)
-        {Run: run, Compare: compare, Report: report_runs, Optimizers: optimizers}[type(command)](
-            command, choices
-        )
+        act = {Run: run, Compare: compare, Report: report_runs, Optimizers: optimizers}[type(command)]
+        act(command, choices)
     except (ExperimentError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -136,11 +135,7 @@ def parse(arguments: Sequence[str]) -> tuple[Run | Compare | Report | Optimizers
         prog="python -m experiments",
         description=__doc__,
         args=rest,
-        config=(
-            tyro.conf.OmitArgPrefixes,
-            tyro.conf.OmitSubcommandPrefixes,
-            tyro.conf.CascadeSubcommandArgs,
-        ),
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs),
     )
     return command, choices
 
@@ -238,6 +233,8 @@ def report_runs(command: Report, choices: list[Choice]) -> None:
     """Prints tables of runs that are there, and draws them."""
     from experiments import report
 
+    if choices:
+        raise ExperimentError("report takes no --method: it tells of all runs that are in the folders")
     report.write(command.folders, command.output)
 
 

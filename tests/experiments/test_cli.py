@@ -283,6 +283,7 @@ def test_one_run_is_trained_once(tmp_path, monkeypatch):
         (["run", *LINEAR, "--method", "oplora", "--momentum-rank", "many"], "momentum_rank=many"),
         (["run", *LINEAR, "--method", "oplora", "--learning-rate", "big"], "rate is 'big'"),
         (["compare", "cifar100", "--method", "altlora"], "altlora has no learning rate for cifar100"),
+        (["report", "outputs", "--method", "oplora"], "report takes no --method"),
         (["compare", *LINEAR, "--method", "svdlora", "--seeds", "-1"], "seed is -1"),
     ],
 )  # fmt: skip

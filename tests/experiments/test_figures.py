@@ -112,7 +112,7 @@ def test_settings(count, drawn):
 def test_a_method_without_a_setting(drawn):
     runs = sweep(["a", "b"], ["rank 2", "rank 8"]).sort_values("setting", kind="stable")
     figures.draw_sweep(runs[(runs["setting"] == "rank 8") | (runs["method"] == "b")], "x_loss", None)
-    assert [list(lines(axis)[0]) for axis in drawn[0].axes] == [["b"], ["a", "b"]]
+    assert [list(lines(axis)[0]) for axis in drawn[0].axes] == [["b"], ["b", "a"]]
     assert [z.get_text() for z in drawn[0].legends[0].get_texts()] == ["b", "a"]
 
 
