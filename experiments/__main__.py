@@ -75,10 +75,9 @@ class Compare(Training):
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Tell of all runs in folders, also of other machines: of several tasks, and of several ranks and so on.
+    """Tell of all runs in folders, also of other machines; each method at its best rate on validation data.
 
-    Prints a table of tasks by methods, each at the learning rate that is best on the validation data, and one
-    for each task; writes overview.csv, and for each task TASK_sweep.png and TASK_curves.png.
+    Prints tables; writes overview.csv, and for each task TASK_sweep.png and TASK_curves.png.
     """
 
     folders: tyro.conf.Positional[tuple[Path, ...]] = (Path("outputs"),)
@@ -116,8 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit status."""
     try:
         command, choices = parse(sys.argv[1:] if arguments is None else arguments)
-        act = {Run: run, Compare: compare, Report: report_runs, Optimizers: optimizers}[type(command)]
-        act(command, choices)
+        {Run: run, Compare: compare, Report: tell, Optimizers: optimizers}[type(command)](command, choices)
     except (ExperimentError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -211,7 +209,8 @@ def compare(command: Compare, choices: list[Choice]) -> None:
     print(f"after the last epoch: median (least, largest) of {len(seeds)} seed{'s' * (len(seeds) > 1)}{by}\n")
     print(report.markdown(table, task.metrics))
     storage.write_rows(output / "summary.csv", table.to_dict("records"))
-    figures.draw_curves(chosen, task.metrics, output / "curves.png")
+    curves = dict.fromkeys((task.selection, *(z for z in task.metrics if not z.startswith("test_"))))
+    figures.draw_curves(chosen, list(curves), output / "curves.png")
     written = ["summary.csv", "curves.png"]
     if several:
         runs, metrics = report.gather(configs), dict.fromkeys((task.selection, *task.metrics))
@@ -229,12 +228,12 @@ def compare(command: Compare, choices: list[Choice]) -> None:
     print(f"\nin {', '.join(str(output / name) for name in dict.fromkeys(written))}")
 
 
-def report_runs(command: Report, choices: list[Choice]) -> None:
+def tell(command: Report, choices: list[Choice]) -> None:
     """Prints tables of runs that are there, and draws them."""
-    from experiments import report
-
     if choices:
         raise ExperimentError("report takes no --method: it tells of all runs that are in the folders")
+    from experiments import report
+
     report.write(command.folders, command.output)
 
 
@@ -275,8 +274,7 @@ def _further(configs: list[Config], best: dict[str, float]) -> list[Config]:
     for config in configs:
         rates = sorted({z.learning_rate for z in configs if z.method == config.method})
         ends = {rates[0]: rates[1], rates[-1]: rates[-2]} if len(rates) > 1 else {}
-        rate = config.learning_rate
-        if rate == best[str(config.method)] and rate in ends:
+        if (rate := config.learning_rate) == best[str(config.method)] and rate in ends:
             found.append(dataclasses.replace(config, learning_rate=float(f"{rate**2 / ends[rate]:.3g}")))
     return found
 

@@ -91,6 +91,8 @@ class Lm(Task):
                 )
         if not self.targets:
             raise ExperimentError(f"targets has no projection; expected some of {', '.join(TARGETS)}")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ExperimentError(f"clip-norm is {self.clip_norm}; expected a positive number")
         config, _ = _pretrained(self._weights, self.dtype)
         tokenizer = tokens.load_tokenizer(self._weights)
         tokens.check_vocabulary(tokenizer, config.vocab_size, self._weights)
@@ -98,7 +100,7 @@ class Lm(Task):
         for split, ids in texts.items():
             if len(ids) <= self.length:
                 raise ExperimentError(
-                    f"length is {self.length}; the {split} text has {len(ids)} tokens, expected more than the length"
+                    f"length is {self.length}; the {split} text has {len(ids)} tokens, and more are needed"
                 )
         random = np.random.default_rng(seed)
         places = random.integers(0, len(texts["train"]) - self.length, self.steps * self.batch_size)

@@ -44,6 +44,7 @@ def read(folders: Iterable[Path]) -> dict[str, pd.DataFrame]:
             raise ExperimentError(f"{file}: {error}") from error
         run |= {z: config.pop(z) for z in ("learning_rate", "seed")}
         table = storage.read_metrics(file.parent).assign(**settings, **run)
+        table["epochs"] = config.get("epochs", 1)
         if "steps" in config:
             table["step"] = table["epoch"] * config["steps"]
         found.setdefault(config.pop("task"), []).append((config, table))
@@ -74,8 +75,8 @@ def _sortable(values: pd.Series) -> pd.Series:
 
 
 def complete(runs: pd.DataFrame) -> pd.Series:
-    """Whether a row is of a run that has come as far as any of its setting."""
-    return _last(runs, [*RUN, "seed"]) == _last(runs, ["setting"])
+    """Whether a row is of a run that is finished."""
+    return _last(runs, [*RUN, "seed"]) == runs["epochs"]
 
 
 def final(runs: pd.DataFrame) -> pd.DataFrame:
@@ -88,9 +89,8 @@ def _last(runs: pd.DataFrame, keys: list[str]) -> pd.Series:
 
 
 def main_metric(runs: pd.DataFrame, data: str) -> str:
-    """The first metric on "validation" or "test" data, of scores if there are; the one that has no data."""
-    names = [z for z in runs if z.startswith(f"{data}_")]
-    names = names or [z for z in runs if z.endswith("loss") and z != "train_loss"]
+    """The first metric on "validation" or "test" data, of scores if there are; the loss that has no data."""
+    names = [z for z in runs if z.startswith(f"{data}_")] or [z for z in runs if z.endswith("excess_loss")]
     return min(names, key=lambda name: not figures.is_score(name))
 
 
@@ -207,6 +207,9 @@ def write(folders: Sequence[Path], output: Path) -> None:
         for run in runs.loc[~whole, [*RUN, "seed"]].drop_duplicates().to_dict("records"):
             print(f"left out, not finished: {task}, {run}", file=sys.stderr)
         tables[task] = runs[whole]
+    tables = {task: runs for task, runs in tables.items() if len(runs)}
+    if not tables:
+        raise ExperimentError(f"no run is finished in {', '.join(map(str, folders))}")
     table = overview(tables)
     storage.write_rows(output / "overview.csv", table.to_dict("records"))
     print(f"after the last epoch: median (least, largest)\n\n{overview_markdown(table)}\n")
@@ -214,8 +217,8 @@ def write(folders: Sequence[Path], output: Path) -> None:
         parts = {task: runs}
         if min(runs["method"].nunique(), runs["setting"].nunique()) > len(figures.LINES):
             parts = {f"{task}_{setting}": part for setting, part in runs.groupby("setting", sort=False)}
-        selection, metric = (main_metric(runs, data) for data in ("validation", "test"))
-        metrics = [metric] if metric == selection else [metric, "train_loss"]
+        selection = main_metric(runs, "validation")
+        metrics = [selection, *(["train_loss"] if selection.startswith("validation_") else [])]
         for name, part in parts.items():
             name = re.sub(r"[^\w.]+", "_", name)
             figures.draw_sweep(final(part), selection, output / f"{name}_sweep.png")

@@ -19,7 +19,8 @@ class Task:
     Besides, a task has a name, a protocol (whose learning rates are taken), epochs, batch_size, rank, metrics
     (of the test data, the main one first), and these methods:
 
-    - load: seed to (the training data, what to evaluate on, by the prefix of its metrics' names).
+    - load: seed to (the training data, what to evaluate on, by the prefix of its metrics' names). The test
+      data, with "test_", are for the end of training.
     - init: (seed, full) to (what is trained, what is frozen). With an `others_rate` what is trained is a
       dict: "adapted" has what the method trains, the LoRA parameters or, in full training, the kernels that
       they would adapt; "others" has the rest, which is the same for all methods.

@@ -47,8 +47,9 @@ def train(config: Config, *hooks: Hook, checkpoint_seconds: float = 10.0) -> pd.
       checkpoint_seconds: the least time between two checkpoints.
 
     Returns:
-      The metrics, one row for each evaluation, the last one at the end of training. seconds_per_step is the
-      median over the steps since the one before; peak_memory_mib what XLA counts for the largest of them.
+      The metrics, one row for each evaluation, the last one at the end of training, which alone has those of
+      the test data. seconds_per_step is the median over the steps since the one before; peak_memory_mib what
+      XLA counts for the largest of them.
 
     Raises:
       ExperimentError: a configuration that cannot be run.
@@ -80,6 +81,8 @@ def train(config: Config, *hooks: Hook, checkpoint_seconds: float = 10.0) -> pd.
                 losses, seconds, memory = zip(*window, strict=True)
                 metrics = {"epoch": ends[step], "train_loss": float(np.mean(losses))}
                 for prefix, part in held_out.items():
+                    if prefix.startswith("test_") and step < max(ends):
+                        continue
                     found = task.evaluate(state.trainable, frozen, part)
                     metrics |= {f"{prefix}{name}": value for name, value in found.items()}
                 metrics |= {
@@ -198,16 +201,17 @@ def make_step(config: Config, steps: int, frozen: Any) -> Callable[..., tuple[St
     key = jax.random.key(config.seed, impl="rbg")  # the default takes a third of a step on CPU for dropout
     constant = (config.task, config.method, steps, np.float32(config.learning_rate), key)
     memory: dict[tuple, int] = {}
+    take_step = _step_at_rate if config.task.in_backward else _step
 
     def step(state, done, *batch):
         arguments = (*constant, np.int32(done), state, frozen, *batch)
         began = time.perf_counter()
-        state, loss = _step(*arguments)
+        state, loss = take_step(*arguments)
         loss = float(loss)  # waits for the step
         seconds = time.perf_counter() - began
         shapes = tuple(z.shape for z in jax.tree.leaves(batch))
         if shapes not in memory:  # the compiled step is there already
-            memory[shapes] = peak_memory(_step.lower(*arguments).compile())
+            memory[shapes] = peak_memory(take_step.lower(*arguments).compile())
         return state, (loss, seconds, memory[shapes])
 
     return step
@@ -234,9 +238,7 @@ def advance_in_backward(
     return State(optax.apply_updates(state.trainable, updates), optimizer_state), loss
 
 
-# The learning rate is an argument, so that all runs of a method share one compilation.
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _step(task, method, steps, learning_rate, key, step, state, frozen, batch, weights):
+def _one_step(task, method, steps, learning_rate, key, step, state, frozen, batch, weights):
     optimizer = make_optimizer(task, method, learning_rate, 0, steps)
     arguments = state, frozen, batch, weights, jax.random.fold_in(key, step)
     if not task.in_backward:
@@ -245,6 +247,12 @@ def _step(task, method, steps, learning_rate, key, step, state, frozen, batch, w
         return advance_in_backward(task.loss, optimizer, *arguments)
     except ValueError as error:
         raise ExperimentError(f"{method} with in-backward: {error}") from error
+
+
+# The learning rate is an argument, so that all runs of a method share one compilation; not so in the backward
+# pass, where an optimizer takes a number or a schedule.
+_step = jax.jit(_one_step, static_argnums=(0, 1, 2))
+_step_at_rate = jax.jit(_one_step, static_argnums=(0, 1, 2, 3))
 
 
 def _check(config: Config, size: int) -> None:
@@ -259,8 +267,8 @@ def _check(config: Config, size: int) -> None:
         raise ExperimentError(f"others-rate is {task.others_rate}; expected a positive number")
     if task.in_backward and (config.method.of not in OURS or task.max_norm is not None):
         raise ExperimentError(
-            f"in-backward with {config.method}{'' if task.max_norm is None else ' and clipping'}; expected one "
-            "of this package's optimizers, and no clipping, which needs all gradients at once"
+            f"in-backward with {config.method}{'' if task.max_norm is None else ' and clipping'}; expected "
+            "one of this package's optimizers, and no clipping, which needs all gradients at once"
         )
     if config.seed < 0:
         raise ExperimentError(f"seed is {config.seed}; expected 0 or more")

@@ -81,18 +81,19 @@ def test_best_learning_rate_of_each_setting():
     }
 
 
-def write_run(folder, final, epochs=2, name="oplora", rate=0.1, seed=0, settings=None, **task):
+def write_run(folder, final, evaluations=4, name="oplora", rate=0.1, seed=0, settings=None, **task):
     """A run's two files."""
     folder.mkdir(parents=True)
     settings = methods.method(name).settings | (settings or {})
     config = {"task": "lm", "method": name, "settings": settings, "learning_rate": rate, "seed": seed}
     (folder / "config.json").write_text(json.dumps(config | task))
     rows = []
-    for epoch in range(1, epochs + 1):
-        row = {"epoch": epoch, "train_loss": 9.0, "validation_loss": final, "validation_perplexity": 8.0}
-        row |= {"test_loss": final + 0.5, "test_perplexity": 8.0, "seconds_per_step": 0.1}
-        rows.append(row | {"peak_memory_mib": 1, "lora_state_kib": 4 if name == "oplora" else 8})
-        rows[-1]["optimizer_state_kib"] = 9
+    for i in range(1, evaluations + 1):
+        row = {"epoch": i / 4, "train_loss": 9.0, "validation_loss": final, "validation_perplexity": 8.0}
+        row |= {"seconds_per_step": 0.1, "peak_memory_mib": 1, "lora_state_kib": 4 if name == "oplora" else 8}
+        rows.append(row | {"optimizer_state_kib": 9})
+    if evaluations == 4:
+        rows[-1] |= {"test_loss": final + 0.5, "test_perplexity": 8.0}
     storage.write_rows(folder / "metrics.csv", rows)
 
 
@@ -124,7 +125,7 @@ def test_what_is_not_read(tmp_path):
     with pytest.raises(ExperimentError, match="no run in"):
         report.read([tmp_path])
     write_run(tmp_path / "a", 3.0)
-    assert len(report.read([tmp_path, tmp_path / "a"])["lm"]) == 2  # a folder twice is no run twice
+    assert len(report.read([tmp_path, tmp_path / "a"])["lm"]) == 4  # a folder twice is no run twice
     write_run(tmp_path / "b", 3.1)
     with pytest.raises(ExperimentError, match=r"b and .*a are the same run; expected each once"):
         report.read([tmp_path])
@@ -141,7 +142,7 @@ def test_report_of_ranks(tmp_path, capsys):
         for seed in (0, 1):
             name = tmp_path / f"l{rank}{seed}"
             write_run(name, 3.45 + seed / 100, name="lora_adamw", rate=1e-3, seed=seed, rank=rank)
-    write_run(tmp_path / "unfinished", 1.0, epochs=1, rate=0.01, rank=8)
+    write_run(tmp_path / "unfinished", 1.0, evaluations=3, rate=0.01, rank=8)
     report.write([tmp_path], tmp_path / "report")
     printed = capsys.readouterr()
     assert "not finished" in printed.err and "0.01" in printed.err
@@ -159,6 +160,17 @@ def test_report_of_ranks(tmp_path, capsys):
         "lm_curves.png",
         "lm_sweep.png",
     }
+
+
+def test_report_of_what_is_not_finished(tmp_path, capsys):
+    """A setting that no run has finished is left out; where nothing is, that is said."""
+    write_run(tmp_path / "a", 3.0, evaluations=3, rank=2)
+    with pytest.raises(ExperimentError, match="no run is finished in"):
+        report.write([tmp_path], tmp_path / "report")
+    write_run(tmp_path / "b", 3.0, rank=8)
+    report.write([tmp_path], tmp_path / "report")
+    printed = capsys.readouterr()
+    assert "rank 8" in printed.out and "rank 2" not in printed.out and "rank 2" in printed.err
 
 
 def test_report_of_many_settings(tmp_path, monkeypatch):
