@@ -107,6 +107,9 @@ def test_settings(count, drawn):
         assert all(list(lines(axis)[0]) == legend for axis in figure.axes)
         assert len({axis.get_ylim() for axis in figure.axes}) == 1  # to be compared
         assert figure.get_supylabel() == "x loss"
+        for axis in figure.axes:
+            first = axis.get_subplotspec().is_first_col()
+            assert axis.yaxis.get_tick_params().get("labelleft", True) == first
 
 
 def test_a_method_without_a_setting(drawn):
@@ -143,10 +146,11 @@ def test_nothing_but_failures(drawn):
     assert len(markers(axis, "^")) == 10
 
 
-def test_what_is_too_good_for_a_logarithm(drawn):
+@pytest.mark.parametrize("loss", [-1e5, 0.0, 1e-9])
+def test_what_is_too_good_for_a_logarithm(loss, drawn):
     """Full training's excess loss is below that of the best of a rank."""
     runs = sweep(["a", "full"])
-    runs.loc[runs["method"] == "full", "x_loss"] = -1e5
+    runs.loc[runs["method"] == "full", "x_loss"] = loss
     figures.draw_sweep(runs, "x_loss", None)
     [axis] = drawn[0].axes
     assert 3.0 < axis.get_ylim()[0] < 3.4
@@ -207,9 +211,9 @@ def overlaps(figure):
 def test_no_text_lies_on_another(count, settings, drawn):
     settings = [f"rank {2**i}" for i in range(settings)] if settings > 1 else [""]
     methods = names(count)
-    for rates in (2, 5):
+    for rates in (2, 5) if count < 20 else (5,):
         figures.draw_sweep(sweep(methods, settings, rates), "x_loss", None)
-    for scale in (1.0, 0.03):
+    for scale in (1.0, 0.03) if count < 20 else (0.03,):
         runs = curves(methods, settings)
         runs["x_loss"] = np.exp((runs["x_loss"] - 3) / scale)  # of some decades
         runs["epoch"] *= 7

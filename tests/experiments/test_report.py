@@ -66,7 +66,8 @@ def test_best_learning_rate_of_the_seeds_that_all_rates_have():
     assert len(report.best(table, "x_loss")) == 6
     # Where there is none, all count.
     finals = {("a", 0.1, 0): 2.0, ("a", 0.2, 1): 3.0, ("b", 0.1, 0): 5.0}
-    assert set(report.best(runs("x_loss", finals), "x_loss")["learning_rate"]) == {0.1}
+    chosen = report.best(runs("x_loss", finals), "x_loss")
+    assert set(zip(chosen["method"], chosen["learning_rate"], strict=True)) == {("a", 0.1), ("b", 0.1)}
 
 
 def test_best_learning_rate_of_each_setting():
@@ -176,9 +177,11 @@ def test_report_of_what_is_not_finished(tmp_path, capsys):
 def test_report_of_many_settings(tmp_path, monkeypatch):
     """Where neither methods nor settings are few enough for colours, each setting has its figures."""
     drawn = []
-    monkeypatch.setattr("experiments.figures.write_figure", lambda figure, path: drawn.append(path.name))
+    write = lambda figure, path: drawn.append((path.name, figure.get_supylabel()))
+    monkeypatch.setattr("experiments.figures.write_figure", write)
     for i, name in enumerate(list(methods.PRESETS)[:7]):
         for rank in range(7):
             write_run(tmp_path / f"{i}{rank}", 1.0 + i, name=name, rank=rank)
     report.write([tmp_path], tmp_path / "report")
-    assert drawn == [f"lm_rank_{rank}_{kind}.png" for rank in range(7) for kind in ("sweep", "curves")]
+    expected = [f"lm_rank_{rank}_{kind}.png" for rank in range(7) for kind in ("sweep", "curves")]
+    assert drawn == [(name, "validation loss") for name in expected]
