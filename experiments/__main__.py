@@ -1,4 +1,4 @@
-"""The command line: `python -m experiments run|compare TASK --method NAME`, or `optimizers`.
+"""The command line: `python -m experiments run|compare TASK --method NAME`, `report FOLDER`, or `optimizers`.
 
 TASK is linear, mnist, cifar100, text or lm. Behind --method NAME come the settings in which the
 method is changed, arguments of its optimizer: --method oplora --num-iters 2 --momentum-rank 16, and its
@@ -74,6 +74,19 @@ class Compare(Training):
 
 
 @dataclasses.dataclass(frozen=True)
+class Report:
+    """Tell of all runs in folders, also of other machines; each method at its best rate on validation data.
+
+    Prints tables; writes overview.csv, and for each task TASK_sweep.png and TASK_curves.png.
+    """
+
+    folders: tyro.conf.Positional[tuple[Path, ...]] = (Path("outputs"),)
+    """Of config.json and metrics.csv, in any depth: all else of a run's folder may be gone."""
+    output: Path = Path("outputs/report")
+    """Folder for the table and the figures."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Optimizers:
     """Print the table of all optimizers: what each needs, keeps and costs."""
 
@@ -102,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit status."""
     try:
         command, choices = parse(sys.argv[1:] if arguments is None else arguments)
-        {Run: run, Compare: compare, Optimizers: optimizers}[type(command)](command, choices)
+        {Run: run, Compare: compare, Report: tell, Optimizers: optimizers}[type(command)](command, choices)
     except (ExperimentError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -112,19 +125,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse(arguments: Sequence[str]) -> tuple[Run | Compare | Optimizers, list[Choice]]:
+def parse(arguments: Sequence[str]) -> tuple[Run | Compare | Report | Optimizers, list[Choice]]:
     """(the command, the methods that it names)."""
     rest, choices = split(arguments)
     command = tyro.cli(
-        Run | Compare | Optimizers,
+        Run | Compare | Report | Optimizers,
         prog="python -m experiments",
         description=__doc__,
         args=rest,
-        config=(
-            tyro.conf.OmitArgPrefixes,
-            tyro.conf.OmitSubcommandPrefixes,
-            tyro.conf.CascadeSubcommandArgs,
-        ),
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs),
     )
     return command, choices
 
@@ -178,7 +187,7 @@ def compare(command: Compare, choices: list[Choice]) -> None:
     seeds = tuple(dict.fromkeys(command.seeds or task.seeds))
     configs = _configs(command, choices, seeds[:1] if command.sweep else seeds)
     _train(command, configs)
-    from experiments import report  # which takes seconds to load what draws
+    from experiments import figures, report  # which takes seconds to load what draws
 
     def best() -> tuple[pd.DataFrame, dict[str, float]]:
         runs = report.best(report.gather(configs), task.selection)
@@ -201,12 +210,12 @@ def compare(command: Compare, choices: list[Choice]) -> None:
     print(report.markdown(table, task.metrics))
     storage.write_rows(output / "summary.csv", table.to_dict("records"))
     curves = dict.fromkeys((task.selection, *(z for z in task.metrics if not z.startswith("test_"))))
-    report.draw_curves(chosen, list(curves), output / "curves.png")
+    figures.draw_curves(chosen, list(curves), output / "curves.png")
     written = ["summary.csv", "curves.png"]
     if several:
         runs, metrics = report.gather(configs), dict.fromkeys((task.selection, *task.metrics))
         storage.write_rows(output / "sweep.csv", report.summary(runs, list(metrics)).to_dict("records"))
-        report.draw_sweep(runs, task.selection, output / "sweep.png")
+        figures.draw_sweep(report.final(runs), task.selection, output / "sweep.png")
         written += ["sweep.csv", "sweep.png"]
         for name in dict.fromkeys(str(config.method) for config in _further(configs, rates)):
             print(f"\n{name}: the best rate, {rates[name]:g}, is at an end of those tried")
@@ -215,8 +224,17 @@ def compare(command: Compare, choices: list[Choice]) -> None:
         if len(choice.names) == 1 and 2 <= len(varied) <= 4:
             written.append("heat_map.png")
             of = chosen[chosen["method"].isin([str(method) for method in choice.methods()])]
-            report.draw_heat_map(of, varied, task.metrics[0], output / "heat_map.png")
+            figures.draw_heat_map(report.final(of), varied, task.metrics[0], output / "heat_map.png")
     print(f"\nin {', '.join(str(output / name) for name in dict.fromkeys(written))}")
+
+
+def tell(command: Report, choices: list[Choice]) -> None:
+    """Prints tables of runs that are there, and draws them."""
+    if choices:
+        raise ExperimentError("report takes no --method: it tells of all runs that are in the folders")
+    from experiments import report
+
+    report.write(command.folders, command.output)
 
 
 def optimizers(command: Optimizers, choices: list[Choice]) -> None:
@@ -256,8 +274,7 @@ def _further(configs: list[Config], best: dict[str, float]) -> list[Config]:
     for config in configs:
         rates = sorted({z.learning_rate for z in configs if z.method == config.method})
         ends = {rates[0]: rates[1], rates[-1]: rates[-2]} if len(rates) > 1 else {}
-        rate = config.learning_rate
-        if rate == best[str(config.method)] and rate in ends:
+        if (rate := config.learning_rate) == best[str(config.method)] and rate in ends:
             found.append(dataclasses.replace(config, learning_rate=float(f"{rate**2 / ends[rate]:.3g}")))
     return found
 

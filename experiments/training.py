@@ -58,6 +58,7 @@ def train(config: Config, *hooks: Hook, checkpoint_seconds: float = 10.0) -> pd.
     task, folder = config.task, config.folder
     if config.finished:
         return storage.read_metrics(folder)
+    of_method, of_all = optimizer_bytes(task, config.method)
     data, held_out = task.load(config.seed)
     size, lengths = len(data[0]), task.lengths(data)
     _check(config, size)
@@ -87,6 +88,8 @@ def train(config: Config, *hooks: Hook, checkpoint_seconds: float = 10.0) -> pd.
                 metrics |= {
                     "peak_memory_mib": max(memory) / 2**20,
                     "seconds_per_step": float(np.median(seconds)),
+                    "lora_state_kib": of_method / 1024,
+                    "optimizer_state_kib": of_all / 1024,
                 }
                 window = []
             # The checkpoint last: it says how many rows of the metrics count.

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -67,7 +68,7 @@ def test_compare_writes_a_table_and_figures(tmp_path, capsys):
         spread, rel=1e-12
     )
     printed = capsys.readouterr().out
-    assert "{:.3g} ({:.3g}, {:.3g})".format(*spread) in printed
+    assert "{:.4g} ({:.4g}, {:.4g})".format(*spread) in printed
     assert "of 3 seeds, at the rates with the best excess loss" in printed
     assert "oplora: the best rate, 0.002, is at an end of those tried" in printed
     for name in ("curves.png", "sweep.png"):
@@ -100,13 +101,13 @@ def test_sweep(tmp_path, capsys, monkeypatch):
         trained.append(config)
         best = finals[config.method.preset]
         loss = abs(np.log(config.learning_rate / best)) if best < 1e9 else np.nan  # which diverges
-        row = {"epoch": 2.0, "excess_loss": loss, "train_loss": loss + config.seed}
-        storage.write_rows(
-            config.folder / "metrics.csv", [row | {"seconds_per_step": 0.1, "peak_memory_mib": 1}]
-        )
+        row = {"epoch": 2.0, "excess_loss": loss, "train_loss": loss + config.seed, "seconds_per_step": 0.1}
+        row |= {"peak_memory_mib": 1, "lora_state_kib": 1, "optimizer_state_kib": 1}
+        storage.write(config.folder / "config.json", config.to_json().encode())
+        storage.write_rows(config.folder / "metrics.csv", [row])
 
     monkeypatch.setattr("experiments.__main__.train", fake)
-    monkeypatch.setattr("experiments.report._write", lambda grid, path: path.touch())
+    monkeypatch.setattr("experiments.figures.write_figure", lambda figure, path: path.touch())
     rates = ["--learning-rates", "0.1", "0.3", "1", "--output", str(tmp_path)]
     methods = ["--method", "oplora", "lora_sgd", "--method", "scaled_gd"]
     assert main(["compare", *LINEAR, *methods, "--sweep", "--seeds", "4", "5", *rates]) == 0
@@ -139,6 +140,37 @@ def test_sweep_by_default_half_a_decade_apart(tmp_path, monkeypatch):
         main(["compare", *LINEAR, "--method", "oplora", "--sweep", "--output", str(tmp_path)])
     assert [config.learning_rate for config in tried] == [0.01, 0.0316, 0.1, 0.316, 1.0]
     assert {config.seed for config in tried} == {0}
+
+
+def test_report(tmp_path, capsys):
+    """Of the runs of two commands, whatever the current folder is, without what trained them."""
+    for epochs in ("2", "3"):
+        arguments = ["linear", "--epochs", epochs, "--method", "oplora", "lora_adamw", "--seeds", "0", "1"]
+        assert main(["compare", *arguments, "--output", str(tmp_path / "runs" / epochs)]) == 0
+    printed = capsys.readouterr().out
+    for folder in (tmp_path / "runs").rglob("parameters"):
+        shutil.rmtree(folder)
+    runs = [str(tmp_path / "runs" / epochs) for epochs in ("2", "3")]
+    assert main(["report", *runs, "--output", str(tmp_path / "report")]) == 0
+    overview = pd.read_csv(tmp_path / "report" / "overview.csv")
+    titles = ["linear_stochastic, epochs 2", "linear_stochastic, epochs 3"]
+    assert sorted(overview["task"]) == sorted(2 * titles)
+    found = capsys.readouterr().out
+    assert "| linear_stochastic, epochs 2: excess loss |" in found
+    for epochs, title in zip(("2", "3"), titles, strict=True):
+        rows_of = pd.read_csv(tmp_path / "runs" / epochs / "summary.csv").set_index("method")
+        for _, row in overview[overview["task"] == title].iterrows():
+            same = rows_of.loc[row["method"]]
+            assert [row[z] for z in ("seeds", "learning_rate", "lora_state_kib")] == [
+                same[z] for z in ("seeds", "learning_rate", "lora_state_kib")
+            ]
+            assert row["median"] == same["excess_loss_median"]
+            assert f"{row['median']:.4g} (" in found and f"{row['median']:.4g} (" in printed
+    for kind in ("sweep", "curves"):
+        path = tmp_path / "report" / f"linear_stochastic_{kind}.png"
+        assert path.read_bytes().startswith(PNG)
+    assert main(["report", str(tmp_path / "nothing")]) == 1
+    assert "no run in" in capsys.readouterr().err
 
 
 def test_each_method_has_its_own_rates(tmp_path):
@@ -251,6 +283,7 @@ def test_one_run_is_trained_once(tmp_path, monkeypatch):
         (["run", *LINEAR, "--method", "oplora", "--momentum-rank", "many"], "momentum_rank=many"),
         (["run", *LINEAR, "--method", "oplora", "--learning-rate", "big"], "rate is 'big'"),
         (["compare", "cifar100", "--method", "altlora"], "altlora has no learning rate for cifar100"),
+        (["report", "outputs", "--method", "oplora"], "report takes no --method"),
         (["compare", *LINEAR, "--method", "svdlora", "--seeds", "-1"], "seed is -1"),
     ],
 )  # fmt: skip
