@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help test parity demo demo-text lint clean
+.PHONY: help test parity demo demo-text demo-lm lint clean
 
 help:
 	@echo "make test       run the linter, the tests and the examples in the docstrings"
 	@echo "make parity     run the tests against PyTorch, PEFT, transformers and Tunix"
 	@echo "make demo       train LeNet-5 on MNIST with six LoRA optimizers; a table and outputs/demo/curves.png"
 	@echo "make demo-text  fine-tune a pretrained encoder on film reviews; a table and outputs/demo-text/curves.png"
+	@echo "make demo-lm    fine-tune a pretrained language model on WikiText-2; a table and outputs/demo-lm/curves.png"
 	@echo "make lint       run the linter alone"
 	@echo "make clean      remove the virtual environment and the caches"
 
@@ -51,6 +52,10 @@ demo: $(VENV)/.experiments
 demo-text: $(VENV)/.experiments $(VENV)/.bundled
 	$(BIN)/python -m experiments compare text --examples 1024 --epochs 1 --batch-size 16 --max-length 32 --dropout 0 \
 		--seeds 0 --output outputs/demo-text --method full_adamw lora_adamw scaled_gd oplora scaled_oplora
+
+demo-lm: $(VENV)/.experiments $(VENV)/.bundled
+	$(BIN)/python -m experiments compare lm --steps 32 --length 64 --seeds 0 --output outputs/demo-lm \
+		--method full_adamw lora_adamw lora_plus scaled_oplora --method oplora --learning-rate 0.03
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

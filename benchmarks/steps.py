@@ -9,16 +9,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-import oplora_jax
 from benchmarks.bounds import measure_rates
 from benchmarks.counts import Counts, compile_anew, count
 from benchmarks.timing import alternate, runner
 from experiments import ExperimentError, methods
 from experiments.methods import Method
 from experiments.task import Task
-from experiments.training import State, advance, make_optimizer, size_in_bytes
+from experiments.training import State, advance, advance_in_backward, make_optimizer, size_in_bytes
 
 BASELINE = "lora_adamw"
 PLAIN = "plain"
@@ -98,7 +96,7 @@ def build(task: Task, variant: Variant) -> tuple[Callable[..., Any], Callable[[]
         task = dataclasses.replace(task, plain=True)
     optimizer = make_optimizer(task, variant.method, RATE, seed=0, steps=1000)
     if variant.gradient == IN_BACKWARD:
-        step = _in_backward(task, optimizer)
+        step = partial(advance_in_backward, task.loss, optimizer)
     else:
         step = partial(advance, methods.differentiate(variant.gradient)(task.loss), optimizer)
 
@@ -109,16 +107,6 @@ def build(task: Task, variant: Variant) -> tuple[Callable[..., Any], Callable[[]
         return jax.jit(init)(trainable), frozen
 
     return step, start
-
-
-def _in_backward(task: Task, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
-    value_and_update = oplora_jax.value_and_update(task.loss, optimizer)
-
-    def step(state, frozen, *data):
-        loss, updates, optimizer_state = value_and_update(state.trainable, state.optimizer, frozen, *data)
-        return State(optax.apply_updates(state.trainable, updates), optimizer_state), loss
-
-    return step
 
 
 def measure(

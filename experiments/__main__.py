@@ -1,10 +1,10 @@
-"""The command line: `python -m experiments run|compare TASK --method NAME`, or `optimizers`.
+"""The command line: `python -m experiments run|compare TASK --method NAME`, `report FOLDER`, or `optimizers`.
 
-TASK is linear, mnist, cifar100 or text. Behind --method NAME come the settings in which the
+TASK is linear, mnist, cifar100, text or lm. Behind --method NAME come the settings in which the
 method is changed, arguments of its optimizer: --method oplora --num-iters 2 --momentum-rank 16, and its
 --learning-rate. `compare` takes several names, --method svdlora lora_adamw, and values, --num-iters 1 2 8,
 of which all combinations are trained, and --method again for others. experiments/presets.toml has the names;
-all stands for every one.
+all stands for every one. Parameters that are no LoRA train by one AdamW at the task's --others-rate.
 """
 
 import dataclasses
@@ -21,13 +21,16 @@ from benchmarks import catalogue
 from experiments import ExperimentError, hooks, methods, storage
 from experiments.cifar100 import Cifar100
 from experiments.linear import Linear
+from experiments.lm import Lm
 from experiments.methods import Method
 from experiments.mnist import Mnist
 from experiments.storage import Config
 from experiments.text import Text
 from experiments.training import train
 
-Task = Linear | Mnist | Cifar100 | Text
+Task = Linear | Mnist | Cifar100 | Text | Lm
+FACTORS = (0.1, 0.316, 1, 3.16, 10)  # of a method's own rate, in a sweep
+EXTENSIONS = 2  # of a sweep whose best is at an end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,16 +56,34 @@ class Run(Training):
 class Compare(Training):
     """Train several methods, with several seeds and learning rates, and compare them.
 
-    Prints a table; writes summary.csv, curves.png, with several learning rates sweep.png, and with several
-    values of two settings or more of a method heat_map.png. Runs that are there already are not repeated.
+    Each method is shown on the test data, at the learning rate that is its best on the validation data.
+    Prints a table; writes summary.csv, curves.png, with several learning rates sweep.csv and sweep.png, and
+    with several values of two settings or more of a method heat_map.png. Runs that are there already are not
+    repeated.
     """
 
     learning_rates: tuple[float, ...] = ()
     """For every method without its own --learning-rate; the papers' if not given."""
     rate_factors: tuple[float, ...] = ()
     """Multiples of each method's own learning rate to take instead, as 0.3 1 3."""
+    sweep: bool = False
+    """First one seed at each learning rate, by default at five half a decade apart around each method's own,
+    and at one further while the best is at an end, at most twice; then all seeds at the best."""
     seeds: tuple[int, ...] = ()
     """The papers' if not given: 0 to 4 for linear, 0 to 2 for the others."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Tell of all runs in folders, also of other machines; each method at its best rate on validation data.
+
+    Prints tables; writes overview.csv, and for each task TASK_sweep.png and TASK_curves.png.
+    """
+
+    folders: tyro.conf.Positional[tuple[Path, ...]] = (Path("outputs"),)
+    """Of config.json and metrics.csv, in any depth: all else of a run's folder may be gone."""
+    output: Path = Path("outputs/report")
+    """Folder for the table and the figures."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit status."""
     try:
         command, choices = parse(sys.argv[1:] if arguments is None else arguments)
-        {Run: run, Compare: compare, Optimizers: optimizers}[type(command)](command, choices)
+        {Run: run, Compare: compare, Report: tell, Optimizers: optimizers}[type(command)](command, choices)
     except (ExperimentError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -104,19 +125,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse(arguments: Sequence[str]) -> tuple[Run | Compare | Optimizers, list[Choice]]:
+def parse(arguments: Sequence[str]) -> tuple[Run | Compare | Report | Optimizers, list[Choice]]:
     """(the command, the methods that it names)."""
     rest, choices = split(arguments)
     command = tyro.cli(
-        Run | Compare | Optimizers,
+        Run | Compare | Report | Optimizers,
         prog="python -m experiments",
         description=__doc__,
         args=rest,
-        config=(
-            tyro.conf.OmitArgPrefixes,
-            tyro.conf.OmitSubcommandPrefixes,
-            tyro.conf.CascadeSubcommandArgs,
-        ),
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs),
     )
     return command, choices
 
@@ -167,28 +184,57 @@ def run(command: Run, choices: list[Choice]) -> None:
 def compare(command: Compare, choices: list[Choice]) -> None:
     """Trains several methods, prints a table and draws the curves."""
     task, output = command.task, command.output
-    seeds = dict.fromkeys(command.seeds or task.seeds)
-    configs = _configs(command, choices, seeds, command.learning_rates, command.rate_factors)
+    seeds = tuple(dict.fromkeys(command.seeds or task.seeds))
+    configs = _configs(command, choices, seeds[:1] if command.sweep else seeds)
     _train(command, configs)
-    from experiments import report  # which takes seconds to load what draws
+    from experiments import figures, report  # which takes seconds to load what draws
 
-    runs = report.gather(configs)
-    table = report.summary(runs, task.metrics)
-    print(f"after the last epoch: median (least, largest) of {len(seeds)} seed{'s' * (len(seeds) > 1)}\n")
+    def best() -> tuple[pd.DataFrame, dict[str, float]]:
+        runs = report.best(report.gather(configs), task.selection)
+        return runs, dict(zip(runs["method"], runs["learning_rate"], strict=True))
+
+    for _ in range(EXTENSIONS if command.sweep else 0):
+        further = _further(configs, best()[1])
+        _train(command, further)
+        configs += further
+    chosen, rates = best()
+    if command.sweep:
+        of = dict.fromkeys(config.method for config in configs)
+        final = [Config(task, method, rates[str(method)], seed, output) for method in of for seed in seeds]
+        _train(command, final)
+        chosen = report.gather(final)
+    several = len({(config.method, config.learning_rate) for config in configs}) > len(rates)
+    table = report.summary(chosen, task.metrics)
+    by = f", at the rates with the best {task.selection.replace('_', ' ')}" if several else ""
+    print(f"after the last epoch: median (least, largest) of {len(seeds)} seed{'s' * (len(seeds) > 1)}{by}\n")
     print(report.markdown(table, task.metrics))
     storage.write_rows(output / "summary.csv", table.to_dict("records"))
-    report.draw_curves(runs, task.metrics, output / "curves.png")
+    curves = dict.fromkeys((task.selection, *(z for z in task.metrics if not z.startswith("test_"))))
+    figures.draw_curves(chosen, list(curves), output / "curves.png")
     written = ["summary.csv", "curves.png"]
-    if len(table) > table["method"].nunique():
-        written.append("sweep.png")
-        report.draw_sweep(runs, task.metrics[0], output / "sweep.png")
+    if several:
+        runs, metrics = report.gather(configs), dict.fromkeys((task.selection, *task.metrics))
+        storage.write_rows(output / "sweep.csv", report.summary(runs, list(metrics)).to_dict("records"))
+        figures.draw_sweep(report.final(runs), task.selection, output / "sweep.png")
+        written += ["sweep.csv", "sweep.png"]
+        for name in dict.fromkeys(str(config.method) for config in _further(configs, rates)):
+            print(f"\n{name}: the best rate, {rates[name]:g}, is at an end of those tried")
     for choice in choices:
         varied = [name for name, values in choice.settings.items() if len(values) > 1]
         if len(choice.names) == 1 and 2 <= len(varied) <= 4:
             written.append("heat_map.png")
-            of = runs[runs["method"].isin([str(method) for method in choice.methods()])]
-            report.draw_heat_map(of, varied, task.metrics[0], output / "heat_map.png")
+            of = chosen[chosen["method"].isin([str(method) for method in choice.methods()])]
+            figures.draw_heat_map(report.final(of), varied, task.metrics[0], output / "heat_map.png")
     print(f"\nin {', '.join(str(output / name) for name in dict.fromkeys(written))}")
+
+
+def tell(command: Report, choices: list[Choice]) -> None:
+    """Prints tables of runs that are there, and draws them."""
+    if choices:
+        raise ExperimentError("report takes no --method: it tells of all runs that are in the folders")
+    from experiments import report
+
+    report.write(command.folders, command.output)
 
 
 def optimizers(command: Optimizers, choices: list[Choice]) -> None:
@@ -200,22 +246,37 @@ def optimizers(command: Optimizers, choices: list[Choice]) -> None:
         print(f"in {command.into}")
 
 
-def _configs(command, choices, seeds, learning_rates=(), rate_factors=()) -> list[Config]:
+def _configs(command: Training, choices: list[Choice], seeds: Sequence[int]) -> list[Config]:
     """The runs of a command: each method with its rates and each seed, none twice."""
+    learning_rates, rate_factors, sweep = (
+        getattr(command, name, ()) for name in ("learning_rates", "rate_factors", "sweep")
+    )
     if rate_factors and (learning_rates or any(choice.learning_rates for choice in choices)):
         raise ExperimentError("both learning rates and rate-factors are given; give one")
+    factors = rate_factors or (FACTORS if sweep else (1,))
     configs = {}
     for choice in choices:
         for method in choice.methods():
             rates = choice.learning_rates or learning_rates
             if not rates:
                 own = method.rate(command.task.protocol)
-                rates = [float(f"{own * factor:.3g}") for factor in rate_factors] or [own]
+                rates = [float(f"{own * factor:.3g}") for factor in factors]
             for rate, seed in itertools.product(rates, seeds):
                 configs[Config(command.task, method, rate, seed, command.output)] = None
     if not configs:
         raise ExperimentError(f"no method is given; behind --method there may be {methods.NAMES}")
     return list(configs)
+
+
+def _further(configs: list[Config], best: dict[str, float]) -> list[Config]:
+    """One rate further for each method whose best one is at an end of its rates."""
+    found = []
+    for config in configs:
+        rates = sorted({z.learning_rate for z in configs if z.method == config.method})
+        ends = {rates[0]: rates[1], rates[-1]: rates[-2]} if len(rates) > 1 else {}
+        if (rate := config.learning_rate) == best[str(config.method)] and rate in ends:
+            found.append(dataclasses.replace(config, learning_rate=float(f"{rate**2 / ends[rate]:.3g}")))
+    return found
 
 
 def _train(command: Training, configs: list[Config]) -> list[pd.DataFrame]:

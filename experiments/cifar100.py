@@ -6,11 +6,11 @@ from typing import Literal
 
 import flax.linen as nn
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, UInt8
 
 from experiments import ExperimentError
 from experiments.classification import Classification
-from experiments.data import Images, folder_classes, folder_images, tfds_images
+from experiments.data import Images, folder_classes, folder_images, hold_out, subset, tfds_images
 from oplora_jax.linen import LoRADense
 
 MEAN = np.array([0.5071, 0.4867, 0.4408]).reshape(1, 1, 1, 3)
@@ -50,7 +50,8 @@ class Cifar100(Classification):
     """An MLP on patches on CIFAR-100, from a random start.
 
     The dense layers' kernels and biases stay at their start; their LoRA of rank 16, the patches' embedding,
-    the positions and the norms train.
+    the positions and the norms train; in full training the kernels do too. Learning rates are chosen on
+    images held out from the training ones.
     """
 
     data: Literal["tfds", "folder"] = "tfds"
@@ -62,9 +63,11 @@ class Cifar100(Classification):
     batch_size: int = 64
     """Images in a batch."""
     examples: int | None = None
-    """Training images to take, the same for every seed, with each class's share; all if not given."""
+    """Images to train on, always the same ones, with each class's share; all if not given."""
     dropout: float = 0.1
     """Rate of dropout in training, on what each residual MLP adds."""
+    others_rate: float = 1e-3
+    """Of AdamW, which trains the embedding, the positions and the norms whatever the method."""
 
     rank = 16
     shape = (32, 32, 3)
@@ -75,21 +78,16 @@ class Cifar100(Classification):
         """Names the task's folder."""
         return f"cifar100_{self.data}"
 
-    def load(self, seed: int) -> tuple[Images, Images]:
-        """(the training images, the test images); the same for every seed."""
+    def load(self, seed: int) -> tuple[Images, dict[str, Images]]:
+        """(the training images, those held out and the test images); the same for every seed."""
         if not 0 <= self.dropout < 1:
             raise ExperimentError(f"dropout is {self.dropout}; expected 0 or more and less than 1")
         if self.data == "folder":
             train, test = folder_images(self._folder())
         else:
             train, test = tfds_images("cifar100", self.data_dir)
-        if self.examples is None:
-            return train, test
-        size = len(train.labels)
-        if not 1 <= self.examples <= size:
-            raise ExperimentError(f"examples is {self.examples}; expected 1 to {size}, all there are")
-        taken = stratified(train.labels, self.examples)
-        return Images(train.images[taken], train.labels[taken]), test
+        train, held_out = hold_out(train, test)
+        return subset(train, self.examples), held_out
 
     def model(self, full: bool) -> PatchMLP:
         """The model, with LoRA unless full."""
@@ -100,13 +98,3 @@ class Cifar100(Classification):
         if self.data_dir is None:
             raise ExperimentError("data-dir is not given: images from a folder need one")
         return self.data_dir
-
-
-def stratified(labels: Int[np.ndarray, " N"], examples: int) -> Int[np.ndarray, " {examples}"]:
-    """Places of some examples, always the same ones, of each label its share, in order."""
-    order = np.random.default_rng(0).permutation(len(labels))
-    share = np.empty(len(labels))  # of its label's examples that come before one, in random order
-    for label in np.unique(labels):
-        places = order[labels[order] == label]
-        share[places] = (np.arange(len(places)) + 0.5) / len(places)
-    return np.sort(order[np.argsort(share[order], kind="stable")][:examples])

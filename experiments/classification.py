@@ -6,20 +6,21 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from flax import traverse_util
+from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float, UInt8
 
 from experiments.data import Images
-from experiments.task import Task
+from experiments.task import Task, Trainable, divide, is_full, join
 
-CHUNK = 1000  # test images at a time
+CHUNK = 1000  # images at a time in evaluation
 
 
 class Classification(Task):
     """A Flax model of images, from a random start; what is trained and what is frozen are by path.
 
-    The kernels and biases of `LoRADense` stay at their start, their LoRA and all else train.
+    The dense layers' biases stay at their start, and so do their kernels, which LoRA adapts; all else trains.
     """
 
     shape: tuple[int, ...]  # of an image
@@ -30,24 +31,20 @@ class Classification(Task):
         """The model, with LoRA unless full."""
         raise NotImplementedError
 
-    def init(self, seed: Any, full: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    def init(self, seed: Any, full: bool) -> tuple[Trainable, dict[str, Any]]:
         """(what is trained, what is frozen), by path."""
         images = jnp.zeros((1, *self.shape), jnp.uint8)
         params = self.model(full).init(jax.random.key(seed), images)["params"]
-        flat = traverse_util.flatten_dict(params, sep="/")
-        frozen = {path for path in flat if "LoRADense" in path and not path.endswith("/lora")}
-        return (
-            {path: leaf for path, leaf in flat.items() if path not in frozen},
-            {path: leaf for path, leaf in flat.items() if path in frozen},
-        )
+        adapted = lambda path: "Dense" in path and path.endswith("/kernel" if full else "/lora")
+        return divide(flatten_dict(params, sep="/"), adapted, lambda path: "Dense" not in path)
 
     def logits(
         self, trainable: Any, frozen: Any, images: UInt8[Array, "N ..."], key: Any = None
     ) -> Float[Array, "N classes"]:
         """The model's outputs, with dropout if there is a key."""
-        params = traverse_util.unflatten_dict({**frozen, **trainable}, sep="/")
+        params = join(trainable, frozen)
         training = {"training": True, "rngs": {"dropout": key}} if self.dropout and key is not None else {}
-        return self.model(full=not frozen).apply({"params": params}, images, **training)
+        return self.model(is_full(trainable)).apply({"params": params}, images, **training)
 
     def loss(
         self, trainable: Any, frozen: Any, batch: Images, weights: Float[Array, " N"], key: Any = None
@@ -57,12 +54,13 @@ class Classification(Task):
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
         return jnp.sum(weights * losses) / jnp.sum(weights)
 
-    def evaluate(self, trainable: Any, frozen: Any, test: Images) -> dict[str, float]:
-        """The mean loss and the accuracy on the test images, without dropout."""
-        chunks = [Images(*(z[i : i + CHUNK] for z in test)) for i in range(0, len(test.labels), CHUNK)]
+    def evaluate(self, trainable: Any, frozen: Any, data: Images) -> dict[str, float]:
+        """The mean loss and the accuracy, without dropout."""
+        size = len(data.labels)
+        chunks = [data.take(np.arange(i, min(i + CHUNK, size))) for i in range(0, size, CHUNK)]
         sums = [_sums(self, trainable, frozen, chunk) for chunk in chunks]
-        loss, accuracy = (float(sum(column)) / len(test.labels) for column in zip(*sums, strict=True))
-        return {"test_loss": loss, "test_accuracy": accuracy}
+        loss, accuracy = (float(sum(column)) / size for column in zip(*sums, strict=True))
+        return {"loss": loss, "accuracy": accuracy}
 
 
 @partial(jax.jit, static_argnums=0)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Int, Shaped, UInt8
 from PIL import Image
 
 from experiments import ExperimentError
@@ -15,6 +15,7 @@ from experiments import ExperimentError
 SUFFIXES = (".jpeg", ".jpg", ".png")
 SIZE = 32  # of the images in folders
 HELD_OUT = 1000  # of the 5000 bundled images, a tenth of them of each digit
+VALIDATION = 5000  # training examples for validation at most
 
 
 class Images(NamedTuple):
@@ -22,6 +23,54 @@ class Images(NamedTuple):
 
     images: UInt8[np.ndarray, "N h w *c"]
     labels: Int[np.ndarray, " N"]
+
+    def take(self, rows: Int[np.ndarray, " M"]) -> "Images":
+        """Some of them."""
+        return Images(self.images[rows], self.labels[rows])
+
+
+def hold_out(train: Any, test: Any, most: int = VALIDATION) -> tuple[Any, dict[str, Any]]:
+    """Takes a quarter of the training data, `most` at most, for validation; always the same.
+
+    It has of each label its share.
+
+    Args:
+      train: has labels and `take`.
+      test: the test data, or several by the prefix of their metrics.
+      most: for validation.
+
+    Returns:
+      (the rest of the training data, {"validation_": ..., "test_": ...}).
+    """
+    size = len(train.labels)
+    if size < 2:
+        raise ExperimentError(
+            f"there is {size} training example; expected 2 or more: some are for validation"
+        )
+    held_out = stratified(train.labels, min(most, max(1, size // 4)))
+    rest = np.setdiff1d(np.arange(size), held_out)
+    tests = {f"test_{prefix}": z for prefix, z in (test if isinstance(test, dict) else {"": test}).items()}
+    return train.take(rest), {"validation_": train.take(held_out), **tests}
+
+
+def subset(train: Any, examples: int | None) -> Any:
+    """So many of the training data, all if None; always the same ones, of each label its share."""
+    if examples is None:
+        return train
+    size = len(train.labels)
+    if not 1 <= examples <= size:
+        raise ExperimentError(f"examples is {examples}; expected 1 to {size}, all there are")
+    return train.take(stratified(train.labels, examples))
+
+
+def stratified(labels: Shaped[np.ndarray, " N"], examples: int) -> Int[np.ndarray, " {examples}"]:
+    """Places of some examples, always the same ones, of each label its share, in order."""
+    order = np.random.default_rng(0).permutation(len(labels))
+    share = np.empty(len(labels))  # of its label's examples that come before one, in random order
+    for label in np.unique(labels):
+        places = order[labels[order] == label]
+        share[places] = (np.arange(len(places)) + 0.5) / len(places)
+    return np.sort(order[np.argsort(share[order], kind="stable")][:examples])
 
 
 @functools.cache

@@ -34,7 +34,7 @@ def progress(runs: int) -> Callable[[str], Callable[..., None]]:
 
 def describe(metrics: dict[str, float]) -> str:
     """The metrics of an evaluation in one line."""
-    shown = {k: v for k, v in metrics.items() if k not in ("seconds_per_step", "peak_memory_mib")}
+    shown = {k: v for k, v in metrics.items() if not k.endswith(("_per_step", "_mib", "_kib"))}
     return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in shown.items())
 
 

@@ -34,20 +34,15 @@ METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 
 
 def score(
-    names: Iterable[str],
-    outputs: Float[np.ndarray, "N outputs"],
-    labels: Shaped[np.ndarray, " N"],
-    prefix: str = "",
+    names: Iterable[str], outputs: Float[np.ndarray, "N outputs"], labels: Shaped[np.ndarray, " N"]
 ) -> dict[str, float]:
     """The metrics of one evaluation set; nan, all of them, if an output is not finite.
 
     Args:
-      names: of metrics; those of another evaluation set, with another prefix, are passed over.
+      names: of metrics; those of another evaluation set, with a prefix, are passed over.
       outputs: logits of the classes, or one score each.
-      prefix: of the names of this evaluation set's metrics.
     """
-    metrics = {name: METRICS.get(name.removeprefix(prefix)) for name in names if name.startswith(prefix)}
-    metrics = {name: metric for name, metric in metrics.items() if metric is not None}
+    metrics = {name: METRICS[name] for name in names if name in METRICS}
     # In double precision: sums over an evaluation set lose digits in the outputs' own.
     outputs, labels = np.asarray(outputs, np.float64), np.asarray(labels)
     if not np.isfinite(outputs).all():

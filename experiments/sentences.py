@@ -122,16 +122,6 @@ def load_glue(
     return read("train"), {prefix: read(split) for prefix, split in evaluation.items()}
 
 
-def subset(sentences: Sentences, examples: int | None, seed: int = 0) -> Sentences:
-    """`examples` of the sentences at random, all if None; always the same ones for a seed."""
-    size = len(sentences.labels)
-    if examples is None:
-        return sentences
-    if not 1 <= examples <= size:
-        raise ExperimentError(f"examples is {examples}; expected 1 to {size}, all there are")
-    return sentences.take(np.random.default_rng(seed).permutation(size)[:examples])
-
-
 def _read_tfds(name: str, split: str, folder: Path | None) -> tuple[list[tuple[str, ...]], np.ndarray]:
     spec = SPECS[name]
     [source] = tfds_sources(f"glue/{name}", [split], folder)

@@ -9,17 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import traverse_util
+from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Bool, Float, Int
 
 from experiments import ExperimentError, metrics, sentences, tokens
+from experiments.data import hold_out, subset
 from experiments.models.checkpoints import bundled_folder, load_encoder
 from experiments.models.encoder import Classifier, EncoderConfig
 from experiments.sentences import SPECS, Sentences
-from experiments.task import Task
+from experiments.task import Task, Trainable, divide, is_full, join
 from oplora_jax.linen import loraize
 
 TARGETS = ("attention/query", "attention/value")
+VALIDATION = 1000  # training examples at most
 SHORTEST = 16  # tokens that a batch has room for; longer ones have a power of two: few shapes to compile
 
 
@@ -36,8 +38,9 @@ class Batch(NamedTuple):
 class Text(Task):
     """Fine-tune a pretrained encoder on labelled sentences.
 
-    LoRA of rank 8 on the queries and values, and a new classification head, train; the rest is frozen. The
-    learning rate falls linearly to zero, gradients are clipped to norm 1.
+    LoRA of rank 8 on the queries and values, or in full training their kernels, and a new classification head
+    train; the rest is frozen. The learning rates fall linearly to zero, gradients are clipped to norm 1.
+    Learning rates are chosen on examples held out from the training ones.
     """
 
     data: Literal["bundled", "glue", "tfds"] = "bundled"
@@ -62,6 +65,8 @@ class Text(Task):
     """Rate in the encoder and the head."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the encoder's weights and computation; LoRA and the head are float32."""
+    others_rate: float = 1e-3
+    """Of AdamW, which trains the head whatever the method."""
 
     rank = 8
     evaluations = 4
@@ -88,7 +93,10 @@ class Text(Task):
         return self.dataset or ("movies" if self.data == "bundled" else "sst2")
 
     def load(self, seed: int) -> tuple[Sentences, dict[str, Sentences]]:
-        """(what to train on, what to evaluate on by its metrics' prefix); the same for every seed."""
+        """(what to train on, what to evaluate on by its metrics' prefix); the same for every seed.
+
+        GLUE's development sets are for the test.
+        """
         if (self._dataset == "movies") != (self.data == "bundled"):
             raise ExperimentError(
                 f"dataset is {self._dataset} and data is {self.data}; movies are bundled, the others come "
@@ -112,7 +120,8 @@ class Text(Task):
         else:
             source = self._dataset, self.data_dir, tokenizer, self.max_length, self.data == "tfds"
             train, test = sentences.load_glue(*source)
-        return sentences.subset(train, self.examples), test
+        train, held_out = hold_out(train, test, VALIDATION)
+        return subset(train, self.examples), held_out
 
     def lengths(self, data: Sentences) -> Int[np.ndarray, " N"]:
         """How many tokens each example has."""
@@ -123,24 +132,21 @@ class Text(Task):
         config, _ = _pretrained(self._weights, self.dtype)
         return _padded(data, indices, config.pad_token_id, self.max_length)
 
-    def init(self, seed: Any, full: bool) -> tuple[Any, Any]:
+    def init(self, seed: Any, full: bool) -> tuple[Trainable, dict[str, Any]]:
         """(what is trained, what is frozen), by path."""
         config, encoder = _pretrained(self._weights, self.dtype)
         row = jnp.zeros((1, 1), jnp.int32)
-        train = lambda path: full or path.startswith("head_") or path.endswith("/lora")
+        leaves = tuple(f"{target}/{'kernel' if full else 'lora'}" for target in TARGETS)
 
         @jax.jit  # the encoder's own random start is never computed
         def new(key):
             params = self._model(config, full).init(key, row, row == 0, row)["params"]
-            flat = traverse_util.flatten_dict(params, sep="/")
+            flat = flatten_dict(params, sep="/")
             return {path: leaf for path, leaf in flat.items() if path not in pretrained}
 
-        pretrained = traverse_util.flatten_dict({"encoder": encoder}, sep="/")
+        pretrained = flatten_dict({"encoder": encoder}, sep="/")
         flat = {**pretrained, **new(jax.random.key(seed))}
-        return (
-            {path: leaf for path, leaf in flat.items() if train(path)},
-            {path: leaf for path, leaf in flat.items() if not train(path)},
-        )
+        return divide(flat, lambda path: path.endswith(leaves), lambda path: path.startswith("head_"))
 
     def loss(
         self, trainable: Any, frozen: Any, batch: Batch, weights: Float[Array, " B"], key: Any = None
@@ -156,23 +162,19 @@ class Text(Task):
             losses = optax.softmax_cross_entropy_with_integer_labels(outputs, batch.labels)
         return jnp.sum(weights * losses) / jnp.sum(weights)
 
-    def evaluate(self, trainable: Any, frozen: Any, test: dict[str, Sentences]) -> dict[str, float]:
+    def evaluate(self, trainable: Any, frozen: Any, data: Sentences) -> dict[str, float]:
         """The metrics of the data set."""
-        found = {}
-        for prefix, data in test.items():
-            order = np.argsort(self.lengths(data), kind="stable")
-            outputs = np.empty((len(order), SPECS[self._dataset].outputs), np.float32)
-            for start in range(0, len(order), 2 * self.batch_size):
-                rows = np.take(order, np.arange(start, start + 2 * self.batch_size), mode="clip")
-                outputs[rows] = _forward(self, trainable, frozen, self.take(data, rows))
-            found |= metrics.score(SPECS[self._dataset].metrics, outputs, data.labels, prefix)
-        return {f"test_{name}": value for name, value in found.items()}
+        order = np.argsort(self.lengths(data), kind="stable")
+        outputs = np.empty((len(order), SPECS[self._dataset].outputs), np.float32)
+        for start in range(0, len(order), 2 * self.batch_size):
+            rows = np.take(order, np.arange(start, start + 2 * self.batch_size), mode="clip")
+            outputs[rows] = _forward(self, trainable, frozen, self.take(data, rows))
+        return metrics.score(SPECS[self._dataset].metrics, outputs, data.labels)
 
     def _outputs(self, trainable, frozen, batch, key=None):
         config, _ = _pretrained(self._weights, self.dtype)
-        params = traverse_util.unflatten_dict({**frozen, **trainable}, sep="/")
-        return self._model(config, full=not frozen).apply(
-            {"params": params},
+        return self._model(config, is_full(trainable)).apply(
+            {"params": join(trainable, frozen)},
             batch.tokens,
             batch.mask,
             batch.segments,

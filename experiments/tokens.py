@@ -2,21 +2,45 @@
 
 import functools
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+import gguf
 import numpy as np
 import tokenizers
 from jaxtyping import Int
+from tokenizers import pre_tokenizers
 
 from experiments import ExperimentError
+from experiments.models.gguf_files import gguf_value, read_gguf
 
+_bytes = partial(pre_tokenizers.ByteLevel, add_prefix_space=False)
+# By GGUF's name: how a text is normalized, and split into words before byte pairs are merged in them.
+_SPLITS = {
+    "smollm": (None, [pre_tokenizers.Digits(individual_digits=True), _bytes()]),
+    "qwen2": (
+        tokenizers.normalizers.NFC(),
+        [
+            pre_tokenizers.Split(
+                tokenizers.Regex(
+                    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+                    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+                ),
+                behavior="isolated",
+            ),
+            _bytes(use_regex=False),
+        ],
+    ),
+}
 CHUNK = 10_000  # an encoding takes kilobytes until its ids are copied: not all of them at once
 
 
 @functools.cache
-def load_tokenizer(folder: Path) -> tokenizers.Tokenizer:
-    """The tokenizer in a model's folder, from its tokenizer.json."""
-    path = folder / "tokenizer.json"
+def load_tokenizer(path: Path) -> tokenizers.Tokenizer:
+    """The tokenizer of a model: in its folder, from tokenizer.json, or in its GGUF file."""
+    if path.suffix == ".gguf":
+        return _from_gguf(path)
+    path = path / "tokenizer.json"
     if not path.is_file():
         raise ExperimentError(
             f"{path} is missing: copy it from the checkpoint that the weights come from, or write it with "
@@ -26,6 +50,41 @@ def load_tokenizer(folder: Path) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises a bare Exception
         raise ExperimentError(f"{path} cannot be read: copy it again from the checkpoint. {error}") from error
+
+
+def _from_gguf(path: Path) -> tokenizers.Tokenizer:
+    """Byte pairs in byte-level words; what else GGUF has is refused."""
+    reader = read_gguf(path)
+    value = lambda key, default=None: gguf_value(reader, f"tokenizer.ggml.{key}", default)
+    for key, supported in (("model", ("gpt2",)), ("pre", tuple(_SPLITS)), ("add_bos_token", (False,))):
+        found = value(key, False if key == "add_bos_token" else None)
+        if found not in supported:
+            expected = " or ".join(map(repr, supported))
+            raise ExperimentError(f"{path}: tokenizer.ggml.{key} is {found!r}; only {expected} is supported")
+    words, kinds, unknown = value("tokens", []), value("token_type", []), value("unknown_token_id")
+    vocabulary = {word: i for i, word in enumerate(words)}
+    if not len(vocabulary) == len(words) == len(kinds):
+        counts = f"{len(words)} tokens, {len(vocabulary)} of them different, of {len(kinds)} types"
+        raise ExperimentError(f"{path}: tokenizer.ggml has {counts}")
+    merges = [tuple(merge.split(" ")) for merge in value("merges", [])]
+    try:
+        unknown = None if unknown is None else words[unknown]
+        model = tokenizers.models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True)
+    except Exception as error:  # tokenizers raises a bare Exception
+        raise ExperimentError(f"{path}: its tokenizer cannot be read: {error}") from error
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.normalizer, words_then_bytes = _SPLITS[value("pre")]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(words_then_bytes)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    added = {gguf.TokenType.CONTROL: True, gguf.TokenType.USER_DEFINED: False}  # whether they are special
+    tokenizer.add_tokens(
+        [
+            tokenizers.AddedToken(word, normalized=False, special=added[kind])
+            for word, kind in zip(words, kinds, strict=True)
+            if kind in added
+        ]
+    )
+    return tokenizer
 
 
 def check_vocabulary(tokenizer: tokenizers.Tokenizer, vocab_size: int, folder: Path) -> None:

@@ -5,7 +5,8 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ from experiments import ExperimentError, methods, storage
 from experiments.methods import Method
 from experiments.storage import Config
 from experiments.task import Task
+from oplora_jax.optimizers import OPTIMIZERS as OURS
 
 BUCKETED = 32  # batches whose examples are sorted by length together
 
@@ -45,8 +47,9 @@ def train(config: Config, *hooks: Hook, checkpoint_seconds: float = 10.0) -> pd.
       checkpoint_seconds: the least time between two checkpoints.
 
     Returns:
-      The metrics, one row for each evaluation, the last one at the end of training. seconds_per_step is the
-      median over the steps since the one before; peak_memory_mib what XLA counts for the largest of them.
+      The metrics, one row for each evaluation, the last one at the end of training, which alone has those of
+      the test data. seconds_per_step is the median over the steps since the one before; peak_memory_mib what
+      XLA counts for the largest of them.
 
     Raises:
       ExperimentError: a configuration that cannot be run.
@@ -55,7 +58,8 @@ def train(config: Config, *hooks: Hook, checkpoint_seconds: float = 10.0) -> pd.
     task, folder = config.task, config.folder
     if config.finished:
         return storage.read_metrics(folder)
-    data, test = task.load(config.seed)
+    of_method, of_all = optimizer_bytes(task, config.method)
+    data, held_out = task.load(config.seed)
     size, lengths = len(data[0]), task.lengths(data)
     _check(config, size)
     ends = evaluations(task, size)
@@ -76,10 +80,16 @@ def train(config: Config, *hooks: Hook, checkpoint_seconds: float = 10.0) -> pd.
             if step in ends:
                 losses, seconds, memory = zip(*window, strict=True)
                 metrics = {"epoch": ends[step], "train_loss": float(np.mean(losses))}
-                metrics |= task.evaluate(state.trainable, frozen, test)
+                for prefix, part in held_out.items():
+                    if prefix.startswith("test_") and step < max(ends):
+                        continue
+                    found = task.evaluate(state.trainable, frozen, part)
+                    metrics |= {f"{prefix}{name}": value for name, value in found.items()}
                 metrics |= {
                     "peak_memory_mib": max(memory) / 2**20,
                     "seconds_per_step": float(np.median(seconds)),
+                    "lora_state_kib": of_method / 1024,
+                    "optimizer_state_kib": of_all / 1024,
                 }
                 window = []
             # The checkpoint last: it says how many rows of the metrics count.
@@ -110,10 +120,12 @@ def start(config: Config) -> tuple[State, Any]:
         raise ExperimentError(f"{config.method}: {error}") from error
 
 
-def optimizer_bytes(config: Config) -> int:
-    """The size of the optimizer's state."""
-    state, _ = jax.eval_shape(partial(start, config))
-    return size_in_bytes(state.optimizer)
+@cache
+def optimizer_bytes(task: Task, method: Method) -> tuple[int, int]:
+    """The size of the optimizer's state: (of LoRA, or of the kernels in its place; of all that trains)."""
+    state, _ = jax.eval_shape(partial(start, Config(task, method, 1.0, 0, Path())))
+    of_method = state.optimizer if task.others_rate is None else state.optimizer.inner_states["adapted"]
+    return size_in_bytes(of_method), size_in_bytes(state.optimizer)
 
 
 def size_in_bytes(tree: Any) -> int:
@@ -163,13 +175,25 @@ def load_parameters(config: Config) -> tuple[Any, Any]:
 def make_optimizer(
     task: Task, method: Method, learning_rate: Any, seed: int, steps: int
 ) -> optax.GradientTransformation:
-    """A method's optimizer, with the task's clipping and schedule, for so many steps."""
-    if task.decay:
-        learning_rate = optax.linear_schedule(learning_rate, 0.0, steps)
-    optimizer = method.optimizer(task, learning_rate, seed)
-    if task.max_norm is None:
-        return optimizer
-    return optax.chain(oplora_jax.clip_by_global_norm(task.max_norm), optimizer)
+    """A method's optimizer, beside the AdamW of what is not adapted, for so many steps.
+
+    Both have the task's schedule and clipping, each for itself: what is not adapted trains in the same way
+    whatever the method and its kind of gradient are.
+    """
+
+    def finish(make, rate):
+        tx = make(optax.linear_schedule(rate, 0.0, steps) if task.decay else rate)
+        if task.max_norm is None:
+            return tx
+        return optax.chain(oplora_jax.clip_by_global_norm(task.max_norm), tx)
+
+    of_method = finish(lambda rate: method.optimizer(task, rate, seed), learning_rate)
+    if task.others_rate is None:
+        return of_method
+    others = finish(partial(optax.adamw, weight_decay=0.0), task.others_rate)
+    return optax.partition(
+        {"adapted": of_method, "others": others}, {"adapted": "adapted", "others": "others"}
+    )
 
 
 def make_step(config: Config, steps: int, frozen: Any) -> Callable[..., tuple[State, tuple]]:
@@ -177,16 +201,17 @@ def make_step(config: Config, steps: int, frozen: Any) -> Callable[..., tuple[St
     key = jax.random.key(config.seed, impl="rbg")  # the default takes a third of a step on CPU for dropout
     constant = (config.task, config.method, steps, np.float32(config.learning_rate), key)
     memory: dict[tuple, int] = {}
+    take_step = _step_at_rate if config.task.in_backward else _step
 
     def step(state, done, *batch):
         arguments = (*constant, np.int32(done), state, frozen, *batch)
         began = time.perf_counter()
-        state, loss = _step(*arguments)
+        state, loss = take_step(*arguments)
         loss = float(loss)  # waits for the step
         seconds = time.perf_counter() - began
         shapes = tuple(z.shape for z in jax.tree.leaves(batch))
         if shapes not in memory:  # the compiled step is there already
-            memory[shapes] = peak_memory(_step.lower(*arguments).compile())
+            memory[shapes] = peak_memory(take_step.lower(*arguments).compile())
         return state, (loss, seconds, memory[shapes])
 
     return step
@@ -204,13 +229,30 @@ def advance(
     return State(optax.apply_updates(state.trainable, updates), optimizer_state), loss
 
 
-# The learning rate is an argument, so that all runs of a method share one compilation.
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _step(task, method, steps, learning_rate, key, step, state, frozen, batch, weights):
-    value_and_grad = methods.differentiate(method.gradient)(task.loss)
+def advance_in_backward(
+    loss: Callable[..., Any], optimizer: optax.GradientTransformation, state: State, *arguments: Any
+) -> tuple[State, Any]:
+    """`advance` with each LoRA parameter's step inside the backward pass."""
+    step = oplora_jax.value_and_update(loss, optimizer)
+    loss, updates, optimizer_state = step(state.trainable, state.optimizer, *arguments)
+    return State(optax.apply_updates(state.trainable, updates), optimizer_state), loss
+
+
+def _one_step(task, method, steps, learning_rate, key, step, state, frozen, batch, weights):
     optimizer = make_optimizer(task, method, learning_rate, 0, steps)
-    key = jax.random.fold_in(key, step)
-    return advance(value_and_grad, optimizer, state, frozen, batch, weights, key)
+    arguments = state, frozen, batch, weights, jax.random.fold_in(key, step)
+    if not task.in_backward:
+        return advance(methods.differentiate(method.gradient)(task.loss), optimizer, *arguments)
+    try:
+        return advance_in_backward(task.loss, optimizer, *arguments)
+    except ValueError as error:
+        raise ExperimentError(f"{method} with in-backward: {error}") from error
+
+
+# The learning rate is an argument, so that all runs of a method share one compilation; not so in the backward
+# pass, where an optimizer takes a number or a schedule.
+_step = jax.jit(_one_step, static_argnums=(0, 1, 2))
+_step_at_rate = jax.jit(_one_step, static_argnums=(0, 1, 2, 3))
 
 
 def _check(config: Config, size: int) -> None:
@@ -221,5 +263,12 @@ def _check(config: Config, size: int) -> None:
         raise ExperimentError(f"batch-size is {task.batch_size}; expected 1 to {size}, all examples")
     if not (config.learning_rate > 0 and math.isfinite(config.learning_rate)):
         raise ExperimentError(f"learning-rate is {config.learning_rate}; expected a positive number")
+    if task.others_rate is not None and not (task.others_rate > 0 and math.isfinite(task.others_rate)):
+        raise ExperimentError(f"others-rate is {task.others_rate}; expected a positive number")
+    if task.in_backward and (config.method.of not in OURS or task.max_norm is not None):
+        raise ExperimentError(
+            f"in-backward with {config.method}{'' if task.max_norm is None else ' and clipping'}; expected "
+            "one of this package's optimizers, and no clipping, which needs all gradients at once"
+        )
     if config.seed < 0:
         raise ExperimentError(f"seed is {config.seed}; expected 0 or more")

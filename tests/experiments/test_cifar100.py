@@ -7,11 +7,11 @@ import pytest
 from PIL import Image
 
 from experiments import ExperimentError, data
-from experiments.cifar100 import MEAN, STD, Cifar100, PatchMLP, stratified
+from experiments.cifar100 import MEAN, STD, Cifar100, PatchMLP
 from experiments.data import Images
 from experiments.methods import method
 from experiments.storage import Config
-from oplora_jax import LowRank
+from experiments.training import make_optimizer
 
 DENSE = [f"LoRADense_{i}" for i in range(9)]
 
@@ -76,19 +76,22 @@ def test_what_trains(task):
     trainable, frozen = jax.eval_shape(lambda: task.init(0, full=False))
     norms = {f"LayerNorm_{i}/{leaf}" for i in range(5) for leaf in ("scale", "bias")}
     others = {"Conv_0/kernel", "Conv_0/bias", "positions"} | norms
-    assert set(trainable) == others | {f"{layer}/lora" for layer in DENSE}
+    assert trainable["others"].keys() == others
+    assert trainable["adapted"].keys() == {f"{layer}/lora" for layer in DENSE}
     assert set(frozen) == {f"{layer}/{leaf}" for layer in DENSE for leaf in ("kernel", "bias")}
     # The head has three outputs, as many as there are classes, and no more rank than that.
-    assert [trainable[f"{layer}/lora"].a.shape[-1] for layer in DENSE] == [16] * 8 + [3]
+    assert [trainable["adapted"][f"{layer}/lora"].a.shape[-1] for layer in DENSE] == [16] * 8 + [3]
     assert frozen["LoRADense_8/kernel"].shape == (256, 3)
     trainable, frozen = jax.eval_shape(lambda: task.init(0, full=True))
-    assert not frozen and not any(isinstance(leaf, LowRank) for leaf in trainable.values())
+    assert trainable["others"].keys() == others
+    assert trainable["adapted"].keys() == {f"Dense_{i}/kernel" for i in range(9)}
+    assert set(frozen) == {f"Dense_{i}/bias" for i in range(9)}
 
 
 def test_hundred_classes_without_a_folder():
     trainable, frozen = jax.eval_shape(lambda: Cifar100().init(0, full=False))
     assert frozen["LoRADense_8/kernel"].shape == (256, 100)
-    assert trainable["LoRADense_8/lora"].a.shape == (256, 16)
+    assert trainable["adapted"]["LoRADense_8/lora"].a.shape == (256, 16)
 
 
 @pytest.mark.parametrize(
@@ -104,11 +107,12 @@ def test_hundred_classes_without_a_folder():
 )
 def test_optimizers_take_its_head(task, of):
     trainable, _ = jax.eval_shape(lambda: task.init(0, full=False))
-    jax.eval_shape(of.optimizer(task, 0.1, seed=0).init, trainable)
+    jax.eval_shape(make_optimizer(task, of, 0.1, seed=0, steps=1).init, trainable)
 
 
 def test_dropout_in_training_alone(task, parameters):
-    train, test = task.load(0)
+    train, held_out = task.load(0)
+    test = held_out["test_"]
     batch = Images(jnp.asarray(train.images[:4]), jnp.asarray(train.labels[:4]))
     loss = jax.jit(lambda key: task.loss(*parameters, batch, jnp.ones(4), key))
     losses = [float(loss(jax.random.key(i))) for i in (0, 0, 1)]
@@ -119,8 +123,8 @@ def test_dropout_in_training_alone(task, parameters):
     logits = np.asarray(task.logits(*parameters, test.images), np.float64)
     log_probabilities = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     expected = -log_probabilities[np.arange(6), test.labels].mean()
-    np.testing.assert_allclose(found["test_loss"], expected, rtol=1e-4)  # float32 sums
-    assert found["test_accuracy"] == np.mean(logits.argmax(-1) == test.labels)
+    np.testing.assert_allclose(found["loss"], expected, rtol=1e-4)  # float32 sums
+    assert found["accuracy"] == np.mean(logits.argmax(-1) == test.labels)
 
 
 def test_padding_of_a_batch_does_not_count(folder, parameters):
@@ -131,24 +135,15 @@ def test_padding_of_a_batch_does_not_count(folder, parameters):
     np.testing.assert_allclose(loss(4, [1.0] * 3 + [0.0]), loss(3, [1.0] * 3), rtol=1e-5)
 
 
-def test_stratified_examples():
-    labels = np.repeat(np.arange(3), [40, 20, 20])
-    taken = stratified(labels, 20)
-    assert np.bincount(labels[taken]).tolist() == [10, 5, 5]
-    assert len(set(taken)) == 20 and (np.diff(taken) > 0).all()
-    np.testing.assert_array_equal(taken, stratified(labels, 20))
-    np.testing.assert_array_equal(stratified(labels, 80), np.arange(80))
-    assert len(stratified(labels, 7)) == 7
-
-
 def test_examples(folder):
     load = lambda seed, **fields: Cifar100(data="folder", data_dir=folder, **fields).load(seed)
-    train, test = load(0, examples=6)
-    assert train.labels.tolist() == [0, 0, 1, 1, 2, 2] and len(test.labels) == 6
+    train, held_out = load(0, examples=6)
+    assert train.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert {prefix: len(z.labels) for prefix, z in held_out.items()} == {"validation_": 6, "test_": 6}
     np.testing.assert_array_equal(train.images, load(1, examples=6)[0].images)
-    assert len(load(0)[0].labels) == 24
-    for examples in (0, 25):
-        with pytest.raises(ExperimentError, match=f"examples is {examples}; expected 1 to 24"):
+    assert len(load(0)[0].labels) == 18  # of 24
+    for examples in (0, 19):
+        with pytest.raises(ExperimentError, match=f"examples is {examples}; expected 1 to 18"):
             load(0, examples=examples)
 
 
@@ -170,7 +165,8 @@ def test_tfds():
     tfds = pytest.importorskip("tensorflow_datasets")
     data.tfds_images.cache_clear()
     with tfds.testing.mock_data(num_examples=12):
-        train, test = Cifar100(examples=5).load(0)
+        train, held_out = Cifar100(examples=5).load(0)
+        test = held_out["test_"]
     data.tfds_images.cache_clear()
     assert train.images.shape == (5, 32, 32, 3) and test.images.shape == (12, 32, 32, 3)
     assert train.images.dtype == np.uint8 and train.labels.dtype == np.int32

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -54,16 +55,22 @@ def test_compare_writes_a_table_and_figures(tmp_path, capsys):
     several = ["--method", "lora_sgd", "--method", "oplora", "--num-iters", "1", "2"]
     arguments = ["compare", *LINEAR, *several, "--seeds", "0", "1", "2", "--learning-rates", "0.001", "0.002"]
     assert main([*arguments, "--output", str(tmp_path)]) == 0
-    expected = [(m, lr) for m in ("lora_sgd", "oplora", "oplora(num_iters=2)") for lr in (0.001, 0.002)]
-    assert names_and_rates(tmp_path) == expected
+    tried = pd.read_csv(tmp_path / "sweep.csv")
+    names = "lora_sgd", "oplora", "oplora(num_iters=2)"
+    expected = [(m, lr) for m in names for lr in (0.001, 0.002)]
+    assert list(tried[["method", "learning_rate"]].itertuples(index=False, name=None)) == expected
+    assert names_and_rates(tmp_path) == [(m, 0.002) for m in names]  # the best ones
     config = lambda seed: Config(Linear(epochs=2), method("oplora", num_iters=2), 0.002, seed, tmp_path)
     finals = [storage.read_metrics(config(seed).folder)["excess_loss"].iloc[-1] for seed in range(3)]
-    row = rows(tmp_path).iloc[5]
+    row = rows(tmp_path).iloc[2]
     spread = [np.median(finals), min(finals), max(finals)]
     assert [row[f"excess_loss_{part}"] for part in ("median", "min", "max")] == pytest.approx(
         spread, rel=1e-12
     )
-    assert "{:.3g} ({:.3g}, {:.3g})".format(*spread) in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "{:.4g} ({:.4g}, {:.4g})".format(*spread) in printed
+    assert "of 3 seeds, at the rates with the best excess loss" in printed
+    assert "oplora: the best rate, 0.002, is at an end of those tried" in printed
     for name in ("curves.png", "sweep.png"):
         assert (tmp_path / name).read_bytes().startswith(PNG)
     assert not (tmp_path / "heat_map.png").exists()
@@ -73,10 +80,97 @@ def test_compare_around_each_methods_own_rate(tmp_path, capsys):
     factors = ["--rate-factors", "0.5", "1", "--output", str(tmp_path)]
     arguments = ["compare", *LINEAR, "--method", "oplora", "lora_sgd", "--seeds", "0", *factors]
     assert main(arguments) == 0
+    tried = pd.read_csv(tmp_path / "sweep.csv")
     expected = [("oplora", 0.05), ("oplora", 0.1), ("lora_sgd", 0.001), ("lora_sgd", 0.002)]
-    assert names_and_rates(tmp_path) == expected
+    assert list(tried[["method", "learning_rate"]].itertuples(index=False, name=None)) == expected
     assert main([*arguments, "--learning-rates", "0.1"]) == 1
     assert "both learning rates and rate-factors are given; give one" in capsys.readouterr().err
+
+
+def rates_and_seeds(path, name):
+    found = [re.match(r"lr(.*)_seed(\d+)_", z.name).groups() for z in path.glob(f"*/{name}/*")]
+    return sorted((float(rate), int(seed)) for rate, seed in found)
+
+
+def test_sweep(tmp_path, capsys, monkeypatch):
+    """One seed over rates, further where the best is at an end, and all seeds at the best alone."""
+    finals = {"oplora": 0.3, "lora_sgd": 3.0, "scaled_gd": 1e9}  # the best rates
+    trained = []
+
+    def fake(config, *hooks):
+        trained.append(config)
+        best = finals[config.method.preset]
+        loss = abs(np.log(config.learning_rate / best)) if best < 1e9 else np.nan  # which diverges
+        row = {"epoch": 2.0, "excess_loss": loss, "train_loss": loss + config.seed, "seconds_per_step": 0.1}
+        row |= {"peak_memory_mib": 1, "lora_state_kib": 1, "optimizer_state_kib": 1}
+        storage.write(config.folder / "config.json", config.to_json().encode())
+        storage.write_rows(config.folder / "metrics.csv", [row])
+
+    monkeypatch.setattr("experiments.__main__.train", fake)
+    monkeypatch.setattr("experiments.figures.write_figure", lambda figure, path: path.touch())
+    rates = ["--learning-rates", "0.1", "0.3", "1", "--output", str(tmp_path)]
+    methods = ["--method", "oplora", "lora_sgd", "--method", "scaled_gd"]
+    assert main(["compare", *LINEAR, *methods, "--sweep", "--seeds", "4", "5", *rates]) == 0
+    assert rates_and_seeds(tmp_path, "oplora") == [(0.1, 4), (0.3, 4), (0.3, 5), (1, 4)]
+    # At its upper end: one rate more, which is better than the next.
+    assert rates_and_seeds(tmp_path, "lora_sgd") == [
+        (0.1, 4),
+        (0.3, 4),
+        (1, 4),
+        (3.33, 4),
+        (3.33, 5),
+        (11.1, 4),
+    ]
+    # All diverge: the smallest, twice.
+    found = rates_and_seeds(tmp_path, "scaled_gd")
+    assert found == [(0.0111, 4), (0.0111, 5), (0.0333, 4), (0.1, 4), (0.3, 4), (1, 4)]
+    assert names_and_rates(tmp_path) == [("oplora", 0.3), ("lora_sgd", 3.33), ("scaled_gd", 0.0111)]
+    printed = capsys.readouterr().out
+    assert "scaled_gd: the best rate, 0.0111, is at an end of those tried" in printed
+    assert "lora_sgd:" not in printed
+    assert len(pd.read_csv(tmp_path / "sweep.csv")) == 3 + 5 + 5
+
+
+def test_sweep_by_default_half_a_decade_apart(tmp_path, monkeypatch):
+    tried = []
+    monkeypatch.setattr(
+        "experiments.__main__._train", lambda command, configs: tried.extend(configs) or 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):
+        main(["compare", *LINEAR, "--method", "oplora", "--sweep", "--output", str(tmp_path)])
+    assert [config.learning_rate for config in tried] == [0.01, 0.0316, 0.1, 0.316, 1.0]
+    assert {config.seed for config in tried} == {0}
+
+
+def test_report(tmp_path, capsys):
+    """Of the runs of two commands, whatever the current folder is, without what trained them."""
+    for epochs in ("2", "3"):
+        arguments = ["linear", "--epochs", epochs, "--method", "oplora", "lora_adamw", "--seeds", "0", "1"]
+        assert main(["compare", *arguments, "--output", str(tmp_path / "runs" / epochs)]) == 0
+    printed = capsys.readouterr().out
+    for folder in (tmp_path / "runs").rglob("parameters"):
+        shutil.rmtree(folder)
+    runs = [str(tmp_path / "runs" / epochs) for epochs in ("2", "3")]
+    assert main(["report", *runs, "--output", str(tmp_path / "report")]) == 0
+    overview = pd.read_csv(tmp_path / "report" / "overview.csv")
+    titles = ["linear_stochastic, epochs 2", "linear_stochastic, epochs 3"]
+    assert sorted(overview["task"]) == sorted(2 * titles)
+    found = capsys.readouterr().out
+    assert "| linear_stochastic, epochs 2: excess loss |" in found
+    for epochs, title in zip(("2", "3"), titles, strict=True):
+        rows_of = pd.read_csv(tmp_path / "runs" / epochs / "summary.csv").set_index("method")
+        for _, row in overview[overview["task"] == title].iterrows():
+            same = rows_of.loc[row["method"]]
+            assert [row[z] for z in ("seeds", "learning_rate", "lora_state_kib")] == [
+                same[z] for z in ("seeds", "learning_rate", "lora_state_kib")
+            ]
+            assert row["median"] == same["excess_loss_median"]
+            assert f"{row['median']:.4g} (" in found and f"{row['median']:.4g} (" in printed
+    for kind in ("sweep", "curves"):
+        path = tmp_path / "report" / f"linear_stochastic_{kind}.png"
+        assert path.read_bytes().startswith(PNG)
+    assert main(["report", str(tmp_path / "nothing")]) == 1
+    assert "no run in" in capsys.readouterr().err
 
 
 def test_each_method_has_its_own_rates(tmp_path):
@@ -179,7 +273,7 @@ def test_one_run_is_trained_once(tmp_path, monkeypatch):
         (["run", *LINEAR, "--method", "oplora", "svdlora"], "2 runs; run takes one, and compare several"),
         (["run", *LINEAR, "--method", "oplora", "--num-iters", "1", "2"], "2 runs; run takes one"),
         (["run", "linear", "--method", "svdlora", "--epochs", "0"], "epochs is 0; expected 1 or more"),
-        (["run", "mnist", "--method", "svdlora", "--batch-size", "5000"], "expected 1 to 4000"),
+        (["run", "mnist", "--method", "svdlora", "--batch-size", "5000"], "expected 1 to 3000"),
         (["run", *LINEAR], "no method is given; behind --method there may be full_sgd"),
         (["compare", *LINEAR, "--method"], "no method is given"),
         (["compare", *LINEAR, "--method", "svdlora", "oplora", "--num-iters", "2"], "no setting"),
@@ -189,6 +283,7 @@ def test_one_run_is_trained_once(tmp_path, monkeypatch):
         (["run", *LINEAR, "--method", "oplora", "--momentum-rank", "many"], "momentum_rank=many"),
         (["run", *LINEAR, "--method", "oplora", "--learning-rate", "big"], "rate is 'big'"),
         (["compare", "cifar100", "--method", "altlora"], "altlora has no learning rate for cifar100"),
+        (["report", "outputs", "--method", "oplora"], "report takes no --method"),
         (["compare", *LINEAR, "--method", "svdlora", "--seeds", "-1"], "seed is -1"),
     ],
 )  # fmt: skip

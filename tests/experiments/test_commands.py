@@ -1,6 +1,7 @@
 """The commands that the documents name: each is understood, and each of the results' starts."""
 
 import dataclasses
+import itertools
 import pathlib
 import re
 import shlex
@@ -32,8 +33,7 @@ OTHERS = [z for name in ("README.md", "Makefile") for z in commands(ROOT / name)
 def configs(command, output):
     command, choices = parse(shlex.split(command, comments=True))
     seeds = getattr(command, "seeds", ()) or command.task.seeds
-    rates = getattr(command, "learning_rates", ()), getattr(command, "rate_factors", ())
-    return _configs(dataclasses.replace(command, output=output), choices, seeds, *rates)
+    return _configs(dataclasses.replace(command, output=output), choices, seeds)
 
 
 class Started(Exception):
@@ -64,13 +64,14 @@ def few(tmp_path_factory):
         spec = sentences.SPECS[name]
         lines = [
             "\t".join((*spec.texts, spec.label)),
-            *["\t".join(["good film"] * len(spec.texts) + ["1"])] * 32,
+            *["\t".join(["good film"] * len(spec.texts) + ["1"])] * 48,
         ]
         (folder / spec.folder).mkdir()
         for split in ("train", "dev"):
             (folder / spec.folder / f"{split}.tsv").write_text("\n".join(lines))
-    for path in (folder / split / label / "0.png" for split in ("train", "test") for label in ("cat", "dog")):
-        path.parent.mkdir(parents=True)
+    names = itertools.product(("train", "test"), ("cat", "dog"), ("0.png", "1.png"))
+    for path in (folder.joinpath(*name) for name in names):
+        path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (32, 32)).save(path)
     return {
         mnist.Mnist: {"batch_size": 8},

@@ -32,6 +32,54 @@ def test_split_is_always_the_same():
         np.testing.assert_array_equal(before.labels, after.labels)
 
 
+def test_stratified_examples():
+    labels = np.repeat(np.arange(3), [40, 20, 20])
+    taken = data.stratified(labels, 20)
+    assert np.bincount(labels[taken]).tolist() == [10, 5, 5]
+    assert len(set(taken)) == 20 and (np.diff(taken) > 0).all()
+    np.testing.assert_array_equal(taken, data.stratified(labels, 20))
+    np.testing.assert_array_equal(data.stratified(labels, 80), np.arange(80))
+    assert len(data.stratified(labels, 7)) == 7
+    scores = np.linspace(0, 5, 80, dtype=np.float32)  # each its own label: at random
+    taken = data.stratified(scores, 40)
+    assert len(set(taken)) == 40 and 10 < np.sum(taken < 40) < 30
+
+
+def images(size):
+    """Images of which each has a number of its own, of two classes, a quarter of them of the second one."""
+    pixels = np.broadcast_to(np.arange(size, dtype=np.uint8)[:, None, None], (size, 2, 2))
+    return data.Images(pixels, (np.arange(size) % 4 == 3).astype(np.int32))
+
+
+@pytest.mark.parametrize(("size", "most", "expected"), [(80, 8, 8), (80, 1000, 20), (2, 1000, 1)])
+def test_validation_data_are_held_out_from_the_training_ones(size, most, expected):
+    train, held_out = data.hold_out(images(size), {"": "test", "mismatched_": "other"}, most)
+    validation = held_out["validation_"]
+    assert len(validation.labels) == expected
+    both = [*train.images[:, 0, 0], *validation.images[:, 0, 0]]
+    assert sorted(both) == list(range(size))
+    if size == 80:
+        assert np.bincount(validation.labels).tolist() == [expected * 3 // 4, expected // 4]
+    assert list(held_out) == ["validation_", "test_", "test_mismatched_"]
+    again, _ = data.hold_out(images(size), None, most)
+    np.testing.assert_array_equal(again.images, train.images)
+
+
+def test_too_few_to_hold_some_out():
+    with pytest.raises(ExperimentError, match="there is 1 training example; expected 2 or more"):
+        data.hold_out(images(1), None)
+
+
+def test_subset():
+    whole = images(80)
+    assert data.subset(whole, None) is whole
+    part = data.subset(whole, 8)
+    assert np.bincount(part.labels).tolist() == [6, 2]
+    for examples in (0, 81):
+        with pytest.raises(ExperimentError, match=f"examples is {examples}; expected 1 to 80"):
+            data.subset(whole, examples)
+
+
 def test_mlxtend_missing(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ExperimentError, match=r"mlxtend, which is not installed: pip install"):

@@ -32,7 +32,7 @@ def excess(tmp_path_factory):
 
 def test_excess_is_zero_at_the_best_approximation():
     task = Linear()
-    _, test = task.load(seed=3)
+    test = task.load(seed=3)[1][""]
     best = svd([(1.0, jnp.asarray(test[0], jnp.float32))], rank=8)
     # Rounding of the factors is of second order at the optimum: 1e5 * (1e-7 * a few)^2.
     assert abs(task.evaluate({"weight": best}, None, test)["excess_loss"]) < 1e-6

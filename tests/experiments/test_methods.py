@@ -117,5 +117,5 @@ def test_rates():
 def test_presets_are_complete():
     """Every optimizer is among them, and what is written of one is known."""
     assert {method(name).of for name in methods.PRESETS} == set(methods.OPTIMIZERS)
-    protocols = {"linear_full_batch", "linear_stochastic", "mnist", "cifar100", "text", "glue"}
+    protocols = {"linear_full_batch", "linear_stochastic", "mnist", "cifar100", "text", "glue", "lm"}
     assert all(preset.get("learning_rate", {}).keys() <= protocols for preset in methods.PRESETS.values())

@@ -8,7 +8,7 @@ from experiments.methods import method
 from experiments.mnist import LeNet5, Mnist, max_pool
 from experiments.storage import Config
 from experiments.training import train
-from oplora_jax import LowRank, is_low_rank
+from oplora_jax import is_low_rank
 
 MEAN, DEVIATION = 0.1307, 0.3081  # of the training images' pixels
 
@@ -58,11 +58,14 @@ def test_what_trains():
     trainable, frozen = jax.eval_shape(lambda: Mnist().init(0, full=False))
     dense = [f"LoRADense_{i}" for i in range(3)]
     convolutions = {f"Conv_{i}/{leaf}" for i in range(2) for leaf in ("kernel", "bias")}
-    assert set(trainable) == convolutions | {f"{layer}/lora" for layer in dense}
+    assert trainable["others"].keys() == convolutions
+    assert trainable["adapted"].keys() == {f"{layer}/lora" for layer in dense}
     assert set(frozen) == {f"{layer}/{leaf}" for layer in dense for leaf in ("kernel", "bias")}
-    assert all(is_low_rank(trainable[f"{layer}/lora"]) for layer in dense)
+    assert all(is_low_rank(trainable["adapted"][f"{layer}/lora"]) for layer in dense)
     trainable, frozen = jax.eval_shape(lambda: Mnist().init(0, full=True))
-    assert not frozen and not any(isinstance(leaf, LowRank) for leaf in trainable.values())
+    assert trainable["others"].keys() == convolutions
+    assert trainable["adapted"].keys() == {f"Dense_{i}/kernel" for i in range(3)}
+    assert set(frozen) == {f"Dense_{i}/bias" for i in range(3)}
 
 
 def test_evaluation_adds_up_over_chunks():
@@ -75,8 +78,8 @@ def test_evaluation_adds_up_over_chunks():
     weights = jnp.ones(1500)
     batch = Images(*map(jnp.asarray, test))
     # float32 sums of 1500 losses
-    np.testing.assert_allclose(found["test_loss"], task.loss(trainable, frozen, batch, weights), rtol=1e-5)
-    assert found["test_accuracy"] == float(classification._sums(task, trainable, frozen, batch)[1]) / 1500
+    np.testing.assert_allclose(found["loss"], task.loss(trainable, frozen, batch, weights), rtol=1e-5)
+    assert found["accuracy"] == float(classification._sums(task, trainable, frozen, batch)[1]) / 1500
 
 
 def test_padding_of_a_batch_does_not_count():

@@ -209,22 +209,6 @@ def test_movies_missing(movies, tokenizer, monkeypatch):
         sentences.load_movies(tokenizer, LENGTH)
 
 
-def test_subset():
-    rows = [np.full(3, i, np.int32) for i in range(50)]
-    whole = sentences.Sentences(rows, [2 * row for row in rows], np.arange(50, dtype=np.int32))
-    assert sentences.subset(whole, None) is whole
-    part = sentences.subset(whole, 20)
-    assert len(part.tokens) == len(part.segments) == len(set(part.labels.tolist())) == 20
-    for tokens, segments, label in zip(*part, strict=True):
-        assert tokens[0] == label and segments[0] == 2 * label
-    np.testing.assert_array_equal(part.labels, sentences.subset(whole, 20).labels)
-    assert set(sentences.subset(whole, 20, seed=1).labels.tolist()) != set(part.labels.tolist())
-    assert sorted(sentences.subset(whole, 50).labels) == list(range(50))
-    for examples in (0, 51):
-        with pytest.raises(ExperimentError, match=rf"examples is {examples}; expected 1 to 50"):
-            sentences.subset(whole, examples)
-
-
 FIELDS = {
     "sst2": ("sentence",),
     "mrpc": ("sentence1", "sentence2"),

@@ -3,6 +3,7 @@ import pytest
 import tokenizers
 
 from experiments import ExperimentError, tokens
+from tests.experiments.decoders import LLAMA, tokenizer_keys, write_gguf
 from tests.experiments.encoders import write_tokenizer
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "film", "##s", "good", "A"]
@@ -90,3 +91,70 @@ def test_added_tokens_count(tokenizer, tmp_path):
     tokenizer.add_tokens(["oplora"])
     with pytest.raises(ExperimentError, match="knows 11 tokens, the weights 10"):
         tokens.check_vocabulary(tokenizer, 10, tmp_path)
+
+
+MERGES = ["Ġ Ġ", "Ċ Ċ", "1 9", "i n", "e Ģ", "Ġ 1", "Ã ©", "Ċ Ġ", "' s", "i x"]
+CONTROL = ("<|endoftext|>", "<|im_start|>")
+
+
+def in_gguf(path, **others):
+    return tokens.load_tokenizer(
+        write_gguf(path / "a.gguf", LLAMA, {}, tokenizer=tokenizer_keys(MERGES, CONTROL, ("<br>",), **others))
+    )
+
+
+@pytest.mark.parametrize(
+    ("pre", "text", "expected"),
+    [
+        ("smollm", "in 19", "in Ġ 1 9"),  # a digit is a word of its own
+        ("smollm", "n  19", "n ĠĠ 1 9"),  # and the blanks in front are another
+        ("smollm", "n  n", "n Ġ Ġ n"),  # while one of these belongs to the next word
+        ("smollm", "i's", "i 's"),
+        ("smollm", "i\n\nn", "i Ċ Ċ n"),
+        ("smollm", "<|im_start|>in<br>", "<|im_start|> in <br>"),
+        ("smollm", "n\4\4n", "n <|endoftext|> n"),
+        ("smollm", "\u00e9 e\u0301", "Ã© Ġ e Ì ģ"),
+        ("qwen2", "\u00e9 e\u0301", "Ã© Ġ Ã©"),
+        ("qwen2", "n\n\n in  19", "n ĊĊ Ġ in Ġ Ġ 1 9"),
+        ("qwen2", "'SIX", "' S I X"),
+        ("qwen2", "!ix", "! ix"),
+    ],
+)
+def test_gguf(tmp_path, pre, text, expected):
+    tokenizer = in_gguf(tmp_path, pre=pre)
+    encoding = tokenizer.encode(text)
+    assert encoding.tokens == expected.split()
+    decoded = tokenizer.decode(encoding.ids, skip_special_tokens=False)
+    if pre == "smollm":
+        assert decoded.replace("<|endoftext|>", "\4\4") == text
+
+
+def test_special_tokens_of_gguf(tmp_path):
+    tokenizer = in_gguf(tmp_path)
+    ids = tokenizer.encode("<|im_start|>in<br>").ids
+    assert ids[0] == 1
+    assert tokenizer.decode(ids) == "in<br>"
+    assert tokenizer.get_vocab_size() == 2 + 255 + len(MERGES) + 1
+    assert in_gguf(tmp_path, unknown_token_id=1).encode("\4").ids == [0]  # the file is read once
+
+
+BAD_TOKENIZERS = {
+    r"tokenizer\.ggml\.model is 'llama'; only 'gpt2' is supported": {"model": "llama"},
+    r"tokenizer\.ggml\.model is None; only 'gpt2' is supported": {"model": None},
+    r"tokenizer\.ggml\.pre is 'deepseek-llm'; only 'smollm' or 'qwen2' is": {"pre": "deepseek-llm"},
+    r"tokenizer\.ggml\.pre is None; only": {"pre": None},
+    r"tokenizer\.ggml\.add_bos_token is True; only False is": {"add_bos_token": True},
+    r"tokenizer\.ggml has 3 tokens, 2 of them different, of 3 types": {
+        "tokens": ["a", "b", "a"],
+        "token_type": [1, 1, 1],
+    },
+    r"tokenizer\.ggml has 268 tokens, 268 of them different, of 1 types": {"token_type": [1]},
+    r"its tokenizer cannot be read: .*`ab`": {"merges": ["a b"]},
+    r"its tokenizer cannot be read: ": {"unknown_token_id": 1000},
+}
+
+
+@pytest.mark.parametrize("message", BAD_TOKENIZERS)
+def test_bad_gguf(tmp_path, message):
+    with pytest.raises(ExperimentError, match=rf"{tmp_path}/a\.gguf: {message}"):
+        in_gguf(tmp_path, **BAD_TOKENIZERS[message])

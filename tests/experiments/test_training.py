@@ -8,7 +8,9 @@ import os
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pandas as pd
 import pytest
 
@@ -133,6 +135,70 @@ def test_finished_run_is_not_run_again(tmp_path, monkeypatch):
     assert {path: path.stat().st_mtime_ns for path in config.folder.rglob("*")} == before
 
 
+def test_what_is_not_adapted_trains_alike(tmp_path):
+    """By AdamW, whatever the method is; where nothing of the method's moves, to the last bit."""
+    task = Mnist(epochs=1, batch_size=600, others_rate=3e-3)
+    still = lambda name: train_to(Config(task, method(name), 1e-30, 0, tmp_path))
+    expected = still("lora_sgd")["others"]
+    for name in ("oplora", "scaled_oplora", "lora_adamw", "svdlora"):
+        found = still(name)["others"]
+        assert found.keys() == expected.keys()
+        for path, leaf in found.items():
+            # svdlora's decomposition, and Adam's first step, round LoRA's start
+            np.testing.assert_allclose(leaf, expected[path], atol=1e-4 * np.abs(expected[path]).max())
+    full = still("full_sgd")
+    assert full["others"].keys() == expected.keys() and full["adapted"].keys() == {
+        f"Dense_{i}/kernel" for i in range(3)
+    }
+
+
+def train_to(config):
+    train(config)
+    return load_parameters(config)[0]
+
+
+def test_adamw_of_what_is_not_adapted_by_hand():
+    """One step, and the size of both states: the method's is its own alone."""
+    task = Mnist(others_rate=3e-3)
+    trainable, frozen = task.init(0, full=False)
+    data, _ = task.load(0)
+    batch = task.take(data, np.arange(50))
+    gradients = jax.grad(task.loss)(trainable, frozen, batch, np.ones(50, np.float32))
+    tx = training.make_optimizer(task, method("lora_sgd"), 0.5, seed=0, steps=1)
+    updates, _ = tx.update(gradients, tx.init(trainable), trainable)
+    for path, g in gradients["others"].items():
+        g = np.asarray(g, np.float64)
+        np.testing.assert_allclose(updates["others"][path], -3e-3 * g / (np.abs(g) + 1e-8), rtol=1e-4)
+    for path, g in gradients["adapted"].items():  # SGD's momentum, before there is any
+        np.testing.assert_allclose(updates["adapted"][path].a, -0.5 * g.a, rtol=1e-6)
+    of_lora, whole = optimizer_bytes(task, method("lora_sgd"))
+    others = sum(leaf.size for leaf in trainable["others"].values())
+    assert of_lora == 4 * sum(leaf.size for leaf in jax.tree.leaves(trainable["adapted"]))
+    assert whole - of_lora - 2 * 4 * others in (0, 4, 8)  # counters
+
+
+@dataclasses.dataclass(frozen=True)
+class DecayingMnist(Mnist):
+    decay = True
+    max_norm = 1.0
+
+
+def test_what_is_not_adapted_decays_and_is_clipped_by_itself():
+    task = DecayingMnist(others_rate=0.5)
+    tx = training.make_optimizer(task, method("full_sgd"), 1.0, seed=0, steps=4)
+    params = {"adapted": {"w": jnp.zeros(2)}, "others": {"v": jnp.zeros(2)}}
+    gradients = {"adapted": {"w": jnp.array([3.0, 4.0])}, "others": {"v": jnp.array([0.3, 0.4])}}
+    state = tx.init(params)
+    for step in range(4):
+        updates, state = tx.update(gradients, state, params)
+        # Along a gradient that stays Adam's steps are of the rate's length, up to its corrections in float32.
+        np.testing.assert_allclose(updates["others"]["v"], 2 * [-0.5 * (1 - step / 4)], rtol=1e-4)
+        if step == 0:  # SGD's, clipped
+            np.testing.assert_allclose(updates["adapted"]["w"], [-0.6, -0.8], rtol=1e-6)
+    moments = optax.tree.get(state, "mu")["others"]["v"]
+    np.testing.assert_allclose(moments, np.array([0.3, 0.4]) * (1 - 0.9**4), rtol=1e-5)  # not clipped
+
+
 def test_other_settings_are_another_run(tmp_path):
     config = Config(Linear(epochs=2), method("oplora"), 0.1, 0, tmp_path)
     others = [
@@ -169,7 +235,7 @@ def test_files(tmp_path):
     assert rows["epoch"].to_list() == [1, 2]
     trainable, frozen = load_parameters(config)
     assert isinstance(trainable["weight"], LowRank)
-    found = config.task.evaluate(trainable, frozen, config.task.load(5)[1])
+    found = config.task.evaluate(trainable, frozen, config.task.load(5)[1][""])
     assert found["excess_loss"] == rows["excess_loss"].iloc[-1]
 
 
@@ -248,10 +314,12 @@ def test_decay_and_clipping_by_hand(tmp_path):
     np.testing.assert_allclose(load_parameters(config)[0]["weight"], weight, rtol=0, atol=1e-6)
 
 
-def test_optimizer_state_size(tmp_path):
-    size = lambda name, **changes: optimizer_bytes(
-        Config(Linear(), method(name, **changes), 0.1, 0, tmp_path)
-    )
+def test_optimizer_state_size():
+    def size(name, **changes):
+        of_lora, whole = optimizer_bytes(Linear(), method(name, **changes))
+        assert of_lora == whole  # nothing else trains
+        return whole
+
     factors, dense, counters = 4 * 8 * 800, 4 * 200 * 600, 4 * np.arange(4)
     assert size("lora_sgd") == factors
     assert size("lora_adamw") - 2 * factors in counters
@@ -264,7 +332,8 @@ def test_optimizer_state_size(tmp_path):
     ("changes", "message"),
     [
         ({"task": Linear(epochs=0)}, "epochs is 0"),
-        ({"task": Mnist(batch_size=4001)}, "batch-size is 4001; expected 1 to 4000"),
+        ({"task": Mnist(batch_size=3001)}, "batch-size is 3001; expected 1 to 3000"),
+        ({"task": Mnist(others_rate=0.0)}, "others-rate is 0.0; expected a positive number"),
         ({"task": Mnist(batch_size=0)}, "batch-size is 0"),
         ({"learning_rate": -0.1}, "learning-rate is -0.1"),
         ({"learning_rate": float("nan")}, "learning-rate is nan"),
