@@ -96,7 +96,7 @@ def _draw(points: pd.DataFrame, x: str, quantity: str) -> plt.Figure:
             inside, others = points[points[panel] == name], points[points[panel] != name]
             low, top = _limits(points if quantity else inside, sweep)
             axis.set(yscale="log", ylim=(low, top))
-            axis.set_title(textwrap.fill(name, 28, break_long_words=False))
+            axis.set_title(textwrap.fill(name.replace("(", " (", 1), 28, break_long_words=False))
             axis.grid(alpha=0.3)
             axis.tick_params(labelbottom=i + columns >= len(panels))
             if sweep:
