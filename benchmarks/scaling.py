@@ -48,7 +48,7 @@ class Scaling:
         "oplora_1:outer",
         "oplora_1:dense",
         "oplora_1:factors",
-        "scaled_oplora_1",
+        "scaled_oplora",
     )
     output: Path = Path("outputs/benchmark")
     """Folder for scaling.csv, and scaling_layers.png, scaling_width.png and scaling_tokens.png."""

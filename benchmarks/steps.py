@@ -30,9 +30,9 @@ NAMES = (
 DEFAULT = (
     PLAIN,
     *(f"oplora_{k}:{kind}" for kind in ("outer", "dense", "factors") for k in (1, 2, 8)),
-    *(f"scaled_oplora_{k}" for k in (1, 2, 8)),
+    *(f"psi_lora_{k}" for k in (1, 2, 8)),
     "svdlora",
-    *(name for name in methods.PRESETS if name not in (BASELINE, "svdlora", "oplora", "scaled_oplora")),
+    *(name for name in methods.PRESETS if name not in (BASELINE, "svdlora", "oplora", "psi_lora")),
 )
 COUNTED = (
     "flops",

@@ -30,7 +30,7 @@ class Unrolled:
     methods: Annotated[tuple[str, ...], tyro.conf.arg(help=NAMES)] = (
         "oplora_1:outer",
         "oplora_2:outer",
-        "scaled_oplora_1",
+        "scaled_oplora",
         "oplora_1:factors",
     )
     pairs: int = 0

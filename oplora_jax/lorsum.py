@@ -175,11 +175,11 @@ def _step(ranks, relative, mixing, rates, regularization, shrinkage, gram, drift
     own = jnp.where(same, (mixing - 1) * (gram - drift) - drift, across if cross is None else 0)
     own = own - over(jnp.diag(rows(shrinkage)))
     if None not in regularization:
-        ridge = rows(regularization)
+        ridge, small = (jnp.broadcast_to(rows(z), gram.shape[:-1]) for z in (regularization, shrinkage))
         if relative:
             own_diagonals = same * jnp.diagonal(gram, axis1=-2, axis2=-1)[..., None, :]
             ridge = ridge * jnp.sum(own_diagonals, -1) / jnp.sum(same, -1)
-        solve = inverse(jnp.where(same, gram, 0), ridge + rows(shrinkage))
+        solve = inverse(jnp.where(same, gram, 0), ridge + small)
     else:
         solve = jnp.zeros_like(gram)
         for end, rank, value, small in zip(np.cumsum(ranks), ranks, regularization, shrinkage, strict=True):

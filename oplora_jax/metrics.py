@@ -134,7 +134,11 @@ def powers(
     undetermined as n eps of its largest.
     """
     pairs = [_powers(side, power, damping, dense=side.ndim == batch_ndim + 2) for side in metric]
-    return tuple(KroneckerMetric(*column) for column in zip(*pairs, strict=True))
+    columns = zip(*pairs, strict=True)  # in the types of the sides, whatever the numbers' are
+    return tuple(
+        KroneckerMetric(*(z.astype(side.dtype) for z, side in zip(column, metric, strict=True)))
+        for column in columns
+    )
 
 
 def _powers(side: Array, power: Any, damping: Any, *, dense: bool) -> tuple[Array, Array]:

@@ -42,7 +42,8 @@ def _entry(index: int, stack: Array) -> Array:
     Slices would be one each to compile. What an axis is spread over the devices of a mesh by stays.
     """
     if stack.ndim == 1:
-        return stack[index]
+        # A slice would be compiled together with all that the numbers are computed from, once for each.
+        return _entry(index, jnp.broadcast_to(stack[:, None], (*stack.shape, 2)))[0]
     axis = min(range(-min(2, stack.ndim - 1), 0), key=lambda axis: stack.shape[axis])
     few = np.arange(stack.shape[axis])
     at = (np.full_like(few, index), *[slice(None)] * (stack.ndim + axis - 1), few)

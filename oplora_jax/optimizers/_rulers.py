@@ -37,10 +37,10 @@ def factor_products(param: LowRank, gradient: Matrix) -> Pair:
 
 def measure(
     params: Sequence[LowRank],
-    products: Sequence[Pair],
+    products: Sequence[Any],
     metrics: Sequence[Pairs],
     inputs: Sequence[Any],
-    sizes: Sequence[Float[Array, "*batch"]],
+    sizes: Sequence[Any],
     *,
     learning_rate: Any,
     weight: Any,
@@ -50,9 +50,9 @@ def measure(
     """The rulers of parameters a b, from the `factor_products` of their gradients.
 
     Args:
-      params, products, metrics: of each parameter.
+      params, products, metrics: of each parameter: the products are a Pair.
       inputs: the mean square of a layer's inputs, (*batch), or 1 where it is not known.
-      sizes: of the last rulers.
+      sizes: of the last rulers, (*batch).
       learning_rate: the root mean square of a step's entries, for inputs of mean square 1.
       weight: of this step in the running mean.
       regularization: of the solves, as a share of the mean eigenvalue of their Gram matrices.

@@ -197,7 +197,8 @@ def scaled_oplora(
         ones = _ones(param, structure)
         caches = [jax.tree.map(jnp.array, ones) if dense else None for _ in range(2)]
         momentum = jax.tree.map(jnp.zeros_like, param) if of_factors else random_start(param, key)
-        size = jnp.zeros_like(param.a[..., 0, 0], compute_dtype(param.a, param.b)) if is_relative else None
+        zeros = jnp.zeros_like(param.a, compute_dtype(param.a, param.b))
+        size = jnp.sum(zeros, axis=(-2, -1)) if is_relative else None
         return ScaledOPLoRAState(None if is_zero(b1) else momentum, ones, size, *caches)
 
     def step(params, gradients, states, count):

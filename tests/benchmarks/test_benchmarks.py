@@ -139,7 +139,7 @@ def test_a_stack_by_hand():
     assert 0.8 * products < lora_dot.flops < plain.flops
 
 
-@pytest.mark.parametrize("name", ["oplora_{}:outer", "scaled_oplora_{}"])
+@pytest.mark.parametrize("name", ["oplora_{}:outer", "psi_lora_{}"])
 def test_iterations_count_each(name):
     task = Layers(layers=1, width=64, tokens=512, rank=4)
     first, second, third, eighth = (counted(name.format(k), task) for k in (1, 2, 3, 8))
@@ -254,7 +254,7 @@ def test_every_optimizer_is_there():
     assert found == {"full", *OPTIMIZERS}
     gradients = {name: steps.parse(name, TINY).gradient for name in names}
     assert gradients["oplora_8:dense"] == "dense" and gradients["oplora_1:factors"] == "factors"
-    assert gradients["scaled_oplora_2"] == "outer" and gradients["svdlora"] == "exact"
+    assert gradients["psi_lora_2"] == "outer" and gradients["svdlora"] == "exact"
 
 
 def test_one_model_written_in_three_ways():
@@ -415,7 +415,7 @@ def test_scaling(tmp_path):
             "oplora_1 with gradient 'sparse'; expected one of outer, de",
         ),
         ([*STACK, "--methods", "lora_adamw:outer"], "expected one of factors"),
-        ([*STACK, "--methods", "scaled_oplora_1:factors"], "expected one of outer"),
+        ([*STACK, "--methods", "psi_lora_1:factors"], "expected one of outer"),
         ([*STACK, "--pairs", "-1"], "pairs is -1; expected 0 or more"),
         ([*STACK, "--layers", "0"], "layers is 0; expected 1 or more"),
         ([*STACK, "--rank", "9"], "rank is 9; expected at most the width, 8"),

@@ -75,7 +75,7 @@ def test_state_is_what_is_kept(name):
         ("optax.adamw", 12 * R * (N + M)),
         # x and dy times the factors of weights and momentum, forth and back.
         ("oplora", 8 * TOKENS * R * (N + M)),
-        ("scaled_oplora", (8 * R + 2) * TOKENS * (N + M)),
+        ("scaled_oplora", (4 * R + 2) * TOKENS * (N + M)),  # of the weights' factors alone, and the moments
         # The gradient and the increment are formed, and their sum is decomposed.
         ("svdlora", 2 * N * M * (R + TOKENS) + 14 * N * M**2 + 8 * M**3),
         # Two Gram matrices, and their inverses times the gradients.
