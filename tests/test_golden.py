@@ -85,8 +85,6 @@ def of_scaled(config):
         metric="kfac" if config["kfac_metric"] else "shampoo",
         structure=config["metric_type"],
         units="absolute",
-        momentum_kind="low_rank",
-        bias_correction=False,
     )
 
 

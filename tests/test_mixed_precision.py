@@ -203,11 +203,11 @@ def test_low_precision_and_a_zero_b(dtype):
     """LoRA's usual start, where the first solve has nothing to go by: no NaN, and the loss falls."""
     params, loss_fn = problem(dtype, b_zero=True)
     for name in ("oplora", "scaled_oplora"):
-        now, state = run(make(name), params, gradient_of(loss_fn, "outer"), 20)
+        now, state = run(make(name), params, gradient_of(loss_fn, "outer"), 60)
         chex.assert_tree_all_finite((now, state))
         assert int(state.skipped) == 0
-        # After 20 steps float32 is at 1e-5 (oplora) and 4e-3 (scaled_oplora) of the first loss.
-        assert loss_fn(now) < 0.01 * loss_fn(params)
+        # After 60 steps float32 is at 5e-14 (oplora) and 6e-5 (scaled_oplora) of the first loss.
+        assert loss_fn(now) < 1e-3 * loss_fn(params)
 
 
 @pytest.mark.parametrize("name", ["oplora", "oplora_projected", "oplora_extrapolated"])

@@ -53,11 +53,11 @@ def test_settings_reach_the_optimizer():
 
 
 @pytest.mark.parametrize(("setting", "momentum"), [("full_batch", 0.0), ("stochastic", 0.75)])
-def test_presets_of_scaled_oplora(monkeypatch, setting, momentum):
+def test_presets_of_psi_lora(monkeypatch, setting, momentum):
     factory = lambda learning_rate, *, b1=0.9, damping=0.0, power=0.0, seed=0, **others: (
         learning_rate, b1, damping, power, seed, others)  # fmt: skip
     monkeypatch.setitem(methods._FACTORIES, "scaled_oplora", factory)
-    made = method("scaled_oplora", damping=1e-6, structure="dense").optimizer(Linear(setting), 0.1, seed=5)
+    made = method("psi_lora", damping=1e-6, structure="dense").optimizer(Linear(setting), 0.1, seed=5)
     *numbers, others = made
     assert numbers == [0.1, momentum, 1e-6, 0.5, 5]
     expected = {"b2": 0.99, "regularization": 1e-2, "structure": "dense", "loss_reduction": "sum"}

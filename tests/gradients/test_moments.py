@@ -146,7 +146,7 @@ def test_of_a_module():
     model = lora_nnx.LoRALinear(6, 5, rank=2, rngs=nnx.Rngs(0))
     x = normal(0, 4, 6).astype(jnp.float32)
     loss_fn = lambda model, x: jnp.mean(model(x) ** 2)
-    optimizer = nnx.Optimizer(model, oplora_jax.scaled_oplora(0.1), wrt=nnx.LoRAParam)
+    optimizer = nnx.Optimizer(model, oplora_jax.scaled_oplora(0.01), wrt=nnx.LoRAParam)
     losses = []
     for _ in range(3):
         loss, gradients = lora_nnx.value_and_grad(loss_fn, "dense", moments="diagonal")(model, x)

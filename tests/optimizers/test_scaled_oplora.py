@@ -14,6 +14,13 @@ from tests.arrays import normals
 
 STRUCTURES = ("diagonal", "dense")
 each_structure = pytest.mark.parametrize("structure", STRUCTURES)
+# The two kinds of momentum in relative units, and the paper's optimizer; learning rates of steps that show.
+SETTINGS = {
+    "factors": {"learning_rate": 0.02},
+    "low_rank": {"learning_rate": 0.02, "momentum_kind": "low_rank"},
+    "absolute": {"learning_rate": 0.2, "units": "absolute"},
+}
+each_settings = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 N, M, R, TOKENS = 7, 5, 2, 12
 
 
@@ -43,7 +50,7 @@ def test_the_power_zero_is_oplora(structure, b1, num_iters, x64):
     params, loss_fn = problem(scale=2.0)
     gradient = oplora_jax.grad(loss_fn, "outer")
     same = {"num_iters": num_iters, "regularization": 1e-2}
-    scaled = scaled_oplora(0.3, b1=b1, power=0, damping=0, structure=structure, **same)
+    scaled = scaled_oplora(0.3, b1=b1, power=0, damping=0, units="absolute", structure=structure, **same)
     plain = oplora(0.3, momentum=b1, dampening=b1, **same)
     actual, expected = (path(tx, params, gradient)[0] for tx in (scaled, plain))
     # The order of operations in float64; a dense identity is the product of its eigenvectors.
@@ -54,14 +61,15 @@ def test_a_diagonal_metric_of_ones_is_oplora(x64):
     """b2 = 1 keeps the moments at their start."""
     params, loss_fn = problem()
     gradient = oplora_jax.grad(loss_fn, "outer")
-    scaled = scaled_oplora(0.3, b2=1.0, power=0.7, damping=0)
+    scaled = scaled_oplora(0.3, b2=1.0, power=0.7, damping=0, units="absolute")
     plain = oplora(0.3, momentum=0.9, dampening=0.9, regularization=1e-2)
     actual, expected = (path(tx, params, gradient)[0] for tx in (scaled, plain))
     chex.assert_trees_all_close(actual, expected, rtol=1e-12)  # the order of operations in float64
 
 
 @pytest.mark.parametrize("metric", ["kfac", "shampoo"])
-def test_diagonal_is_dense_where_the_moments_are_diagonal(metric, x64):
+@each_settings
+def test_diagonal_is_dense_where_the_moments_are_diagonal(settings, metric, x64):
     """x and dy are scaled columns of one orthogonal basis: x^T x, dy^T dy and G are all diagonal."""
     rng = np.random.default_rng(0)
     params, _ = problem()
@@ -73,7 +81,7 @@ def test_diagonal_is_dense_where_the_moments_are_diagonal(metric, x64):
     after = []
     for structure in STRUCTURES:
         source = iter(gradients)
-        tx = scaled_oplora(0.3, metric=metric, structure=structure, bias_correction=True)
+        tx = scaled_oplora(metric=metric, structure=structure, bias_correction=True, **settings)
         after.append(path(tx, params, lambda _, source=source: next(source), 3)[0])
     chex.assert_trees_all_close(*after, rtol=1e-9, atol=1e-11)  # float64, condition numbers below 100
 
@@ -94,7 +102,7 @@ def test_rescaled_inputs_train_the_same_function(structure, num_iters, x64):
         function = lambda p, at=at, kernel=kernel: lora_dot(at, kernel, p)
         loss_fn = lambda p, f=function: jnp.mean((f(p) - y) ** 2)
         settings = {"structure": structure, "num_iters": num_iters, "bias_correction": True}
-        tx = scaled_oplora(0.1, b1=0, power=1, damping=0, **settings)
+        tx = scaled_oplora(0.1, b1=0, power=1, damping=0, units="absolute", **settings)
         gradient = oplora_jax.grad(loss_fn, "outer")
         outputs.append([function(p) for p in path(tx, LowRank(left, jnp.asarray(b)), gradient, 5)[0]])
     moved = max(np.abs(first - outputs[0][0]).max() for first in outputs[0])
@@ -105,7 +113,8 @@ def test_rescaled_inputs_train_the_same_function(structure, num_iters, x64):
 
 @pytest.mark.parametrize("metric", ["kfac", "shampoo"])
 @each_structure
-def test_the_kinds_of_gradient_agree(metric, structure, x64):
+@each_settings
+def test_the_kinds_of_gradient_agree(settings, metric, structure, x64):
     params, loss_fn = problem()
     kinds = {
         "outer": oplora_jax.grad(loss_fn, "outer"),
@@ -113,16 +122,17 @@ def test_the_kinds_of_gradient_agree(metric, structure, x64):
         "dense moments": oplora_jax.grad(loss_fn, "dense", moments="dense"),
     }
     for reduction in ("mean", "sum"):
-        tx = scaled_oplora(0.2, metric=metric, structure=structure, loss_reduction=reduction)
+        tx = scaled_oplora(metric=metric, structure=structure, loss_reduction=reduction, **settings)
         first, *rest = (path(tx, params, gradient) for gradient in kinds.values())
         for other in rest:
             chex.assert_trees_all_close(first, other, rtol=1e-9, atol=1e-12)  # float64, four steps
 
 
 @each_structure
-def test_shampoo_of_factor_gradients_is_that_of_the_tangent_gradient(structure, x64):
+@each_settings
+def test_shampoo_of_factor_gradients_is_that_of_the_tangent_gradient(settings, structure, x64):
     params, loss_fn = problem(scale=2.0)
-    tx = scaled_oplora(0.2, metric="shampoo", structure=structure, power=0.25)
+    tx = scaled_oplora(metric="shampoo", structure=structure, power=0.25, **settings)
     tangent = lambda p: to_dense(tangent_gradient(p, jax.grad(loss_fn)(p)))
     actual, expected = (path(tx, params, gradient) for gradient in (jax.grad(loss_fn), tangent))
     chex.assert_trees_all_close(actual, expected, rtol=1e-9, atol=1e-12)  # float64, four steps
@@ -142,11 +152,12 @@ def test_the_loss_reduction(metric, x64):
 
 
 @each_structure
-def test_the_path_does_not_depend_on_the_scale(structure, x64):
+@each_settings
+def test_the_path_does_not_depend_on_the_scale(settings, structure, x64):
     paths = []
     for scale in (1.0, 3.0):
         params, loss_fn = problem(scale)
-        tx = scaled_oplora(0.2, structure=structure)
+        tx = scaled_oplora(structure=structure, **settings)
         after, _ = path(tx, params, oplora_jax.grad(loss_fn, "outer"))
         paths.append([np.asarray(to_dense(p)) for p in after])
     assert np.abs(paths[0][-1] - paths[0][0]).max() > 1e-2
@@ -154,11 +165,13 @@ def test_the_path_does_not_depend_on_the_scale(structure, x64):
     np.testing.assert_allclose(*paths, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("bias_correction", [False, True])
-def test_the_averages(bias_correction, x64):
+@pytest.mark.parametrize(
+    "units, bias_correction", [("relative", True), ("absolute", True), ("absolute", False)]
+)
+def test_the_averages(units, bias_correction, x64):
     rng = np.random.default_rng(0)
     params, _ = problem()
-    tx = scaled_oplora(0.1, b2=0.9, bias_correction=bias_correction)
+    tx = scaled_oplora(0.01, b2=0.9, units=units, bias_correction=bias_correction)
     state, weighted, total = tx.init(params), np.zeros(N), 0.0
     expected = np.ones(N)
     for _ in range(4):
@@ -174,7 +187,7 @@ def test_the_averages(bias_correction, x64):
 def test_a_metric_is_decomposed_every_few_steps(x64):
     params, loss_fn = problem()
     gradient = oplora_jax.grad(loss_fn, moments="dense")
-    tx = scaled_oplora(0.1, structure="dense", metric_every=3)
+    tx = scaled_oplora(0.1, structure="dense", metric_every=3, units="absolute")
     update, state, states = jax.jit(tx.update), tx.init(params), []
     for _ in range(5):
         updates, state = update(gradient(params), state, params)
@@ -192,26 +205,29 @@ def test_a_metric_is_decomposed_every_few_steps(x64):
         np.testing.assert_allclose(state.metric.input @ state.inverse_metric.input, np.eye(N), atol=1e-12)
 
 
-@pytest.mark.parametrize("b1", [0, 0.9])
+@pytest.mark.parametrize("b1", [0, None])
 @each_structure
-def test_the_size_of_the_state(structure, b1):
+@each_settings
+def test_the_size_of_the_state(settings, structure, b1):
     n, m, r = 64, 48, 4
     params = {"lora": LowRank(jnp.ones((n, r)), jnp.ones((r, m)))}
-    state = scaled_oplora(0.1, b1=b1, structure=structure).init(params)
+    state = scaled_oplora(b1=b1, structure=structure, **settings).init(params)
     metric = n + m if structure == "diagonal" else 3 * (n * n + m * m)
-    momentum = r * (n + m) if b1 else 0
-    assert sum(z.size for z in jax.tree.leaves(state.lora)) == metric + momentum
+    momentum = r * (n + m) if b1 is None else 0
+    size = 0 if "units" in settings else 1
+    assert sum(z.size for z in jax.tree.leaves(state.lora)) == metric + momentum + size
 
 
 @each_structure
 @pytest.mark.parametrize("power", [0.5, 1.0])
-def test_dead_inputs_and_no_damping(structure, power):
+@each_settings
+def test_dead_inputs_and_no_damping(settings, structure, power):
     """Second moments that are zero, or of a rank below the side's, do not make a step infinite."""
     rng = np.random.default_rng(0)
     params = LowRank(*(jnp.asarray(rng.standard_normal(z), jnp.float32) for z in ((N, R), (R, M))))
     x = jnp.asarray(rng.standard_normal((3, N)), jnp.float32).at[:, 0].set(0)
     for dy in (jnp.ones((3, M)), jnp.zeros((3, M))):
-        tx = scaled_oplora(0.1, structure=structure, power=power, damping=0.0, bias_correction=True)
+        tx = scaled_oplora(structure=structure, power=power, damping=0.0, bias_correction=True, **settings)
         (*_, last), state = path(tx, params, lambda _, dy=dy: OuterProduct(x, dy))
         chex.assert_tree_all_finite((last, state))
         assert int(state.skipped) == 0
@@ -257,6 +273,14 @@ def test_kfac_says_what_it_needs(gradient, structure, got):
         ({"loss_reduction": "none"}, "loss_reduction is 'none'; expected 'mean' or 'sum'"),
         ({"metric_every": 2}, "metric_every is 2 with structure='diagonal'"),
         ({"metric_every": 0, "structure": "dense"}, "metric_every is 0 with structure='dense'"),
+        ({"units": "meters"}, "units is 'meters'; expected 'relative' or 'absolute'"),
+        ({"momentum_kind": "projected"}, "momentum_kind is 'projected'; expected 'factors' or 'low_rank'"),
+        ({"num_iters": 1}, "num_iters is 1 .*'factors'.*expected momentum_kind='low_rank'"),
+        (
+            {"momentum_kind": "factors", "units": "absolute"},
+            "units is 'absolute' with momentum_kind='factors'",
+        ),
+        ({"bias_correction": False}, "bias_correction is False with units='relative'.*units='absolute'"),
     ],
 )
 def test_arguments(arguments, message):
