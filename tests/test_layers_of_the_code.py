@@ -30,6 +30,7 @@ _jax: what is not public in JAX
 # So within optimizers/.
 OPTIMIZERS = """\
 each optimizer, in_backward: a formula, its docstring, its facts
+_rulers: steps whose length a learning rate says
 _factors, _momentum: what several optimizers share
 _lift: a step of LoRA parameters, lifted to trees
 _facts, _trees, _types: what is declared; trees, types

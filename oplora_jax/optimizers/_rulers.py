@@ -68,8 +68,10 @@ def measure(
         started = mean(gram_a) > 0  # b's step is the measure: a's goes along what b has learned
         new = jnp.where(started, along(gram_a, solve_b, energy_b), along(gram_b, solve_a, energy_a))
         size = average(size, new, weight)
-        factor = jnp.where(size > 0, jnp.sqrt(size), 1) / unit
-        rate = jnp.where(size > 0, learning_rate / factor, 0)[..., None, None]
+        # None at all, or gradients whose squares are rounded to zero here or in the moments: no step.
+        moves = size > jnp.finfo(size.dtype).tiny / jnp.finfo(size.dtype).eps
+        factor = jnp.where(moves, jnp.sqrt(size), 1) / unit
+        rate = jnp.where(moves, learning_rate / factor, 0)[..., None, None]
         held = hold * jnp.square(learning_rate * unit) / jnp.where(started, mean(gram_a), jnp.inf)
         slow_a = inverse(gram_b, (ridges[0] + held)[..., None])
         return Ruler((rate * slow_a, rate * solve_b), size, factor)

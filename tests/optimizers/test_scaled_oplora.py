@@ -14,6 +14,7 @@ from tests.arrays import normals
 
 STRUCTURES = ("diagonal", "dense")
 each_structure = pytest.mark.parametrize("structure", STRUCTURES)
+N, M, R, TOKENS = 7, 5, 2, 12
 # The two kinds of momentum in relative units, and the paper's optimizer; learning rates of steps that show.
 SETTINGS = {
     "factors": {"learning_rate": 0.02},
@@ -21,7 +22,17 @@ SETTINGS = {
     "absolute": {"learning_rate": 0.2, "units": "absolute"},
 }
 each_settings = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-N, M, R, TOKENS = 7, 5, 2, 12
+
+
+def of_each(names, *rows):
+    """Rows of the names' values, each of which begins with the name of settings."""
+    values = [(SETTINGS[name], *row) for name, *row in rows]
+    return pytest.mark.parametrize(f"settings, {names}", values, ids=["-".join(row) for row in rows])
+
+
+each_settings_and_some_structure = of_each(
+    "structure", ("factors", "diagonal"), ("low_rank", "dense"), ("absolute", "diagonal")
+)
 
 
 def problem(scale=1.0, seed=0):
@@ -67,8 +78,7 @@ def test_a_diagonal_metric_of_ones_is_oplora(x64):
     chex.assert_trees_all_close(actual, expected, rtol=1e-12)  # the order of operations in float64
 
 
-@pytest.mark.parametrize("metric", ["kfac", "shampoo"])
-@each_settings
+@of_each("metric", ("factors", "kfac"), ("low_rank", "shampoo"), ("absolute", "kfac"))
 def test_diagonal_is_dense_where_the_moments_are_diagonal(settings, metric, x64):
     """x and dy are scaled columns of one orthogonal basis: x^T x, dy^T dy and G are all diagonal."""
     rng = np.random.default_rng(0)
@@ -111,9 +121,13 @@ def test_rescaled_inputs_train_the_same_function(structure, num_iters, x64):
     chex.assert_trees_all_close(*outputs, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("metric", ["kfac", "shampoo"])
-@each_structure
-@each_settings
+@of_each(
+    "metric, structure",
+    ("absolute", "kfac", "diagonal"),
+    ("absolute", "kfac", "dense"),
+    ("factors", "shampoo", "diagonal"),
+    ("low_rank", "shampoo", "dense"),
+)
 def test_the_kinds_of_gradient_agree(settings, metric, structure, x64):
     params, loss_fn = problem()
     kinds = {
@@ -128,8 +142,7 @@ def test_the_kinds_of_gradient_agree(settings, metric, structure, x64):
             chex.assert_trees_all_close(first, other, rtol=1e-9, atol=1e-12)  # float64, four steps
 
 
-@each_structure
-@each_settings
+@each_settings_and_some_structure
 def test_shampoo_of_factor_gradients_is_that_of_the_tangent_gradient(settings, structure, x64):
     params, loss_fn = problem(scale=2.0)
     tx = scaled_oplora(metric="shampoo", structure=structure, power=0.25, **settings)
@@ -151,8 +164,7 @@ def test_the_loss_reduction(metric, x64):
     chex.assert_trees_all_close(*moments, rtol=1e-12)  # float64
 
 
-@each_structure
-@each_settings
+@each_settings_and_some_structure
 def test_the_path_does_not_depend_on_the_scale(settings, structure, x64):
     paths = []
     for scale in (1.0, 3.0):
