@@ -15,6 +15,7 @@ from oplora_jax.together import together
 
 Pairs = tuple[KroneckerMetric, KroneckerMetric]  # D and its inverse
 
+MOST = 2.0  # usual lengths that a gradient counts for: one odd batch does not throw a training off its path
 LEAST_INPUTS = 0.1  # the root mean square that inputs count as whose own is less: no huge steps for them
 
 
@@ -25,6 +26,9 @@ class Ruler(NamedTuple):
     size: Float[
         Array, "*batch"
     ]  # the running mean of |s|^2, s = a b' with b' the least-squares step of b along a gradient
+    share: Float[
+        Array, "*batch"
+    ]  # what this gradient counts for: 1, or less where it is far longer than usual
     factor: Float[Array, "*batch"]  # |s| for a rate of 1, that D is multiplied with for a step of that length
 
 
@@ -67,14 +71,16 @@ def measure(
         along = lambda gram, solve, energy: jnp.sum(times(solve, gram, solve) * energy, axis=(-2, -1))
         started = mean(gram_a) > 0  # b's step is the measure: a's goes along what b has learned
         new = jnp.where(started, along(gram_a, solve_b, energy_b), along(gram_b, solve_a, energy_a))
-        size = average(size, new, weight)
+        # Nothing is usual before the first gradient.
+        share = jnp.sqrt(jnp.minimum(1, jnp.where(size > 0, MOST**2 * size / jnp.where(new > 0, new, 1), 1)))
+        size = average(size, jnp.square(share) * new, weight)
         # None at all, or gradients whose squares are rounded to zero here or in the moments: no step.
         moves = size > jnp.finfo(size.dtype).tiny / jnp.finfo(size.dtype).eps
         factor = jnp.where(moves, jnp.sqrt(size), 1) / unit
         rate = jnp.where(moves, learning_rate / factor, 0)[..., None, None]
         held = hold * jnp.square(learning_rate * unit) / jnp.where(started, mean(gram_a), jnp.inf)
         slow_a = inverse(gram_b, (ridges[0] + held)[..., None])
-        return Ruler((rate * slow_a, rate * solve_b), size, factor)
+        return Ruler((rate * slow_a, rate * solve_b), size, share, factor)
 
     found = []
     for param, pair, (metric, inverse_metric), square, size in zip(
@@ -89,11 +95,13 @@ def measure(
     return together(algebra, [None] * len(params), found)
 
 
-def averaged(momentum: LowRank | None, products: Pair, decay: Any) -> Pair:
+def averaged(momentum: LowRank | None, products: Pair, ruler: Ruler, decay: Any) -> Pair:
     """The average of `factor_products` one step on, from that in a state; the products if there is none."""
+    share = ruler.share[..., None, None]
     if momentum is None:
-        return products
-    return tuple(decay * old + (1 - decay) * new for old, new in zip(wide(momentum), products, strict=True))
+        return tuple(share * new for new in products)
+    old = wide(momentum)
+    return tuple(decay * z + (1 - decay) * share * new for z, new in zip(old, products, strict=True))
 
 
 def step_along(param: LowRank, averages: Pair, metrics: Pairs, ruler: Ruler, correction: Any) -> LowRank:

@@ -123,7 +123,7 @@ def scaled_oplora(
 
     with :math:`l = \eta \sqrt{n m} / x` for inputs of the typical size x (0.1 at least), :math:`\alpha` the
     mean eigenvalue of :math:`a^\top D_{in} a`, and c such that the step of b along a usual gradient, measured
-    in the metric, has the length l.
+    in the metric, has the length l. A gradient of more than twice the usual length counts as twice that.
 
     With units="absolute" this is PSI-LoRA, the step
     :math:`P \leftarrow \mathrm{LoRSum}_D[(1, P), (-\eta (1 - \beta_1), G), (-\eta \beta_1, M)]` with a
@@ -228,15 +228,15 @@ def scaled_oplora(
         rates = {"learning_rate": lr, "decay": b1, "share": 1 - b1, "weight": 1.0}
         ridge = jnp.maximum(lr * regularization, 1e-5)
         if is_relative:
-            of_one = lambda z, param: typical(z.input, param.shape, damping) if metric == "kfac" else 1.0
-            inputs = [of_one(*z) for z in zip(moments, params, strict=True)]
+            known = [typical(z.input, shape, damping) for z, shape in zip(moments, shapes, strict=True)]
+            inputs = known if metric == "kfac" else [1.0] * len(known)
             products = [_rulers.factor_products(*z) for z in zip(params, gradients, strict=True)]
             settings = {"weight": weight, "regularization": regularization, "hold": hold}
             rulers = _rulers.measure(params, products, metrics, inputs, sizes, learning_rate=lr, **settings)
             sizes, ridge = [z.size for z in rulers], regularization
             rates["learning_rate"] = lr / since_start(b1)  # the momentum starts at zero
         if of_factors:
-            ahead = [_rulers.averaged(*z, b1) for z in zip(momenta, products, strict=True)]
+            ahead = [_rulers.averaged(*z, b1) for z in zip(momenta, products, rulers, strict=True)]
             new = [
                 _rulers.step_along(*z, since_start(b1))
                 for z in zip(params, ahead, metrics, rulers, strict=True)

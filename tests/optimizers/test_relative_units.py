@@ -80,13 +80,15 @@ def by_hand(a, b, gradients, rate, structure, b1=0.8, b2=0.99, ridge=0.1, dampin
 
     for t, (x, dy) in enumerate(gradients, start=1):
         g, moments = x.T @ dy, (x.T @ x / len(x), len(x) * dy.T @ dy)
-        total = b2 * total + 1 - b2
+        usual, total = squares / total if t > 1 else np.inf, b2 * total + 1 - b2
         sums = [b2 * s + (1 - b2) * part(e) for s, e in zip(sums, moments, strict=True)]
         e_in, e_out = (s / total for s in sums)
         d_in, d_out = metric(e_in), metric(e_out)
         solve_b = inverse(a.T @ d_in @ a)
         along = a @ solve_b @ a.T @ g @ np.linalg.inv(d_out)
-        squares = b2 * squares + (1 - b2) * np.sum((d_in @ along @ d_out) * along)
+        new = np.sum((d_in @ along @ d_out) * along)
+        share = min(1.0, 2.0 * np.sqrt(usual / new))
+        g, squares = share * g, b2 * squares + (1 - b2) * share**2 * new
         typical = mean(e_in) * np.exp(np.mean(np.log(np.diag(e_in) / mean(e_in) + damping)))
         length = rate * np.sqrt(n * m) / np.sqrt(max(typical, 0.1**2))
         c = length / np.sqrt(squares / total)
@@ -109,6 +111,7 @@ def test_the_path_by_hand(structure, size, of_b, x64):
     a, b = rng.standard_normal((N, R)), of_b * rng.standard_normal((R, M))
     draw = lambda *shape: rng.standard_normal(shape) * rng.uniform(0.2, 3.0, shape[-1])
     gradients = [(size * draw(TOKENS, N), draw(TOKENS, M)) for _ in range(STEPS)]
+    gradients[2] = gradients[2][0], 10 * gradients[2][1]  # an odd batch
     tx = scaled_oplora(RATE, structure=structure)
     param = LowRank(jnp.asarray(a), jnp.asarray(b))
     state, update = tx.init(param), jax.jit(tx.update)
