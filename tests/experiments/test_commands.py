@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import cifar100, mnist, sentences, text
+from experiments import cifar100, lm, mnist, sentences, text
 from experiments.__main__ import _configs, parse
 from experiments.training import train
+from tests.experiments import decoders
 from tests.experiments.encoders import BERT, random_tensors, write, write_tokenizer
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -45,8 +46,8 @@ def stop(*_):
 
 
 def test_there_are_commands():
-    assert len(RESULTS) > 15 and len(OTHERS) > 8
-    assert {z.split()[1] for z in RESULTS} == {"linear", "mnist", "cifar100", "text"}
+    assert len(RESULTS) > 10 and len(OTHERS) > 8
+    assert {z.split()[1] for z in RESULTS} == {"linear", "mnist", "cifar100", "lm"}
 
 
 @pytest.mark.parametrize("command", OTHERS)
@@ -73,7 +74,12 @@ def few(tmp_path_factory):
     for path in (folder.joinpath(*name) for name in names):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (32, 32)).save(path)
+    sizes = decoders.LLAMA | {"vocab_size": len(WORDS)}
+    decoder = write_tokenizer(write(folder / "decoder", sizes, decoders.random_tensors(sizes)), WORDS)
+    (folder / "text.txt").write_text("a good film " * 100)
+    small = {"weights": decoder, "data": folder / "text.txt", "length": 4, "rank": 2, "steps": 2}
     return {
+        lm.Lm: small,
         mnist.Mnist: {"batch_size": 8},
         cifar100.Cifar100: {"data_dir": folder, "examples": 2, "batch_size": 2},
         text.Text: {"weights": weights, "data_dir": folder, "examples": 32},
