@@ -5,6 +5,7 @@ grey. No failing run sets a scale: what lies beyond an axis is drawn at its edge
 """
 
 import math
+import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,7 +97,8 @@ def _draw(points: pd.DataFrame, x: str, quantity: str) -> plt.Figure:
             inside, others = points[points[panel] == name], points[points[panel] != name]
             low, top = _limits(points if quantity else inside, sweep)
             axis.set(yscale="log", ylim=(low, top))
-            axis.set_title(textwrap.fill(name.replace("(", " (", 1), 28, break_long_words=False))
+            title = re.sub(r"\b\(", " (", name)  # where a line may end
+            axis.set_title(textwrap.fill(title, 28, break_long_words=False))
             axis.grid(alpha=0.3)
             axis.tick_params(labelbottom=i + columns >= len(panels))
             if sweep:

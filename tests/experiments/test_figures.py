@@ -87,7 +87,7 @@ def test_many_methods_have_panels(count, draw, drawn):
         figures.draw_curves(curves(methods), ["x_loss", "train_loss"], None)
         expected = methods
     [figure] = drawn
-    assert [z.get_title().replace("\n", " ") for z in figure.axes] == expected
+    assert [z.get_title().replace("\n", " ").replace(" (", "(") for z in figure.axes] == expected
     for axis in figure.axes:
         coloured, grey = lines(axis)
         assert (len(coloured), grey) == (1, count - 1)
@@ -102,7 +102,7 @@ def test_settings(count, drawn):
     figures.draw_curves(curves(methods, ranks), ["x_loss", "train_loss"], None)
     panels, legend = (ranks, methods) if count <= 6 else (methods, ranks)
     for figure in drawn:
-        assert [z.get_title().replace("\n", " ") for z in figure.axes] == panels
+        assert [z.get_title().replace("\n", " ").replace(" (", "(") for z in figure.axes] == panels
         assert [z.get_text() for z in figure.legends[0].get_texts()] == legend
         assert all(list(lines(axis)[0]) == legend for axis in figure.axes)
         assert len({axis.get_ylim() for axis in figure.axes}) == 1  # to be compared
