@@ -70,8 +70,8 @@ class Method(NamedTuple):
         for name, value in self.settings.items():
             if isinstance(value, str) and value.startswith("task."):
                 # No momentum is None to an optimizer that then keeps no state for it; None is b1's default.
-                none = 0.0 if name == "b1" else parameters[name].default and 0.0
-                value = getattr(task, value.removeprefix("task.")) or none
+                value = getattr(task, value.removeprefix("task."))
+                value = value or (0.0 if name == "b1" else parameters[name].default and 0.0)
             settings[name] = value
         if "seed" in parameters:
             settings["seed"] = seed
