@@ -88,7 +88,7 @@ CASES = {
     "scaled_oplora_low_rank": Case(
         "scaled_oplora",
         {"momentum_kind": "low_rank", "b1": 0.5, "num_iters": 2},
-        0.03,
+        0.02,
         kinds=("outer", "dense moments"),
         mirrors=False,
         wide=True,
