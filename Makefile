@@ -55,7 +55,7 @@ demo-text: $(VENV)/.experiments $(VENV)/.bundled
 
 demo-lm: $(VENV)/.experiments $(VENV)/.bundled
 	$(BIN)/python -m experiments compare lm --steps 32 --length 64 --seeds 0 --output outputs/demo-lm \
-		--method full_adamw lora_adamw lora_plus scaled_oplora --method oplora --learning-rate 0.03
+		--method full_adamw lora_adamw lora_plus scaled_oplora --method oplora --learning-rate 0.01
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

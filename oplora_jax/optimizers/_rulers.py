@@ -20,16 +20,15 @@ LEAST_INPUTS = 0.1  # the root mean square that inputs count as whose own is les
 
 
 class Ruler(NamedTuple):
-    """How long the steps of a parameter are."""
+    """How long the steps of a parameter are.
+
+    The measures are |a' b| and |a b'| in the metric, a' and b' the least-squares steps along a gradient.
+    """
 
     rates: tuple[Square, Square]  # what the averaged gradients of a^T and b are multiplied with
-    size: Float[
-        Array, "*batch"
-    ]  # the running mean of |s|^2, s = a b' with b' the least-squares step of b along a gradient
-    share: Float[
-        Array, "*batch"
-    ]  # what this gradient counts for: 1, or less where it is far longer than usual
-    factor: Float[Array, "*batch"]  # |s| for a rate of 1, that D is multiplied with for a step of that length
+    size: Float[Array, "*batch 2"]  # the running means of the squared measures
+    share: Float[Array, "*batch 2"]  # what this gradient counts for: less than 1 if far longer than usual
+    factor: Float[Array, "*batch"]  # the second one at a rate of 1, which D is multiplied with in `in_units`
 
 
 def factor_products(param: LowRank, gradient: Matrix) -> Pair:
@@ -56,7 +55,7 @@ def measure(
     Args:
       params, products, metrics: of each parameter: the products are a Pair.
       inputs: the mean square of a layer's inputs, (*batch), or 1 where it is not known.
-      sizes: of the last rulers, (*batch).
+      sizes: of the last rulers, (*batch, 2).
       learning_rate: the root mean square of a step's entries, for inputs of mean square 1.
       weight: of this step in the running mean.
       regularization: of the solves, as a share of the mean eigenvalue of their Gram matrices.
@@ -69,14 +68,16 @@ def measure(
         ridges = regularization * jnp.stack([mean(gram_b), mean(gram_a)])
         solve_a, solve_b = inverse(jnp.stack([gram_b, gram_a]), ridges[..., None])
         along = lambda gram, solve, energy: jnp.sum(times(solve, gram, solve) * energy, axis=(-2, -1))
-        started = mean(gram_a) > 0  # b's step is the measure: a's goes along what b has learned
-        new = jnp.where(started, along(gram_a, solve_b, energy_b), along(gram_b, solve_a, energy_a))
+        new = jnp.stack([along(gram_b, solve_a, energy_a), along(gram_a, solve_b, energy_b)], axis=-1)
         # Nothing is usual before the first gradient.
-        share = jnp.sqrt(jnp.minimum(1, jnp.where(size > 0, MOST**2 * size / jnp.where(new > 0, new, 1), 1)))
+        usual = jnp.where(size > 0, MOST**2 * size / jnp.where(new > 0, new, 1), 1)
+        share = jnp.sqrt(jnp.minimum(1, usual))
         size = average(size, jnp.square(share) * new, weight)
+        started = mean(gram_a) > 0  # b's step is the measure: a's goes along what b has learned
+        square = jnp.where(started, size[..., 1], size[..., 0])
         # None at all, or gradients whose squares are rounded to zero here or in the moments: no step.
-        moves = size > jnp.finfo(size.dtype).tiny / jnp.finfo(size.dtype).eps
-        factor = jnp.where(moves, jnp.sqrt(size), 1) / unit
+        moves = square > jnp.finfo(size.dtype).tiny / jnp.finfo(size.dtype).eps
+        factor = jnp.where(moves, jnp.sqrt(square), 1) / unit
         rate = jnp.where(moves, learning_rate / factor, 0)[..., None, None]
         held = hold * jnp.square(learning_rate * unit) / jnp.where(started, mean(gram_a), jnp.inf)
         slow_a = inverse(gram_b, (ridges[0] + held)[..., None])
@@ -91,17 +92,17 @@ def measure(
         grams = tuple(map(inner, wide_at_unit_scale(param), metric))
         energies = tuple(map(inner, pair, inverse_metric))
         unit = (n * m) ** 0.5 / jnp.sqrt(jnp.maximum(square, LEAST_INPUTS**2))
-        found.append((grams, energies, size, jnp.broadcast_to(unit, size.shape).astype(size.dtype)))
+        found.append((grams, energies, size, jnp.broadcast_to(unit, size.shape[:-1]).astype(size.dtype)))
     return together(algebra, [None] * len(params), found)
 
 
 def averaged(momentum: LowRank | None, products: Pair, ruler: Ruler, decay: Any) -> Pair:
     """The average of `factor_products` one step on, from that in a state; the products if there is none."""
-    share = ruler.share[..., None, None]
+    shares = jnp.moveaxis(ruler.share, -1, 0)[..., None, None]
+    new = [share * product for share, product in zip(shares, products, strict=True)]
     if momentum is None:
-        return tuple(share * new for new in products)
-    old = wide(momentum)
-    return tuple(decay * z + (1 - decay) * share * new for z, new in zip(old, products, strict=True))
+        return tuple(new)
+    return tuple(decay * z + (1 - decay) * g for z, g in zip(wide(momentum), new, strict=True))
 
 
 def step_along(param: LowRank, averages: Pair, metrics: Pairs, ruler: Ruler, correction: Any) -> LowRank:

@@ -50,7 +50,7 @@ def test_the_table_is_complete():
         ("optax.sgd", R * (N + M)),
         ("optax.adamw", 2 * R * (N + M)),
         ("oplora", R * (N + M)),
-        ("scaled_oplora", (R + 1) * (N + M)),  # a momentum, and the diagonals of the metric
+        ("scaled_oplora", (R + 1) * (N + M) + 2),  # a momentum, the diagonals of the metric, two lengths
         ("svdlora", N * M),
         ("scaled_gd", 0),
         ("lora_rite", 2 * R * (N + M) + 2 * R**2),

@@ -72,7 +72,7 @@ def by_hand(a, b, gradients, rate, structure, b1=0.8, b2=0.99, ridge=0.1, dampin
     part = (lambda e: e) if structure == "dense" else (lambda e: np.diag(np.diag(e)))
     mean = lambda e: np.mean(np.diag(e))
     inverse = lambda gram, more=0.0: np.linalg.inv(gram + (ridge * mean(gram) + more) * np.eye(len(gram)))
-    sums, total, squares, ahead_a, ahead_b, after = [0.0, 0.0], 0.0, 0.0, 0 * a, 0 * b, []
+    sums, total, squares, ahead_a, ahead_b, after = [0.0, 0.0], 0.0, [0.0, 0.0], 0 * a, 0 * b, []
 
     def metric(e):
         values, vectors = np.linalg.eigh(e / mean(e) + damping * np.eye(len(e)))
@@ -80,20 +80,25 @@ def by_hand(a, b, gradients, rate, structure, b1=0.8, b2=0.99, ridge=0.1, dampin
 
     for t, (x, dy) in enumerate(gradients, start=1):
         g, moments = x.T @ dy, (x.T @ x / len(x), len(x) * dy.T @ dy)
-        usual, total = squares / total if t > 1 else np.inf, b2 * total + 1 - b2
+        usual = [z / total if z else np.inf for z in squares]
+        total = b2 * total + 1 - b2
         sums = [b2 * s + (1 - b2) * part(e) for s, e in zip(sums, moments, strict=True)]
         e_in, e_out = (s / total for s in sums)
         d_in, d_out = metric(e_in), metric(e_out)
         solve_b = inverse(a.T @ d_in @ a)
-        along = a @ solve_b @ a.T @ g @ np.linalg.inv(d_out)
-        new = np.sum((d_in @ along @ d_out) * along)
-        share = min(1.0, 2.0 * np.sqrt(usual / new))
-        g, squares = share * g, b2 * squares + (1 - b2) * share**2 * new
+        along = [
+            np.linalg.inv(d_in) @ g @ b.T @ inverse(b @ d_out @ b.T) @ b if b.any() else 0 * g,
+            a @ solve_b @ a.T @ g @ np.linalg.inv(d_out),
+        ]
+        new = [np.sum((d_in @ z @ d_out) * z) for z in along]
+        shares = [min(1.0, 2.0 * np.sqrt(u / z)) if z else 1.0 for u, z in zip(usual, new, strict=True)]
+        squares = [b2 * s + (1 - b2) * c**2 * z for s, c, z in zip(squares, shares, new, strict=True)]
         typical = mean(e_in) * np.exp(np.mean(np.log(np.diag(e_in) / mean(e_in) + damping)))
         length = rate * np.sqrt(n * m) / np.sqrt(max(typical, 0.1**2))
-        c = length / np.sqrt(squares / total)
+        c = length / np.sqrt(squares[1] / total)
         held = hold * length**2 / mean(a.T @ d_in @ a)
-        ahead_a, ahead_b = b1 * ahead_a + (1 - b1) * g @ b.T, b1 * ahead_b + (1 - b1) * a.T @ g
+        ahead_a = b1 * ahead_a + (1 - b1) * shares[0] * g @ b.T
+        ahead_b = b1 * ahead_b + (1 - b1) * shares[1] * a.T @ g
         c /= 1 - b1**t
         a, b = (
             a - c * np.linalg.inv(d_in) @ ahead_a @ inverse(b @ d_out @ b.T, held),

@@ -226,7 +226,7 @@ def test_the_size_of_the_state(settings, structure, b1):
     state = scaled_oplora(b1=b1, structure=structure, **settings).init(params)
     metric = n + m if structure == "diagonal" else 3 * (n * n + m * m)
     momentum = r * (n + m) if b1 is None else 0
-    size = 0 if "units" in settings else 1
+    size = 0 if "units" in settings else 2  # of the steps of either factor
     assert sum(z.size for z in jax.tree.leaves(state.lora)) == metric + momentum + size
 
 
