@@ -1,4 +1,4 @@
-"""An optimizer as small as a user's own, that has every property; CONTRIBUTING.md shows it."""
+"""An optimizer as small as a user's own, that has every property; docs/write-an-optimizer.md shows it."""
 
 from typing import Any, NamedTuple
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from oplora_jax import each, factor_gradients, lora_optimizer
+from oplora_jax import at_step, each, factor_gradients, lora_optimizer
 
 
 class ToyState(NamedTuple):
@@ -25,8 +25,7 @@ def toy(learning_rate, *, b1=0.5, b2=0.9, state_dtype=None, others=None):
         g = factor_gradients(param, gradient)
         momentum = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.momentum, g)
         squares = b2 * state.squares + (1 - b2) * ((g.a**2).sum(-2) + (g.b**2).sum(-1))
-        rate = learning_rate(count) if callable(learning_rate) else learning_rate
-        rates = rate / (jnp.sqrt(squares / (1 - b2 ** (count + 1))) + 1e-8)
+        rates = at_step(learning_rate, count) / (jnp.sqrt(squares / (1 - b2 ** (count + 1))) + 1e-8)
         a, b = param.a - rates[..., None, :] * momentum.a, param.b - rates[..., None] * momentum.b
         return param.with_factors(a, b), ToyState(momentum, squares)
 
