@@ -31,7 +31,7 @@ PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in FILES}
 
 
 def programs(page):
-    """The programs of a page in their order, each with what it prints, if the page shows that right behind it."""
+    """The programs of a page in their order, each with what it prints, if that is shown right behind it."""
     fence = r"^(?P<indent> *)```"
     close = r"^(?P=indent)```$"
     block = rf"{fence}python.*?\n(?P<program>.*?){close}(?:\s*^(?P=indent)```text\n(?P<output>.*?){close})?"
