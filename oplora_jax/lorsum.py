@@ -25,10 +25,10 @@ def lorsum(
     metric: KroneckerMetric | None = None,
     first: Literal["a", "b"] = "a",
 ) -> LowRank:
-    r"""A sum of matrices, approximated by one of rank r: LoRSum, a few alternating least-squares steps in the
-    place of an SVD.
+    r"""LoRSum: a sum of matrices, approximated by one of rank r without an SVD.
 
-    The optimizers use it to bring a step of the full weight back to the factors. The sum is never formed.
+    A few alternating least-squares steps on the two factors do it, and the sum is never formed. The
+    optimizers bring a step of the full weight back to the factors with it.
 
     Args:
       terms: pairs of a coefficient (a scalar) and a matrix (`LowRank`, `OuterProduct` or array) of shape
@@ -102,14 +102,15 @@ def lorsums(
     first: str = "a",
     relative: bool = False,
 ) -> list[list[LowRank]]:
-    r"""All :math:`P_p \leftarrow \mathrm{LoRSum}[\sum_q A_{pq} P_q + c_p G]` of many parameters.
+    r"""All $P_p \leftarrow \mathrm{LoRSum}[\sum_q A_{pq} P_q + c_p G]$ of many parameters.
 
     X and Y have the rows of all a^T and all b of a parameter, one sum below the other, and <X, X> is the Gram
     matrix within each sum. One pass over G serves all sums: given X, Y changes by
 
-    .. math::
-      (\langle X, X \rangle + \lambda I)^{-1}
-      ([A \circ X X_0^\top - \langle X, X \rangle - \mu I]\, Y_0 + c X G).
+    $$
+    (\langle X, X \rangle + \lambda I)^{-1}
+    ([A \circ X X_0^\top - \langle X, X \rangle - \mu I]\, Y_0 + c X G).
+    $$
 
     A is the mixing, by sum and anchor. By sum are the rates c, the regularization lambda, which pulls to the
     anchor (where it is known to be 0 there are pseudo-inverses; relative ones are multiplied by the mean

@@ -19,8 +19,7 @@ from oplora_jax.solve import triangle
 
 
 def inner_product(first: Matrix, second: Matrix) -> Float[Array, "*batch"]:
-    r"""The Frobenius inner product of two matrices, without forming either: the sum of the products of their
-    entries.
+    r"""The sum of the products of the entries of two matrices, without forming either.
 
     Args:
       first: a `LowRank`, an `OuterProduct` or an array, of shape (*batch, n, m).
@@ -58,8 +57,7 @@ def _sum_of_products(x: Array, y: Array) -> Array:
 
 
 def frobenius_norm(matrix: Matrix) -> Float[Array, "*batch"]:
-    """The Frobenius norm of a matrix, without forming a low-rank one: the root of the sum of its squared
-    entries.
+    """The Frobenius norm of a matrix, without forming a low-rank one.
 
     Args:
       matrix: a `LowRank`, an `OuterProduct`, a `DenseGradient` or an array, of shape (*batch, n, m).

@@ -16,8 +16,7 @@ from oplora_jax.matrix import LowRank, is_low_rank
 def merge_and_restart(
     key: PRNGKeyArray, params: Any, lora: dict[str, LowRank]
 ) -> tuple[Any, dict[str, LowRank]]:
-    """LoRA increments added to their kernels, and fresh LoRA parameters of the same rank in their place: a
-    Chain of LoRA.
+    """Chain of LoRA: the increments added to their kernels, and fresh LoRA parameters in their place.
 
     The model computes what it did, to the rounding of the kernels' type: a bfloat16 kernel takes on nothing
     below 1/512 of its entries. After k rounds the weights have moved by a matrix of rank up to k r.
