@@ -73,7 +73,7 @@ def value_and_grad(
     what is frozen.
 
     Args:
-      loss_fn: a function of (model, *args, **kwargs) that returns a scalar loss, or with `has_aux` a pair.
+      loss_fn: a function of `(model, *args, **kwargs)` that returns a scalar loss, or with `has_aux` a pair.
       gradient: as for `oplora_jax.value_and_grad`.
       has_aux: whether the loss returns a pair of the loss and auxiliary data.
       filter_spec: what of the model to differentiate by, a tree as for `equinox.filter`: a prefix of the
@@ -84,7 +84,7 @@ def value_and_grad(
       weight: as for `oplora_jax.value_and_grad`.
 
     Returns:
-      A function of (model, *args, **kwargs) that returns (value, gradients), the latter a tree like
+      A function of `(model, *args, **kwargs)` that returns (value, gradients), the latter a tree like
       `equinox.filter(model, filter_spec)`, which the optimizer takes for its parameters: with `is_low_rank`
       that is `equinox.filter(model, is_low_rank, is_leaf=is_low_rank)`. `equinox.apply_updates` adds the
       updates.

@@ -32,8 +32,8 @@ def lorsum(
 
     Args:
       terms: pairs of a coefficient (a scalar) and a matrix (`LowRank`, `OuterProduct` or array) of shape
-        (*batch, n, m). The first matrix is a `LowRank`, whose factors are the start: the result has its rank,
-        types and scale.
+        `(*batch, n, m)`. The first matrix is a `LowRank`, whose factors are the start: the result has its
+        rank, types and scale.
       num_iters: alternating iterations. With 0 both factors step from the old ones, as in `scaled_gd`.
       regularization: how strongly the factors are held to the start, 0 or more, in the units of the squared
         factors of the first term at scale 1.

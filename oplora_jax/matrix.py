@@ -70,7 +70,7 @@ class LowRank(metaclass=_Explained):
         return dataclasses.replace(self, a=a, b=b)
 
     def __getitem__(self, index: Any) -> "LowRank":
-        """The matrices at an index of the batch axes: of stacked layers, layer i is p[i].
+        """The matrices at an index of the batch axes: of stacked layers, layer i is `p[i]`.
 
         Raises:
           TypeError: a matrix without batch axes.
@@ -101,7 +101,7 @@ class LowRank(metaclass=_Explained):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the matrix, (*batch, n, m)."""
+        """The shape of the matrix, `(*batch, n, m)`."""
         return (*self.a.shape[:-1], self.b.shape[-1])
 
     dtype = property(lambda self: jnp.result_type(self.a, self.b))
@@ -144,7 +144,7 @@ class OuterProduct:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the matrix, (*batch, n, m)."""
+        """The shape of the matrix, `(*batch, n, m)`."""
         return (*self.x.shape[:-2], self.x.shape[-1], self.dy.shape[-1])
 
     dtype = property(lambda self: jnp.result_type(self.x, self.dy))
@@ -192,7 +192,7 @@ class DenseGradient:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the matrix, (*batch, n, m)."""
+        """The shape of the matrix, `(*batch, n, m)`."""
         return self.gradient.shape
 
     dtype = property(lambda self: self.gradient.dtype)
@@ -273,7 +273,7 @@ def to_dense(matrix: Matrix) -> Float[Array, "*batch n m"]:
     In a loss it is a use of a LoRA parameter that `value_and_grad` takes the exact gradient of, as an array.
 
     Args:
-      matrix: a `LowRank`, an `OuterProduct`, a `DenseGradient` or an array, of shape (*batch, n, m).
+      matrix: a `LowRank`, an `OuterProduct`, a `DenseGradient` or an array, of shape `(*batch, n, m)`.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -20,9 +20,9 @@ FLOOR = 1e-12  # of the entries or eigenvalues that are raised to a power
 class KroneckerMetric(NamedTuple):
     r"""A norm of n x m matrices that weighs their rows and their columns, for `lorsum`.
 
-    Args:
-      input: the weights of the n rows, (*batch, n), or a symmetric positive matrix, (*batch, n, n).
-      output: the weights of the m columns, (*batch, m), or a symmetric positive matrix, (*batch, m, m).
+    Attributes:
+      input: the weights of the n rows, `(*batch, n)`, or a symmetric positive matrix, `(*batch, n, n)`.
+      output: the weights of the m columns, `(*batch, m)`, or a symmetric positive matrix, `(*batch, m, m)`.
 
     With $D_{in}$ and $D_{out}$ the two, the norm of $T$ is $\|D_{in}^{1/2}\, T\, D_{out}^{1/2}\|_F$.
 

@@ -22,7 +22,7 @@ def inner_product(first: Matrix, second: Matrix) -> Float[Array, "*batch"]:
     r"""The sum of the products of the entries of two matrices, without forming either.
 
     Args:
-      first: a `LowRank`, an `OuterProduct` or an array, of shape (*batch, n, m).
+      first: a `LowRank`, an `OuterProduct` or an array, of shape `(*batch, n, m)`.
       second: likewise, of the same shape.
 
     Returns:
@@ -60,7 +60,7 @@ def frobenius_norm(matrix: Matrix) -> Float[Array, "*batch"]:
     """The Frobenius norm of a matrix, without forming a low-rank one.
 
     Args:
-      matrix: a `LowRank`, an `OuterProduct`, a `DenseGradient` or an array, of shape (*batch, n, m).
+      matrix: a `LowRank`, an `OuterProduct`, a `DenseGradient` or an array, of shape `(*batch, n, m)`.
 
     Returns:
       One number for each entry of the batch axes.

@@ -47,8 +47,8 @@ def init_lora(
       rank: r, at most either side of every kernel chosen.
       targets: one pattern or several, each of which must match, for paths such as
         "encoder/layer_0/query/kernel". A string is whole components of the path, such as "query" or
-        "layer_0/query", or a glob for the whole path, such as "encoder/*/kernel", in which "*" stands for any
-        characters, "/" too. A regular expression, which may match anywhere in the path, is given as one:
+        "layer_0/query", or a glob for the whole path, such as `"encoder/*/kernel"`, in which `*` stands for
+        any characters, "/" too. A regular expression, which may match anywhere in the path, is given as one:
         `re.compile("query|value")`. Or a dict from patterns to the roles of the kernels' axes: a letter for
         each, such as "oio" ("b" a batch axis, "i" of inputs, "o" of outputs), or the einsum that the kernel
         is the second operand of, such as "BTD,NDH->BTNH". Axes in front of those stack layers.

@@ -65,26 +65,26 @@ def pair_factors(
         path's start or after "/", "." or "_". If None the names of `flax.nnx.LoRA` (lora_a, lora_b), Qwix
         (kernel_lora_a, kernel_lora_b) and PyTorch (lora_A, lora_B) are found, also with "/kernel" or
         "/weight" behind them, and gemma's (lora/a, lora/b).
-      transposed: whether the factors are laid out as PyTorch's, a (*batch, r, n) and b (*batch, m, r). If
+      transposed: whether the factors are laid out as PyTorch's, a `(*batch, r, n)` and b `(*batch, m, r)`. If
         None the shapes decide, or an error asks.
       batch_axes: how many leading axes count the layers of a stack, the axis `stack_axis` among them, where
         the shapes leave it open: a (4, 16, 4) with b (4, 4, 8) may be a stack of four, or one layer with two
         axes on each side. Or a function from a pair's name to it, or to None.
       stack_axis: the axis of both factors that stacks layers where it is not the first, such as 1 for MaxText
-        and for `nn.scan` with variable_axes={"params": 1}: a (n, layers, r), b (r, layers, m). Or a function
-        from a pair's name to it, or to None.
+        and for `nn.scan` with `variable_axes={"params": 1}`: a (n, layers, r), b (r, layers, m). Or a
+        function from a pair's name to it, or to None.
 
     Returns:
-      An Optax transformation. The optimizer within sees a tree {"paired": {name: `LowRank`}, "rest": {path:
-      leaf}}, and the state is its own.
+      An Optax transformation. The optimizer within sees a tree `{"paired": {name: LowRank}, "rest": {path:
+      leaf}}`, and the state is its own.
 
     Raises:
       ValueError: at init and update, for no pair at all, for a factor without the other one, for shapes that
         do not fit what is said (a rank above n or m, as of square layers of PyTorch without `transposed`) or
         allow several layouts, for Qwix's names without a scale, and for gradients of another shape.
 
-    A factor may have several axes of inputs or outputs, such as heads: a is (*batch, *inputs, r), b (*batch,
-    r, *outputs). What the shapes leave open is asked for by an error.
+    A factor may have several axes of inputs or outputs, such as heads: a is `(*batch, *inputs, r)`, b
+    `(*batch, r, *outputs)`. What the shapes leave open is asked for by an error.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, oplora_jax
@@ -135,7 +135,7 @@ def to_low_rank(tree: Any, **layout: Any) -> dict[str, LowRank]:
       **layout: `scale`, `pattern`, `transposed`, `batch_axes` and `stack_axis`, as for `pair_factors`.
 
     Returns:
-      A dict from names to `LowRank` parameters, a (*batch, n, r) and b (*batch, r, m).
+      A dict from names to `LowRank` parameters, a `(*batch, n, r)` and b `(*batch, r, m)`.
 
     Raises:
       ValueError: as for `pair_factors`.

@@ -20,11 +20,11 @@ def tangent_gradient(param: LowRank, factor_gradients: LowRank) -> LowRank:
     exact gradient, but that of `jax.grad`, the optimizers that need G take this in its place.
 
     Args:
-      param: the LoRA parameter, a (*batch, n, r) and b (*batch, r, m).
+      param: the LoRA parameter, a `(*batch, n, r)` and b `(*batch, r, m)`.
       factor_gradients: what `jax.grad` returns at it.
 
     Returns:
-      A `LowRank` with factors (*batch, n, 2r) and (*batch, 2r, m), in float32 at least.
+      A `LowRank` with factors `(*batch, n, 2r)` and `(*batch, 2r, m)`, in float32 at least.
 
     Raises:
       ValueError: shapes that do not fit.

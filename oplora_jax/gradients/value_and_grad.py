@@ -41,8 +41,8 @@ def value_and_grad(
     gradient would be missed, is an error.
 
     Args:
-      loss_fn: a function of (params, *args, **kwargs) that returns a scalar loss, or with `has_aux` a pair of
-        the loss and auxiliary data. It is traced once.
+      loss_fn: a function of `(params, *args, **kwargs)` that returns a scalar loss, or with `has_aux` a pair
+        of the loss and auxiliary data. It is traced once.
       gradient: what stands at LoRA parameters. "outer": an `OuterProduct`, x and dy of the layer's N tokens,
         for parameters that are used once per forward pass, through `lora_dot`. "dense": an array, which adds
         up over all uses. "auto": for each parameter the kind that takes less arithmetic; dense where outer is

@@ -89,7 +89,7 @@ class LoRAEinsum(_Layer, nn.Einsum):
 class LoRAConv(_Layer, nn.Conv):
     """`flax.linen.Conv` with LoRA: one convolution with the kernel and the increment added up.
 
-    The kernel (*kernel_size, in_features / groups, features) is the matrix of all its axes but the last by
+    The kernel `(*kernel_size, in_features / groups, features)` is the matrix of all its axes but the last by
     the last. Its exact gradient is an array. `rank` and `alpha` are as for `LoRADense`.
 
     Examples:

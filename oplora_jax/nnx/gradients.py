@@ -27,7 +27,7 @@ def value_and_grad(
     and random streams, metrics or a teacher among the other arguments.
 
     Args:
-      loss_fn: a function of (model, *args, **kwargs) that returns a scalar loss, or with `has_aux` a pair.
+      loss_fn: a function of `(model, *args, **kwargs)` that returns a scalar loss, or with `has_aux` a pair.
         Any argument may be an NNX object, or hold some in containers.
       gradient: as for `oplora_jax.value_and_grad`.
       has_aux: whether the loss returns a pair of the loss and auxiliary data.
@@ -38,7 +38,7 @@ def value_and_grad(
       weight: as for `oplora_jax.value_and_grad`.
 
     Returns:
-      A function of (model, *args, **kwargs) that returns (value, gradients), the latter an `nnx.State` for
+      A function of `(model, *args, **kwargs)` that returns (value, gradients), the latter an `nnx.State` for
       `nnx.Optimizer.update(model, gradients)`.
 
     Raises:

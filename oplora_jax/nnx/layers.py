@@ -200,7 +200,7 @@ class _Convolution(Merged):
 class LoRAConv(_Convolution, nnx.Conv):
     """`flax.nnx.Conv` with LoRA: one convolution with the kernel and the increment added up.
 
-    The kernel (*kernel_size, in_features / groups, out_features) is the matrix of all its axes but the last
+    The kernel `(*kernel_size, in_features / groups, out_features)` is the matrix of all its axes but the last
     by the last. Its exact gradient is an array. The rest is as for `LoRALinear`.
 
     Examples:

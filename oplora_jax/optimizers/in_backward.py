@@ -31,7 +31,7 @@ def value_and_update(
       has_aux: whether the loss returns a pair of the loss and auxiliary data.
 
     Returns:
-      A function of (params, state, *args, **kwargs) that returns (value, updates, state). In a scan a step
+      A function of `(params, state, *args, **kwargs)` that returns (value, updates, state). In a scan a step
       that is not finite is left out, and counted, by layer. A parameter that the backward pass does not
       reach, as in a branch that is not taken, is left alone.
 

@@ -26,7 +26,7 @@ def lora_plus(
       base: a function of a learning rate that returns an optimizer of plain arrays, such as
         `functools.partial(optax.adamw, weight_decay=0.01)`; `optax.adam` if None. It sees one factor of every
         LoRA parameter, so clip by the global norm before LoRA+, not inside. (Under `optax.inject_hyperparams`
-        pass static_args="base".)
+        pass `static_args="base"`.)
       others: the optimizer of the leaves that are no LoRA parameters; base(learning_rate) if None.
 
     Returns:

@@ -115,7 +115,7 @@ def lora_pro_sgd(
     the part of the full gradient $G$ that the factors can follow. "sylvester" solves $a^\top a\, X + X\, b
     b^\top = -s^{-2}\, a^\top \partial a\, (b b^\top)^{-1}$. The inverses are pseudo-inverses: where b is
     zero, a waits. The increment takes the same path from a R, R^-1 b for every orthogonal R, and with
-    x_mode="zero" for every invertible R.
+    `x_mode="zero"` for every invertible R.
 
     From [LoRA-Pro](https://arxiv.org/abs/2407.18242).
 

@@ -71,7 +71,7 @@ def oplora(
       An Optax transformation. It takes exact gradients (`value_and_grad`); of those of `jax.grad` it uses
       what `tangent_gradient` makes of them. Its state has a `LowRank` at each LoRA parameter,
       ``optax.tree.get(state, "momentum")``. (Under `optax.inject_hyperparams` a setting has the same name:
-      pass static_args="momentum", and "momentum_rank" and "state_dtype" if they are given.)
+      pass `static_args="momentum"`, and "momentum_rank" and "state_dtype" if they are given.)
 
     Raises:
       ValueError: an argument out of range.

@@ -26,7 +26,7 @@ def scaled_gd(
 ) -> optax.GradientTransformationExtraArgs:
     r"""ScaledGD: SGD where each factor's gradient is divided by the Gram matrix of the other factor.
 
-    It steps as `oplora` with num_iters=0 and no momentum.
+    It steps as `oplora` with `num_iters=0` and no momentum.
 
     Args:
       learning_rate: a scalar or a schedule, of the size of full training's by SGD.

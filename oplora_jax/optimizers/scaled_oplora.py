@@ -92,7 +92,7 @@ def scaled_oplora(
       learning_rate: a scalar or a schedule, of the size of Adam's in full training.
       b1: decay of the momentum; 0.8 if None. With 0 none is kept.
       b2: decay of the second moments.
-      num_iters: alternating iterations of `lorsum`, for momentum_kind="low_rank" alone; 1 if None.
+      num_iters: alternating iterations of `lorsum`, for `momentum_kind="low_rank"` alone; 1 if None.
       regularization: of the least-squares solves, as a share of the mean eigenvalue of the r x r matrix that
         is inverted; 0.1 if None.
       damping: added to the second moments, as a share of their mean; 1e-3 if None.
@@ -146,7 +146,7 @@ def scaled_oplora(
     gradient has this length, and $\alpha$ is the mean eigenvalue of $a^\top D_{in}\,a$. A gradient that would
     move a factor more than twice as far as usual counts for twice the usual.
 
-    With units="absolute" the step is PSI-LoRA's, $P \leftarrow \mathrm{LoRSum}_D\,[P - \eta (1 - b_1)\,G -
+    With `units="absolute"` the step is PSI-LoRA's, $P \leftarrow \mathrm{LoRSum}_D\,[P - \eta (1 - b_1)\,G -
     \eta\,b_1\,M]$, `lorsum` in the metric $D$ with a low-rank momentum $M$. Moments start at 1, damping is
     added as it is, regularization is multiplied by the learning rate (1e-5 at least), and None stands for the
     paper's values: b1 0.9, regularization 1e-2, damping 1e-5, no bias correction.
