@@ -10,6 +10,7 @@ from typing import Any
 import griffe
 
 PAGES = "\n".join(page.read_text() for page in Path(__file__).parent.glob("api/*.md"))
+ALIASES = ("Alpha", "Kind", "Matrix", "Names", "Rank", "Structure", "Targets", "Terms", "XMode")  # of types
 NAMES = re.findall(r"^::: (\S+)", PAGES, re.MULTILINE)
 
 
@@ -18,8 +19,9 @@ class Readable(griffe.Extension):
 
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
         modules = [*modules_of(pkg)]
+        written = {name: z.members[name].value for z in modules for name in ALIASES if name in z.members}
         for module in modules:
-            read(module)
+            read(module, {name: str(value) for name, value in written.items()})
         # `from oplora_jax.svd import svd` is the function, as in Python, and not the module of that name.
         functions = {z.path: z.members[z.name] for z in modules if z.name in z.members}
         for member in [member for module in modules for member in module.members.values()]:
@@ -38,8 +40,9 @@ def modules_of(module: griffe.Module) -> Iterator[griffe.Module]:
             yield from modules_of(member)
 
 
-def read(parent: griffe.Object) -> None:
+def read(parent: griffe.Object, aliases: dict[str, str]) -> None:
     """Changes the functions and classes in a module, and those within them."""
+    unfold = lambda match: aliases[match[0]]
     for z in parent.members.values():
         if z.is_alias or z.is_module:
             continue
@@ -48,11 +51,14 @@ def read(parent: griffe.Object) -> None:
         if z.is_function:
             z.returns = None if str(z.returns) == "Any" else z.returns
             for parameter in z.parameters:
-                if str(parameter.annotation) == "Any":
+                given = str(parameter.annotation)
+                if given == "Any":
                     parameter.annotation = type_of(parameter)
+                elif re.search(rf"\b({'|'.join(aliases)})\b", given):
+                    parameter.annotation = re.sub(rf"\b({'|'.join(aliases)})\b", unfold, given)
         if z.is_attribute and str(z.annotation) == "Any":  # of a class whose fields are arrays
             z.annotation = "Array"
-        read(z)
+        read(z, aliases)
 
 
 def type_of(parameter: griffe.Parameter) -> str | None:
@@ -74,4 +80,4 @@ def linked(docstring: str, path: str) -> str:
         found = next((z for z in (*within, f"oplora_jax.{name}") if z in NAMES), None)
         return match[0] if found is None or match[1] == own else f"[{match[0]}][{found}]"
 
-    return re.sub(r"(?<!`)`([\w.]+)`(?!`)", link, docstring)
+    return re.sub(r"(?<!`)`(oplora_jax\.[\w.]+|\w+)`(?!`)", link, docstring)

@@ -127,7 +127,10 @@ class PeftTrainer(peft_trainer.PeftTrainer):
 
 
 class CheckpointManager(checkpoint_manager.CheckpointManager):
-    """Tunix's, but each array is restored to where it lies: two factors of one parameter may lie apart."""
+    """Tunix's checkpoint manager, which restores each array to where it lies on the mesh.
+
+    `PeftTrainer` has it: the two factors of a LoRA parameter may lie apart.
+    """
 
     def maybe_restore(
         self,

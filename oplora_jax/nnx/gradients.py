@@ -23,8 +23,8 @@ def value_and_grad(
 ) -> Callable[..., Any]:
     """`oplora_jax.value_and_grad` for a loss of an NNX module.
 
-    Other state that the loss changes is updated as in `nnx.value_and_grad`: batch statistics of the model,
-    and random streams, metrics or a teacher among the other arguments.
+    Other state that the loss changes is updated as by `flax.nnx.value_and_grad`: batch statistics of the
+    model, and random streams, metrics or a teacher among the other arguments.
 
     Args:
       loss_fn: a function of `(model, *args, **kwargs)` that returns a scalar loss, or with `has_aux` a pair.

@@ -17,8 +17,7 @@ from oplora_jax.optimizers._trees import owners, update_part
 def value_and_update(
     loss_fn: Callable[..., Any], tx: optax.GradientTransformation, has_aux: bool = False
 ) -> Callable[..., Any]:
-    """`value_and_grad` and `tx.update` in one, where each LoRA parameter takes its step in the backward
-    pass.
+    """`value_and_grad` and `tx.update` in one: each LoRA parameter steps within the backward pass.
 
     For memory: the step is that with exact gradients, but a gradient is gone as soon as its layer is done,
     and a `jax.lax.scan` over layers holds that of one. What needs all gradients at once is not possible:
@@ -31,9 +30,10 @@ def value_and_update(
       has_aux: whether the loss returns a pair of the loss and auxiliary data.
 
     Returns:
-      A function of `(params, state, *args, **kwargs)` that returns (value, updates, state). In a scan a step
-      that is not finite is left out, and counted, by layer. A parameter that the backward pass does not
-      reach, as in a branch that is not taken, is left alone.
+      A function of `(params, state, *args, **kwargs)` that returns (value, updates, state), with `has_aux`
+      the value with the auxiliary data. In a scan a step that is not finite is left out, and counted, by
+      layer. A parameter that the backward pass does not reach, as in a branch that is not taken, is left
+      alone.
 
     Raises:
       ValueError: another optimizer's state, or a LoRA parameter that the loss merges, casts or uses twice.

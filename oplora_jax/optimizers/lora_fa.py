@@ -23,9 +23,9 @@ def lora_fa(
 ) -> optax.GradientTransformationExtraArgs:
     r"""LoRA-FA: AdamW on the right factor b alone, with the left factor a frozen.
 
-    It takes the least memory: half of AdamW's state, and the backward pass keeps x a of a layer's inputs x, r
-    numbers a token in the place of n, if the gradient and the update are compiled together. Where the
-    gradient is compiled on its own, freeze a inside the loss: `LowRank(jax.lax.stop_gradient(p.a), p.b,
+    It takes the least memory: about half of AdamW's state, and the backward pass keeps x a of a layer's
+    inputs x, r numbers a token in the place of n, if the gradient and the update are compiled together. Where
+    the gradient is compiled on its own, freeze a inside the loss: `LowRank(jax.lax.stop_gradient(p.a), p.b,
     p.scale)`.
 
     Args:
