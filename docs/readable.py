@@ -42,22 +42,22 @@ def modules_of(module: griffe.Module) -> Iterator[griffe.Module]:
 
 def read(parent: griffe.Object, aliases: dict[str, str]) -> None:
     """Changes the functions and classes in a module, and those within them."""
-    unfold = lambda match: aliases[match[0]]
+
+    def unfolded(annotation: Any) -> Any:
+        text = re.sub(r"\w+", lambda match: aliases.get(match[0], match[0]), str(annotation))
+        return annotation if text == str(annotation) else text
+
     for z in parent.members.values():
         if z.is_alias or z.is_module:
             continue
         if z.docstring is not None:
             z.docstring.value = linked(z.docstring.value, z.path)
         if z.is_function:
-            z.returns = None if str(z.returns) == "Any" else z.returns
             for parameter in z.parameters:
-                given = str(parameter.annotation)
-                if given == "Any":
-                    parameter.annotation = type_of(parameter)
-                elif re.search(rf"\b({'|'.join(aliases)})\b", given):
-                    parameter.annotation = re.sub(rf"\b({'|'.join(aliases)})\b", unfold, given)
-        if z.is_attribute and str(z.annotation) == "Any":  # of a class whose fields are arrays
-            z.annotation = "Array"
+                is_any = str(parameter.annotation) == "Any"
+                parameter.annotation = type_of(parameter) if is_any else unfolded(parameter.annotation)
+        if z.is_attribute:  # fields of classes: those that may be anything are arrays
+            z.annotation = "Array" if str(z.annotation) == "Any" else unfolded(z.annotation)
         read(z, aliases)
 
 

@@ -91,7 +91,7 @@ class Optimizers:
     """Print the table of all optimizers: what each needs, keeps and costs."""
 
     into: Path | None = None
-    """A Markdown file whose table of optimizers is to be replaced instead, as README.md."""
+    """A Markdown file whose table of optimizers is to be replaced instead, as docs/optimizers.md."""
 
 
 class Choice(NamedTuple):

@@ -75,7 +75,7 @@ def save_adapter(
 
     An embedding's LoRA parameter is one whose path is ".../embedding" or ".../input_embedding", or whose
     module has a usual name, such as embed_tokens, word_embeddings or wte. It is for the lookups alone: a tied
-    output layer that is to have it too takes p.T.
+    output layer that is to have it too takes `p.T`.
 
     Examples:
       >>> import tempfile, jax.numpy as jnp
