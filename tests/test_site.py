@@ -36,9 +36,7 @@ def check_output(printed, shown):
     for found, expected in zip(NUMBER.findall(printed), NUMBER.findall(shown), strict=True):
         last_digit = 10.0 ** -len(expected.partition(".")[2].partition("e")[0])
         exact = "." not in expected
-        assert (
-            found == expected if exact else float(found) == pytest.approx(float(expected), 0.02, last_digit)
-        )
+        assert found == expected if exact else float(found) == pytest.approx(float(expected), 0.02, last_digit)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(programs(page))])
