@@ -15,8 +15,8 @@ def svd(terms: Terms, rank: int, scale: float | int = 1.0) -> LowRank:
     `lorsum` is the cheaper way. A sum whose factors are thin together is not formed here either.
 
     Args:
-      terms: pairs of a coefficient and a matrix (`LowRank`, `OuterProduct` or array) of shape `(*batch, n,
-        m)`.
+      terms: pairs of a coefficient and a matrix (`LowRank`, `OuterProduct` or array) of shape
+        `(*batch, n, m)`.
       rank: r, at most min(n, m).
       scale: the scale s of the result.
 

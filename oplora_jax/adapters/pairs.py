@@ -75,8 +75,8 @@ def pair_factors(
         function from a pair's name to it, or to None.
 
     Returns:
-      An Optax transformation. The optimizer within sees a tree `{"paired": {name: LowRank}, "rest": {path:
-      leaf}}`, and the state is its own.
+      An Optax transformation. The optimizer within sees a tree
+      `{"paired": {name: LowRank}, "rest": {path: leaf}}`, and the state is its own.
 
     Raises:
       ValueError: at init and update, for no pair at all, for a factor without the other one, for shapes that
@@ -84,7 +84,7 @@ def pair_factors(
         allow several layouts, for Qwix's names without a scale, and for gradients of another shape.
 
     A factor may have several axes of inputs or outputs, such as heads: a is `(*batch, *inputs, r)`, b
-    `(*batch, r, *outputs)`. What the shapes leave open is asked for by an error.
+    `(*batch, r, *outputs)`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, oplora_jax

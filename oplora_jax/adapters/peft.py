@@ -64,10 +64,10 @@ def save_adapter(
       fan_in_fan_out: True where the modules are `Conv1D`, as GPT-2's; PEFT only warns without it.
       modules_to_save: what is trained besides LoRA, by the PyTorch module's whole name: all the parameters of
         a head or an embedding, `{"classifier": {"kernel": (in, out), "bias": (out,)}}`, deeper where it has
-        layers, `{"classifier": {"dense": {...}, "out_proj": {...}}}`; or a bias alone, `{"encoder.query":
-        {"bias": (m,)}}`. A dense layer's "kernel" is written as its weight, transposed; "embedding", "scale"
-        and "weight" as a weight laid out as in PyTorch, which convolutions have to be; other names as they
-        are.
+        layers, `{"classifier": {"dense": {...}, "out_proj": {...}}}`; or a bias alone,
+        `{"encoder.query": {"bias": (m,)}}`. A dense layer's "kernel" is written as its weight, transposed;
+        "embedding", "scale" and "weight" as a weight laid out as in PyTorch, which convolutions have to be;
+        other names as they are.
 
     Raises:
       ValueError: no LoRA parameter, names that are missing, repeated or too few, factors that do not fit; a

@@ -36,8 +36,8 @@ def tangent_gradient(param: LowRank, factor_gradients: LowRank) -> LowRank:
     P_a G + G P_b - P_a G P_b,
     $$
 
-    the projection of G on the tangent space of the matrices of rank r at a b. The gradients $\partial a =
-    s\,G b^\top$ and $\partial b = s\,a^\top G$ determine it.
+    the projection of G on the tangent space of the matrices of rank r at a b. The gradients
+    $\partial a = s\,G b^\top$ and $\partial b = s\,a^\top G$ determine it.
 
     From [Riemannian optimization on fixed-rank matrices](https://arxiv.org/abs/1209.3834), section 2.
 
@@ -137,8 +137,8 @@ def factor_gradients(param: LowRank, gradient: Matrix) -> LowRank:
     Returns:
       A `LowRank` of the two gradients, in float32 at least where they are computed here.
 
-    With $G$ the gradient of the full weight they are $\partial a = s\,G b^\top$ and $\partial b = s\,a^\top
-    G$.
+    With $G$ the gradient of the full weight they are $\partial a = s\,G b^\top$ and
+    $\partial b = s\,a^\top G$.
 
     Examples:
       >>> import jax.numpy as jnp

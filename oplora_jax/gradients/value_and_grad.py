@@ -36,7 +36,7 @@ def value_and_grad(
     `OuterProduct`, or an array of the weight's shape. Elsewhere it is what JAX gives. It works under
     `jax.jit`, `jax.vmap`, `jax.checkpoint`, `jax.lax.scan`, `nn.scan` and `nn.remat`.
 
-    The loss must use its LoRA parameters through `lora_dot`, `merge` or `to_dense`: whole or in parts, p[i]
+    The loss must use its LoRA parameters through `lora_dot`, `merge` or `to_dense`: whole or in parts, `p[i]`
     of stacked layers, transposed, cast, or put together again from the same factors. Another use, whose
     gradient would be missed, is an error.
 

@@ -42,11 +42,11 @@ def lora_optimizer(
     joint: str | None = None,
     seed: Any = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    """An Optax optimizer from the formula for a step of LoRA parameters.
+    """An Optax optimizer from the formula for a step of LoRA parameters: all there is to write.
 
-    The formula is all there is to write. Done here are the walk over the tree and its checks; types, with
-    parameters and states in float32 at least within the step and rounded once behind it; steps that are not
-    finite, which are left out and counted in `skipped` of the state; and meshes.
+    Done here are the walk over the tree and its checks; types, with parameters and states in float32 at least
+    within the step and rounded once behind it; steps that are not finite, which are left out and counted in
+    `skipped` of the state; and meshes.
 
     Args:
       init: (param, key) -> state, of one LoRA parameter: a NamedTuple of arrays, `LowRank` matrices and None,
@@ -61,8 +61,8 @@ def lora_optimizer(
       state_dtype: the type that the `LowRank` matrices of the states are kept in; as `init` makes them if
         None. Steps, of `others` too, are computed in this type if it is wider than the parameters'.
       check: (param, gradient) -> what is wrong with them, or None: raised with the parameter's path.
-      joint: for a formula in which parameters depend on each other, what makes them, such as "max_norm is
-        1.0": `value_and_update`, which steps one parameter at a time, then refuses with these words.
+      joint: None where each parameter steps by itself. Otherwise what ties them together, such as "max_norm
+        is 1.0": `value_and_update`, which steps one parameter at a time, refuses with these words.
       seed: of the keys that `init` is given.
 
     Returns:

@@ -33,7 +33,7 @@ def altlora(
     weight_decay: Any = 0.0,
     others: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""AltLoRA: momentum SGD on the full weight, by steps of one factor and then of the other.
+    r"""AltLoRA: SGD with momentum on the full weight, by a least-squares step of a and then one of b.
 
     Args:
       learning_rate: a scalar or a schedule, of the size of full training's by SGD where the scale s of the
@@ -48,8 +48,8 @@ def altlora(
       An Optax transformation that takes exact gradients and those of `jax.grad` alike. Its state is twice the
       size of the LoRA parameters.
 
-    With $\partial a$, $\partial b$ the gradients of the factors, as of `jax.grad`, $C = (b b^\top + \delta
-    I)^{-1}$, and then $D = (a^\top a + \delta I)^{-1}$ of the new a, a step is
+    With $\partial a$, $\partial b$ the gradients of the factors, as of `jax.grad`,
+    $C = (b b^\top + \delta I)^{-1}$, and then $D = (a^\top a + \delta I)^{-1}$ of the new a, a step is
 
     $$
     \begin{aligned}

@@ -25,8 +25,8 @@ def lora_fa(
 
     It takes the least memory: about half of AdamW's state, and the backward pass keeps x a of a layer's
     inputs x, r numbers a token in the place of n, if the gradient and the update are compiled together. Where
-    the gradient is compiled on its own, freeze a inside the loss: `LowRank(jax.lax.stop_gradient(p.a), p.b,
-    p.scale)`.
+    the gradient is compiled on its own, freeze a inside the loss:
+    `LowRank(jax.lax.stop_gradient(p.a), p.b, p.scale)`.
 
     Args:
       learning_rate: a scalar or a schedule, of the size of Adam's on b.

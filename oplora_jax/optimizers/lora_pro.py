@@ -48,9 +48,9 @@ def lora_pro(
     Raises:
       ValueError: an unknown x_mode.
 
-    Adam is given the part of the full gradient $G$ that a small step of both factors can follow, $\tilde G =
-    P_a G + G P_b - P_a G P_b$, where $P_a$ and $P_b$ project on the columns of a and on the rows of b. The
-    factors follow Adam's step as they follow the gradient in `lora_pro_sgd`.
+    Adam is given the part of the full gradient $G$ that a small step of both factors can follow,
+    $\tilde G = P_a G + G P_b - P_a G P_b$, where $P_a$ and $P_b$ project on the columns of a and on the rows
+    of b. The factors follow Adam's step as they follow the gradient in `lora_pro_sgd`.
 
     From [LoRA-Pro](https://arxiv.org/abs/2407.18242).
 
@@ -112,10 +112,10 @@ def lora_pro_sgd(
     $$
 
     For every $X$ the increment moves, to first order, along $s\,(g_a b + a g_b) = P_a G + G P_b - P_a G P_b$,
-    the part of the full gradient $G$ that the factors can follow. "sylvester" solves $a^\top a\, X + X\, b
-    b^\top = -s^{-2}\, a^\top \partial a\, (b b^\top)^{-1}$. The inverses are pseudo-inverses: where b is
-    zero, a waits. The increment takes the same path from a R, R^-1 b for every orthogonal R, and with
-    `x_mode="zero"` for every invertible R.
+    the part of the full gradient $G$ that the factors can follow. "sylvester" solves
+    $a^\top a\, X + X\, b b^\top = -s^{-2}\, a^\top \partial a\, (b b^\top)^{-1}$. The inverses are
+    pseudo-inverses: where b is zero, a waits. The increment takes the same path from a R, R^-1 b for every
+    orthogonal R, and with `x_mode="zero"` for every invertible R.
 
     From [LoRA-Pro](https://arxiv.org/abs/2407.18242).
 

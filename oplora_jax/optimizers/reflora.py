@@ -29,7 +29,9 @@ def reflora(
     warmup_steps: Any = 100,
     others: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""RefLoRA: any optimizer, on factor gradients as they are where both factors are equally large.
+    r"""RefLoRA: any optimizer, on gradients that are rebalanced between the factors.
+
+    Each factor gets the gradient that it would have if both were equally large.
 
     Args:
       base: an Optax transformation of factor gradients, learning rate included, such as `optax.adamw(1e-4)`.

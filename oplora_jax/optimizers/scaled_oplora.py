@@ -146,10 +146,11 @@ def scaled_oplora(
     gradient has this length, and $\alpha$ is the mean eigenvalue of $a^\top D_{in}\,a$. A gradient that would
     move a factor more than twice as far as usual counts for twice the usual.
 
-    With `units="absolute"` the step is PSI-LoRA's, $P \leftarrow \mathrm{LoRSum}_D\,[P - \eta (1 - b_1)\,G -
-    \eta\,b_1\,M]$, `lorsum` in the metric $D$ with a low-rank momentum $M$. Moments start at 1, damping is
-    added as it is, regularization is multiplied by the learning rate (1e-5 at least), and None stands for the
-    paper's values: b1 0.9, regularization 1e-2, damping 1e-5, no bias correction.
+    With `units="absolute"` the step is PSI-LoRA's,
+    $P \leftarrow \mathrm{LoRSum}_D\,[P - \eta (1 - b_1)\,G - \eta\,b_1\,M]$, `lorsum` in the metric $D$ with
+    a low-rank momentum $M$. Moments start at 1, damping is added as it is, regularization is multiplied by
+    the learning rate (1e-5 at least), and None stands for the paper's values: b1 0.9, regularization 1e-2,
+    damping 1e-5, no bias correction.
 
     From [PSI-LoRA](https://arxiv.org/abs/2602.16456).
 

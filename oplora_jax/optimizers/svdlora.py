@@ -26,8 +26,8 @@ def svdlora(
     large models.
 
     Args:
-      base: the optimizer of the full increment, learning rate included, such as `optax.sgd(0.1,
-        momentum=0.9)`.
+      base: the optimizer of the full increment, learning rate included, such as
+        `optax.sgd(0.1, momentum=0.9)`.
       rank: the rank after each step, at most that of the parameter; the parameter's if None.
       others: the optimizer of the leaves that are no LoRA parameters; `base` if None.
 
