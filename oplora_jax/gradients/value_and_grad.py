@@ -92,7 +92,7 @@ def value_and_grad(
     differentiate = stateful_value_and_grad(loss_and_state, gradient, moments, microbatches, weight)
 
     @functools.wraps(loss_fn)
-    def value_and_grad_fn(params: Any, *args: Any, **kwargs: Any) -> Any:
+    def value_and_grad_fn(params: Any, /, *args: Any, **kwargs: Any) -> Any:
         value, (aux, _), grads = differentiate(params, None, args, kwargs)
         return ((value, aux) if has_aux else value), grads
 

@@ -62,7 +62,7 @@ def value_and_grad(
     in_model = lambda path, value: path[0] == 0 and is_wrt(path[1:], value)
 
     @functools.wraps(loss_fn)
-    def value_and_grad_fn(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
+    def value_and_grad_fn(model: nnx.Module, /, *args: Any, **kwargs: Any) -> Any:
         leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=_is_object)
         # All at once: they may share variables with the model, and with each other.
         objects = (model, *filter(_is_object, leaves))

@@ -55,7 +55,7 @@ def value_and_update(
       True
     """
 
-    def value_and_update_fn(params: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
+    def value_and_update_fn(params: Any, state: Any, /, *args: Any, **kwargs: Any) -> Any:
         paths_and_nodes, treedef = jax.tree.flatten_with_path(params, is_leaf=is_low_rank)
         names, nodes = [name_of(path) for path, _ in paths_and_nodes], [node for _, node in paths_and_nodes]
         kept, structure = jax.tree.flatten(state)
