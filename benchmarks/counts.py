@@ -149,7 +149,9 @@ def _bends(program: Jaxpr) -> bool:
 def _inside(eqn: Any) -> list[Jaxpr]:
     """The sub-programs of an operation."""
     values = [z for value in eqn.params.values() for z in (value if type(value) is tuple else (value,))]
-    return [z.jaxpr if isinstance(z, ClosedJaxpr) else z for z in values if isinstance(z, ClosedJaxpr | Jaxpr)]
+    return [
+        z.jaxpr if isinstance(z, ClosedJaxpr) else z for z in values if isinstance(z, ClosedJaxpr | Jaxpr)
+    ]
 
 
 def _straight(program: Jaxpr) -> Jaxpr:
