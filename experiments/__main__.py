@@ -92,7 +92,7 @@ class Optimizers:
     """Print the table of all optimizers: what each needs, keeps and costs."""
 
     into: Path | None = None
-    """A Markdown file whose table of optimizers is to be replaced instead, as README.md."""
+    """A Markdown file whose table of optimizers is to be replaced instead, as docs/optimizers.md."""
 
 
 COMMANDS = {command.__name__.lower(): command for command in (Run, Compare, Report, Optimizers)}

@@ -1,8 +1,9 @@
-"""What modules import and read, from their source; the programs of the README."""
+"""What modules import and read, from their source; the programs of the README and of the site."""
 
 import ast
 import pathlib
 import re
+import textwrap
 
 
 def imports(path):
@@ -23,9 +24,17 @@ def uses(path):
             yield ast.unparse(node.value), node.attr
 
 
-README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+ROOT = pathlib.Path(__file__).parents[1]
+# The pages whose programs run: the README and the site's, by their paths.
+FILES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in FILES}
 
 
-def programs(text=README):
-    """The programs of a document, those of the README if none is given."""
-    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+def programs(page):
+    """The programs of a page in their order, each with what it prints, if that is shown right behind it."""
+    fence = r"^(?P<indent> *)```"
+    close = r"^(?P=indent)```$"
+    block = rf"{fence}python.*?\n(?P<program>.*?){close}(?:\s*^(?P=indent)```text\n(?P<output>.*?){close})?"
+    for match in re.finditer(block, PAGES[page], flags=re.DOTALL | re.MULTILINE):
+        output = match["output"]
+        yield textwrap.dedent(match["program"]), None if output is None else textwrap.dedent(output)
