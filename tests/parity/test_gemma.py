@@ -171,16 +171,18 @@ def test_roles_of_raw_parameters():
         np.testing.assert_allclose(gradient, dense, atol=1e-4 * jnp.abs(dense).max(), err_msg=path)
 
 
-def test_the_readmes_program():
-    [program] = [z for z in programs() if "gemma" in z]
-    cross_entropy = lambda logits: optax.softmax_cross_entropy_with_integer_labels(logits, Y).mean()
-    scope = {"jax": jax, "qwix": qwix, "optax": optax, "oplora_jax": oplora_jax, "LoraProvider": LoraProvider}
-    scope |= {"gemma": Tiny(), "pretrained": pretrained(), "tokens": X, "loss_fn": cross_entropy}
-    exec(compile(program, "README.md", "exec"), scope)
-    params, state = scope["params"], scope["tx"].init(scope["params"])
-    updates, _ = scope["tx"].update(scope["gradients"], state, params)
-    after = loss_fn(scope["model"], optax.apply_updates(params, updates))
-    assert after < scope["loss"]
+def test_the_program_of_the_site(monkeypatch):
+    """On a tiny transformer of random weights, in the place of the one that it downloads."""
+    [program] = [z for z, _ in programs("docs/how-to/qwix-tunix.md") if "from gemma import" in z]
+    monkeypatch.setattr(gm.nn, "Gemma3_270M", Tiny)
+    monkeypatch.setattr(gm.ckpts, "load_params", lambda path: pretrained())
+    scope: dict = {"__name__": "page"}
+    exec(compile(program, "docs/how-to/qwix-tunix.md", "exec"), scope)
+    params, state, losses = scope["params"], scope["state"], []
+    for _ in range(10):
+        params, state, loss = scope["train_step"](params, state, jnp.asarray(TOKENS))
+        losses.append(float(loss))
+    assert losses[-1] < losses[0]
 
 
 def without_lora(tree):

@@ -379,11 +379,10 @@ def test_the_docstrings_example():
     assert failed == 0 < attempted
 
 
-def test_the_readmes_program(tmp_path):
-    [program] = [z for z in programs() if "oplora_jax.tunix" in z]
-    scope = {"nnx": nnx, "qwix": qwix, "optax": optax, "oplora_jax": oplora_jax, "LoraProvider": LoraProvider}
-    scope |= {"llama": model_of("llama3"), "model_inputs": inputs_of, "batches": batches(3)}
-    scope["config"] = peft_trainer.TrainingConfig(eval_every_n_steps=10, max_steps=3)
-    exec(compile(program, "README.md", "exec"), scope)
-    assert scope["trainer"].train_steps == 3
+def test_the_program_of_the_site():
+    [program] = [z for z, _ in programs("docs/how-to/qwix-tunix.md") if "oplora_jax.tunix" in z]
+    scope: dict = {"__name__": "page"}
+    exec(compile(program, "docs/how-to/qwix-tunix.md", "exec"), scope)
+    assert scope["trainer"].train_steps == 20
+    assert scope["history"][-1] < 0.8 * scope["history"][0]
     assert len(oplora_jax.to_low_rank(nnx.state(scope["trainer"].model, nnx.LoRAParam))) == 14
