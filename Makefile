@@ -65,10 +65,10 @@ parity: $(VENV)/.parity
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m parity tests/parity --numprocesses=auto --maxprocesses=4
 
 docs: $(VENV)/.docs
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 docs-serve: $(VENV)/.docs
-	$(BIN)/mkdocs serve
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 # The wheel has the files of oplora_jax and nothing else, and the README's quick start runs with it alone.
 dist: $(VENV)/.dist
