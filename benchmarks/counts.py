@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
-from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun, jaxprs_in_params
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
 
 class Counts(NamedTuple):
@@ -141,9 +141,17 @@ def _bends(program: Jaxpr) -> bool:
     return any(
         eqn.primitive.name == "cond"
         or (eqn.primitive.name == "scan" and eqn.params["length"] > 1)
-        or any(map(_bends, jaxprs_in_params(eqn.params)))
+        or any(map(_bends, _inside(eqn)))
         for eqn in program.eqns
     )
+
+
+def _inside(eqn: Any) -> list[Jaxpr]:
+    """The sub-programs of an operation."""
+    values = [z for value in eqn.params.values() for z in (value if type(value) is tuple else (value,))]
+    return [
+        z.jaxpr if isinstance(z, ClosedJaxpr) else z for z in values if isinstance(z, ClosedJaxpr | Jaxpr)
+    ]
 
 
 def _straight(program: Jaxpr) -> Jaxpr:
@@ -180,7 +188,7 @@ def _branch(eqn: Any) -> int:
 
 
 def _size(program: Jaxpr) -> int:
-    inside = (_size(z) for eqn in program.eqns for z in jaxprs_in_params(eqn.params))
+    inside = (_size(z) for eqn in program.eqns for z in _inside(eqn))
     return len(program.eqns) + sum(inside)
 
 
@@ -194,7 +202,7 @@ def decomposition_flops(program: Jaxpr) -> float:
     """
     total = 0.0
     for eqn in program.eqns:
-        inside = [decomposition_flops(z) for z in jaxprs_in_params(eqn.params)]
+        inside = [decomposition_flops(z) for z in _inside(eqn)]
         if eqn.primitive.name == "cond":
             total += inside[_branch(eqn)]
         elif eqn.primitive.name in _DECOMPOSITIONS:

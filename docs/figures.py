@@ -72,7 +72,7 @@ def losses_by_rate(ax):
 
 def results():
     """What a user gains: the loss at a state, and a learning rate that stays."""
-    fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    fig, axes = plt.subplots(1, 2, figsize=(9.5, 3.4), layout="constrained")
     fig.suptitle("SmolLM2-135M, fine-tuned on WikiText-2 with LoRA", fontsize=11)
     losses_by_method(axes[0])
     losses_by_rate(axes[1])
@@ -132,7 +132,7 @@ def errors(ax):
 
 def lorsum_steps():
     """The two solves, and how close they come."""
-    fig, axes = plt.subplots(1, 3, figsize=(11, 3.3), width_ratios=(1.15, 1.15, 1), layout="constrained")
+    fig, axes = plt.subplots(1, 3, figsize=(9.5, 3), width_ratios=(1.1, 1.1, 1), layout="constrained")
     half_step(axes[0], "a")
     half_step(axes[1], "b")
     errors(axes[2])

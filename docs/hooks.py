@@ -15,7 +15,7 @@ def linked(page):
     """The files of the repository that one of its pages links to, figures and sources."""
     for target in re.findall(r"\]\(([^)#\s]+)", (ROOT / page).read_text()):
         path = (ROOT / page).parent / target
-        if "://" not in target and path.is_file():
+        if "://" not in target and not target.startswith("docs/") and path.is_file():
             yield path.resolve().relative_to(ROOT).as_posix()
 
 
@@ -27,3 +27,8 @@ def on_files(files, config):
     mathjax = distribution("sphinx-mathjax-offline").locate_file(MATHJAX)
     files.append(File.generated(config, "javascripts/tex-svg.js", abs_src_path=str(mathjax)))
     return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    """On the site the pages of docs/ lie beside the repository's own."""
+    return markdown.replace("](docs/", "](") if page.file.src_path in PAGES else markdown

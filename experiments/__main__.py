@@ -18,7 +18,7 @@ import pandas as pd
 import tyro
 
 from benchmarks import catalogue
-from experiments import ExperimentError, hooks, methods, storage
+from experiments import ExperimentError, hooks, methods, storage, usage
 from experiments.cifar100 import Cifar100
 from experiments.linear import Linear
 from experiments.lm import Lm
@@ -29,6 +29,7 @@ from experiments.text import Text
 from experiments.training import train
 
 Task = Linear | Mnist | Cifar100 | Text | Lm
+TASKS = {task.__name__.lower(): task for task in Task.__args__}
 FACTORS = (0.1, 0.316, 1, 3.16, 10)  # of a method's own rate, in a sweep
 EXTENSIONS = 2  # of a sweep whose best is at an end
 
@@ -91,7 +92,10 @@ class Optimizers:
     """Print the table of all optimizers: what each needs, keeps and costs."""
 
     into: Path | None = None
-    """A Markdown file whose table of optimizers is to be replaced instead, as README.md."""
+    """A Markdown file whose table of optimizers is to be replaced instead, as docs/optimizers.md."""
+
+
+COMMANDS = {command.__name__.lower(): command for command in (Run, Compare, Report, Optimizers)}
 
 
 class Choice(NamedTuple):
@@ -113,8 +117,12 @@ class Choice(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments:
+        print(usage.overview(COMMANDS, TASKS))
+        return 0
     try:
-        command, choices = parse(sys.argv[1:] if arguments is None else arguments)
+        command, choices = parse(arguments)
         {Run: run, Compare: compare, Report: tell, Optimizers: optimizers}[type(command)](command, choices)
     except (ExperimentError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -128,6 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse(arguments: Sequence[str]) -> tuple[Run | Compare | Report | Optimizers, list[Choice]]:
     """(the command, the methods that it names)."""
     rest, choices = split(arguments)
+    usage.check(rest, [name for choice in choices for name in choice.names], COMMANDS, TASKS)
     command = tyro.cli(
         Run | Compare | Report | Optimizers,
         prog="python -m experiments",
@@ -186,7 +195,7 @@ def compare(command: Compare, choices: list[Choice]) -> None:
     task, output = command.task, command.output
     seeds = tuple(dict.fromkeys(command.seeds or task.seeds))
     configs = _configs(command, choices, seeds[:1] if command.sweep else seeds)
-    _train(command, configs)
+    _train(command, configs, (len(seeds) - 1) * len({z.method for z in configs}) if command.sweep else 0)
     from experiments import figures, report  # which takes seconds to load what draws
 
     def best() -> tuple[pd.DataFrame, dict[str, float]]:
@@ -279,13 +288,15 @@ def _further(configs: list[Config], best: dict[str, float]) -> list[Config]:
     return found
 
 
-def _train(command: Training, configs: list[Config]) -> list[pd.DataFrame]:
-    begin = hooks.progress(sum(not config.finished for config in configs))
+def _train(command: Training, configs: list[Config], later: int = 0) -> list[pd.DataFrame]:
+    """Trains what is not trained yet; so many runs are to follow."""
+    runs = sum(not config.finished for config in configs)
+    begin, foretell = hooks.progress(runs), hooks.durations(runs + later)
     tables = []
     for config in configs:
         watching = []
         if not config.finished:
-            watching = [begin(_title(config))]
+            watching = [begin(_title(config)), foretell(_title(config))]
             if command.tensorboard:
                 watching.append(hooks.tensorboard(config.folder / "tensorboard"))
         tables.append(train(config, *watching))

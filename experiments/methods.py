@@ -12,7 +12,7 @@ import optax
 
 import oplora_jax
 from benchmarks.catalogue import OPTIMIZERS
-from experiments import ExperimentError
+from experiments import ExperimentError, did_you_mean
 
 PRESETS = tomllib.loads(Path(__file__).with_name("presets.toml").read_text())
 PRESETS |= {
@@ -91,10 +91,12 @@ class Method(NamedTuple):
 def method(name: str, **changes: Any) -> Method:
     """The method of a preset, with other settings: `method("oplora", num_iters=2)`."""
     if name not in PRESETS:
-        raise ExperimentError(f"no method {name!r}; there are {NAMES}")
+        raise ExperimentError(f"no method {name!r}; there are {NAMES}{did_you_mean(name, PRESETS)}")
     known = _settings(name)
     for key in changes.keys() - known.keys():
-        raise ExperimentError(f"{name} has no setting {key!r}; it has {', '.join(known) or 'none'}")
+        raise ExperimentError(
+            f"{name} has no setting {key!r}; it has {', '.join(known) or 'none'}{did_you_mean(key, known)}"
+        )
     for key, value in changes.items():
         if isinstance(value, str) and (known[key] == "task.momentum" or isinstance(known[key], int | float)):
             raise ExperimentError(f"{name}: {key} is {value!r}; expected a number, true or false")

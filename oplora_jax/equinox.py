@@ -6,7 +6,7 @@ kernels of `lora_dot` (in, out): a layer that puts LoRA on one transposes its we
 `oplora_jax.value_and_grad`. `optax.partition` calls a tree of labels that is a module with ``__call__``: give
 it ``lambda _: labels``.
 
-Example:
+Examples:
   >>> import equinox as eqx, jax, jax.numpy as jnp
   >>> import oplora_jax
   >>> from oplora_jax.equinox import value_and_grad
@@ -73,24 +73,27 @@ def value_and_grad(
     what is frozen.
 
     Args:
-      loss_fn: a function of (model, *args, **kwargs) that returns a scalar loss, or with `has_aux` a pair.
+      loss_fn: a function of `(model, *args, **kwargs)` that returns a scalar loss, or with `has_aux` a pair.
+      gradient: as for `oplora_jax.value_and_grad`.
+      has_aux: whether the loss returns a pair of the loss and auxiliary data.
       filter_spec: what of the model to differentiate by, a tree as for `equinox.filter`: a prefix of the
         model, of True, False and functions. A function is asked about LoRA parameters as a whole and about
-        arrays, and a LoRA parameter is in if it is or its factors are: `is_low_rank` takes the LoRA
-        parameters, `equinox.is_inexact_array` everything.
-      gradient, has_aux, moments, microbatches, weight: as for `oplora_jax.value_and_grad`.
+        arrays. `is_low_rank`, the default, takes the LoRA parameters, `equinox.is_inexact_array` everything.
+      moments: as for `oplora_jax.value_and_grad`.
+      microbatches: as for `oplora_jax.value_and_grad`.
+      weight: as for `oplora_jax.value_and_grad`.
 
     Returns:
-      A function of (model, *args, **kwargs) that returns (value, gradients), the latter a tree like the
-        model with None for what is not differentiated by: as it is in ``equinox.filter(model, filter_spec)``,
-        which the optimizer takes for its parameters. With `is_low_rank` that is
-        ``equinox.filter(model, is_low_rank, is_leaf=is_low_rank)``. `equinox.apply_updates` adds the updates.
+      A function of `(model, *args, **kwargs)` that returns (value, gradients), the latter a tree like
+      `equinox.filter(model, filter_spec)`, which the optimizer takes for its parameters: with `is_low_rank`
+      that is `equinox.filter(model, is_low_rank, is_leaf=is_low_rank)`. `equinox.apply_updates` adds the
+      updates.
 
     Raises:
       ValueError: a filter that leaves nothing, or one factor of a LoRA parameter; and what
         `oplora_jax.value_and_grad` raises.
 
-    Example:
+    Examples:
       >>> import equinox as eqx, jax, jax.numpy as jnp
       >>> from oplora_jax import LowRank, lora_dot
       >>> from oplora_jax.equinox import value_and_grad

@@ -25,38 +25,48 @@ def lorsum(
     metric: KroneckerMetric | None = None,
     first: Literal["a", "b"] = "a",
 ) -> LowRank:
-    r"""Approximates :math:`S = \sum_i c_i T_i` by proximal alternating least squares on two factors.
+    r"""LoRSum: a sum of matrices, approximated by one of rank r without an SVD.
 
-    From the factors :math:`a_0, b_0` of the first term, the anchor, repeats
-
-    .. math::
-      a \leftarrow (\lambda a_0 + S b^\top)(b b^\top + \lambda I)^{-1}, \qquad
-      b \leftarrow (a^\top a + \lambda I)^{-1} (\lambda b_0 + a^\top S).
-
-    S is never formed. Without regularization the result tends to the truncated SVD of S, and reaches S at
-    once if its rank allows; a rank-deficient solve (b = 0, LoRA's usual start) stays closest to the anchor.
-    In a metric the other terms are preconditioned, :math:`D_{in}^{-1} T_i D_{out}^{-1}`, and the norm is its.
+    A few alternating least-squares steps on the two factors do it, and the sum is never formed. The
+    optimizers bring a step of the full weight back to the factors with it.
 
     Args:
       terms: pairs of a coefficient (a scalar) and a matrix (`LowRank`, `OuterProduct` or array) of shape
-        (*batch, n, m). The first, the anchor, is a `LowRank`: the result has its rank, types and scale.
-      num_iters: alternating iterations. 0 is the Jacobi step, preconditioned LoRA: both from the old factors.
-      regularization: lambda, non-negative, in the units of the squared factors of the anchor at scale 1.
-      metric: a `KroneckerMetric`; the Frobenius norm if None.
+        `(*batch, n, m)`. The first matrix is a `LowRank`, whose factors are the start: the result has its
+        rank, types and scale.
+      num_iters: alternating iterations. With 0 both factors step from the old ones, as in `scaled_gd`.
+      regularization: how strongly the factors are held to the start, 0 or more, in the units of the squared
+        factors of the first term at scale 1.
+      metric: a `KroneckerMetric` to measure the distance from the sum in; the Frobenius norm if None.
       first: the factor that is solved first.
 
-    Raises:
-      ValueError: an anchor that is no `LowRank`, shapes that differ, or an argument out of range.
+    Returns:
+      The approximation, a `LowRank`.
 
-    Example:
+    Raises:
+      ValueError: a first term that is no `LowRank`, shapes that differ, or an argument out of range.
+
+    With $S = \sum_i c_i T_i$ the sum, $a_0, b_0$ the factors at the start and $\lambda$ the regularization it
+    repeats
+
+    $$
+    a \leftarrow (\lambda a_0 + S b^\top)(b b^\top + \lambda I)^{-1}, \qquad
+    b \leftarrow (a^\top a + \lambda I)^{-1} (\lambda b_0 + a^\top S).
+    $$
+
+    Without regularization the result tends to the truncated SVD of $S$, and reaches $S$ at once if its rank
+    allows. Where $b b^\top$ has no inverse (b = 0, LoRA's usual start) the solution closest to the start is
+    taken. In a metric $D$ the other terms are preconditioned, $D_{in}^{-1} T_i D_{out}^{-1}$.
+
+    From [OPLoRA](https://arxiv.org/abs/2509.19977), section 3; the metric from
+    [PSI-LoRA](https://arxiv.org/abs/2602.16456).
+
+    Examples:
       >>> import jax.numpy as jnp
       >>> from oplora_jax import LowRank, lorsum, to_dense
-      >>> anchor, step = (LowRank(jnp.ones((2, 1)), jnp.array([b])) for b in ([1.0, 2.0], [4.0, 0.0]))
-      >>> jnp.round(to_dense(lorsum([(1.0, anchor), (-0.5, step)])), 4).tolist()
+      >>> start, step = (LowRank(jnp.ones((2, 1)), jnp.array([b])) for b in ([1.0, 2.0], [4.0, 0.0]))
+      >>> jnp.round(to_dense(lorsum([(1.0, start), (-0.5, step)])), 4).tolist()
       [[-1.0, 2.0], [-1.0, 2.0]]
-
-    References:
-      OPLoRA, https://arxiv.org/abs/2509.19977, section 3; the metric, https://arxiv.org/abs/2602.16456.
     """
     if not terms or not isinstance(terms[0][1], LowRank):
         raise ValueError("terms must begin with the anchor, a pair of a coefficient and a LowRank")
@@ -92,14 +102,15 @@ def lorsums(
     first: str = "a",
     relative: bool = False,
 ) -> list[list[LowRank]]:
-    r"""All :math:`P_p \leftarrow \mathrm{LoRSum}[\sum_q A_{pq} P_q + c_p G]` of many parameters.
+    r"""All $P_p \leftarrow \mathrm{LoRSum}[\sum_q A_{pq} P_q + c_p G]$ of many parameters.
 
     X and Y have the rows of all a^T and all b of a parameter, one sum below the other, and <X, X> is the Gram
     matrix within each sum. One pass over G serves all sums: given X, Y changes by
 
-    .. math::
-      (\langle X, X \rangle + \lambda I)^{-1}
-      ([A \circ X X_0^\top - \langle X, X \rangle - \mu I]\, Y_0 + c X G).
+    $$
+    (\langle X, X \rangle + \lambda I)^{-1}
+    ([A \circ X X_0^\top - \langle X, X \rangle - \mu I]\, Y_0 + c X G).
+    $$
 
     A is the mixing, by sum and anchor. By sum are the rates c, the regularization lambda, which pulls to the
     anchor (where it is known to be 0 there are pseudo-inverses; relative ones are multiplied by the mean

@@ -35,21 +35,21 @@ class _Explained(type):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class LowRank(metaclass=_Explained):
-    r"""The matrix :math:`s\,a\,b`, kept as its two factors: a LoRA parameter, or a momentum.
+    """A LoRA parameter: the matrix s a b, kept as its two factors and the scale s.
 
-    Leading axes are batch axes: the layers of a scanned model, or the experts of a mixture. p[i] is one of
-    them, p.T the transposed matrix and p.astype(dtype) that of another type. In a tree of gradients or
-    updates a `LowRank` node is the pair of factor derivatives or increments instead, as `jax.grad` and
-    `optax.apply_updates` make it.
+    It is one node of a tree of parameters, with the leaves a and b. In a tree of gradients or updates a
+    `LowRank` node is the pair of the factors' gradients or increments, as `jax.grad` and
+    `optax.apply_updates` make it. Leading axes are batch axes: the layers of a scanned model, or the experts
+    of a mixture.
 
     Args:
       a: the left factor, `Float[Array, "*batch n r"]`.
       b: the right factor, `Float[Array, "*batch r m"]`.
-      scale: a static positive number, LoRA's alpha / r.
-      roles: static, of a kernel whose axes are not in the order batch, inputs, outputs: a letter for each,
-        "b", "i" or "o". The kernel may have more batch axes in front, of stacked layers.
+      scale: a positive number, LoRA's alpha / r. It is static: no leaf, and the same in all trees.
+      roles: for a kernel whose axes are not in the order batch, inputs, outputs: a letter for each axis, "b",
+        "i" or "o". The kernel may have more batch axes in front, of stacked layers. It is static too.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from oplora_jax import LowRank, to_dense
       >>> matrix = LowRank(jnp.ones((3, 1)), jnp.ones((1, 2)), scale=2.0)
@@ -66,11 +66,16 @@ class LowRank(metaclass=_Explained):
     roles: str | None = dataclasses.field(default=None, metadata={"static": True})
 
     def with_factors(self, a: Any, b: Any) -> "LowRank":
-        """The same node of a tree with other factors."""
+        """The same node with other factors: its scale and its roles are kept."""
         return dataclasses.replace(self, a=a, b=b)
 
     def __getitem__(self, index: Any) -> "LowRank":
-        """The matrices at an index of the batch axes: layer i of a stack is p[i]."""
+        """The matrices at an index of the batch axes: of stacked layers, layer i is `p[i]`.
+
+        Raises:
+          TypeError: a matrix without batch axes.
+          IndexError: an index out of bounds, where it is known when traced.
+        """
         *batch, n, m = self.shape
         if not batch:
             raise TypeError(f"a LowRank of shape ({n}, {m}) has no batch axes to index")
@@ -86,22 +91,23 @@ class LowRank(metaclass=_Explained):
 
     @property
     def T(self) -> "LowRank":
-        """The transposed matrix, s b^T a^T, batch axes left alone."""
+        """The transposed matrix, s b^T a^T; batch axes stay where they are."""
         roles = self.roles and self.roles.translate(str.maketrans("io", "oi"))
         return dataclasses.replace(self, a=transpose(self.b), b=transpose(self.a), roles=roles)
 
     def astype(self, dtype: Any) -> "LowRank":
-        """The same matrix with its factors in a type."""
+        """The same matrix with its factors in another type."""
         return self.with_factors(self.a.astype(dtype), self.b.astype(dtype))
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the matrix, (*batch, n, m)."""
+        """The shape of the matrix, `(*batch, n, m)`."""
         return (*self.a.shape[:-1], self.b.shape[-1])
 
     dtype = property(lambda self: jnp.result_type(self.a, self.b))
 
     def to_dense(self) -> Float[Array, "*batch n m"]:
+        """The matrix as an array, as `oplora_jax.to_dense` forms it."""
         dense = formed(self)
         return mark("dense", dense, dense, self.a, self.b, scale=self.scale)
 
@@ -109,17 +115,18 @@ class LowRank(metaclass=_Explained):
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class OuterProduct:
-    r"""The matrix :math:`x^\top dy`, never formed: the exact gradient of a dense layer's weight.
+    """The exact gradient of a dense layer's weight, the matrix x^T dy, kept as x and dy.
 
-    All its leaves times a number are the gradient times that number, so `optax.scale` and the undoing of a
-    loss scale are right. Anything else leaf by leaf, such as a sum or an average over devices or steps, is an
-    error once it is used, and in a compiled program a step that is skipped and counted: take dense gradients
-    there. Clip with `oplora_jax.clip_by_global_norm`; Optax's takes the norm of the leaves.
+    `value_and_grad` returns it where that takes less arithmetic than forming the matrix, and the optimizers
+    multiply with it. All leaves may be multiplied by one number, as `optax.scale` and the undoing of a loss
+    scale do. Anything else leaf by leaf, such as a sum or an average over devices or steps, is an error once
+    it is used, and in a compiled program a step that is skipped and counted: take `gradient="dense"` there.
+    Clip with `clip_by_global_norm`.
 
     Args:
-      x: the layer's inputs, `Float[Array, "*batch N n"]`, one row a token.
+      x: the layer's inputs, `Float[Array, "*batch N n"]`, one row for each of N tokens.
       dy: the gradient at its outputs, `Float[Array, "*batch N m"]`.
-      seal: left out. What tells that all leaves were scaled alike: a third leaf wherever there are leaves.
+      seal: leave it out. A third leaf by which the library tells whether all leaves were multiplied alike.
     """
 
     x: Any  # Float[Array, "*batch N n"]
@@ -137,7 +144,7 @@ class OuterProduct:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the matrix, (*batch, n, m)."""
+        """The shape of the matrix, `(*batch, n, m)`."""
         return (*self.x.shape[:-2], self.x.shape[-1], self.dy.shape[-1])
 
     dtype = property(lambda self: jnp.result_type(self.x, self.dy))
@@ -157,6 +164,7 @@ class OuterProduct:
         return product if isinstance(seal, tuple) else product * seal[..., None].astype(product.dtype)
 
     def to_dense(self) -> Float[Array, "*batch n m"]:
+        """The matrix as an array."""
         form = lambda x, dy, seal: OuterProduct(x, dy, seal).scaled(matmul(transpose(x), dy))
         spec = lambda: partition(*matrix_entries(self))
         return under_auto_sharding(form, spec, self.x, self.dy, self.opened().seal).astype(self.dtype)
@@ -165,15 +173,15 @@ class OuterProduct:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class DenseGradient:
-    r"""A gradient x^T dy that is formed, with the second moments of the N tokens it is a sum over.
+    """An exact gradient as an array, with the second moments that `scaled_oplora` takes.
 
-    `value_and_grad` returns it where moments are asked for. A moment is the sum of the squares over tokens,
-    or the whole matrix :math:`x^\top x`.
+    `value_and_grad` returns it where `moments` are asked for. The gradient is a sum over N tokens, x^T dy. A
+    moment is the sum of the squares over tokens, or the whole matrix, x^T x and dy^T dy.
 
     Args:
-      gradient: `Float[Array, "*batch n m"]`.
+      gradient: the gradient of the weight, `Float[Array, "*batch n m"]`.
       x_moment: of the layer's inputs, `Float[Array, "*batch n"]` or `Float[Array, "*batch n n"]`.
-      dy_moment: of the gradient at its outputs, (*batch, m) or (*batch, m, m).
+      dy_moment: of the gradient at its outputs, `Float[Array, "*batch m"]` or `Float[Array, "*batch m m"]`.
       tokens: N, `Float[Array, "*batch"]`.
     """
 
@@ -184,12 +192,13 @@ class DenseGradient:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the matrix, (*batch, n, m)."""
+        """The shape of the matrix, `(*batch, n, m)`."""
         return self.gradient.shape
 
     dtype = property(lambda self: self.gradient.dtype)
 
     def to_dense(self) -> Float[Array, "*batch n m"]:
+        """The gradient alone."""
         return self.gradient
 
 
@@ -200,11 +209,14 @@ Terms: TypeAlias = Sequence[tuple[Any, Matrix]]
 def is_low_rank(node: Any) -> bool:
     """Whether a node of a tree is a LoRA parameter: the `is_leaf` to walk a tree of parameters with.
 
-    Give Optax labels and masks as trees: a function it calls on the gradients too, where exact ones stand.
+    Use it for the labels and masks of `optax.partition` and `optax.masked`. Give these as trees, not as
+    functions: Optax calls a function on the gradients too, where other nodes stand. It is false for a node
+    that one of them has emptied.
 
-    False for a node that `optax.masked` or `optax.partition` has emptied.
+    Args:
+      node: anything.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from oplora_jax import LowRank, is_low_rank
       >>> params = {"lora": LowRank(jnp.ones((3, 1)), jnp.ones((1, 2))), "bias": jnp.zeros(2)}
@@ -256,12 +268,14 @@ def transposed(matrix: Matrix) -> Matrix:
 
 
 def to_dense(matrix: Matrix) -> Float[Array, "*batch n m"]:
-    """Forms the matrix.
+    """The array that a low-rank matrix or an exact gradient stands for.
+
+    In a loss it is a use of a LoRA parameter that `value_and_grad` takes the exact gradient of, as an array.
 
     Args:
-      matrix: a `LowRank`, an `OuterProduct`, a `DenseGradient` or an array, of shape (*batch, n, m).
+      matrix: a `LowRank`, an `OuterProduct`, a `DenseGradient` or an array, of shape `(*batch, n, m)`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from oplora_jax import OuterProduct, to_dense
       >>> to_dense(OuterProduct(x=jnp.array([[1.0, 2.0]]), dy=jnp.array([[3.0, 4.0]]))).tolist()

@@ -18,20 +18,20 @@ FLOOR = 1e-12  # of the entries or eigenvalues that are raised to a power
 
 
 class KroneckerMetric(NamedTuple):
-    r"""The metric :math:`\|D_{in}^{1/2}\, T\, D_{out}^{1/2}\|_F` of n x m matrices T.
+    r"""A norm of n x m matrices that weighs their rows and their columns, for `lorsum`.
 
-    Each side is symmetric and positive, and by its shape either diagonal or dense.
+    Attributes:
+      input: the weights of the n rows, `(*batch, n)`, or a symmetric positive matrix, `(*batch, n, n)`.
+      output: the weights of the m columns, `(*batch, m)`, or a symmetric positive matrix, `(*batch, m, m)`.
 
-    Args:
-      input: the diagonal of Din, (*batch, n), or all of it, (*batch, n, n).
-      output: the diagonal of Dout, (*batch, m), or all of it, (*batch, m, m).
+    With $D_{in}$ and $D_{out}$ the two, the norm of $T$ is $\|D_{in}^{1/2}\, T\, D_{out}^{1/2}\|_F$.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from oplora_jax import KroneckerMetric, LowRank, lorsum, to_dense
       >>> metric = KroneckerMetric(input=jnp.array([2.0, 1.0]), output=jnp.ones(2))
-      >>> anchor, gradient = LowRank(jnp.eye(2), jnp.zeros((2, 2))), jnp.ones((2, 2))
-      >>> jnp.round(to_dense(lorsum([(1.0, anchor), (-1.0, gradient)], metric=metric)), 4).tolist()
+      >>> start, gradient = LowRank(jnp.eye(2), jnp.zeros((2, 2))), jnp.ones((2, 2))
+      >>> jnp.round(to_dense(lorsum([(1.0, start), (-1.0, gradient)], metric=metric)), 4).tolist()
       [[-0.5, -0.5], [-1.0, -1.0]]
     """
 

@@ -19,15 +19,20 @@ from oplora_jax.solve import triangle
 
 
 def inner_product(first: Matrix, second: Matrix) -> Float[Array, "*batch"]:
-    """The Frobenius inner product of two matrices, one number a batch entry, without forming either.
-
-    The rounding error is relative to the product of the factors' norms: of two nearly equal matrices a
-    distance <A, A> - 2 <A, B> + <B, B> is lost below sqrt(eps) |A|, which is 3e-4 |A| in float32.
+    r"""The sum of the products of the entries of two matrices, without forming either.
 
     Args:
-      first, second: a `LowRank`, an `OuterProduct` or an array each, of one shape (*batch, n, m).
+      first: a `LowRank`, an `OuterProduct` or an array, of shape `(*batch, n, m)`.
+      second: likewise, of the same shape.
 
-    Example:
+    Returns:
+      One number for each entry of the batch axes.
+
+    The rounding error is relative to the product of the factors' norms. Do not compute a distance of two
+    nearly equal matrices by it: $\langle A, A \rangle - 2 \langle A, B \rangle + \langle B, B \rangle$ is
+    lost below 3e-4 of the norm of $A$ in float32.
+
+    Examples:
       >>> import jax.numpy as jnp
       >>> from oplora_jax import LowRank, inner_product
       >>> ones = LowRank(jnp.ones((3, 1)), jnp.ones((1, 2)))
@@ -52,15 +57,19 @@ def _sum_of_products(x: Array, y: Array) -> Array:
 
 
 def frobenius_norm(matrix: Matrix) -> Float[Array, "*batch"]:
-    """The Frobenius norm, one number a batch entry.
-
-    The error of a low-rank matrix's is eps |a| |b|, even where its rank-one parts nearly cancel; that of the
-    square of an outer product's of few tokens, N (n + m) <= n m, is eps |x|^2 |dy|^2.
+    """The Frobenius norm of a matrix, without forming a low-rank one.
 
     Args:
-      matrix: a `LowRank`, an `OuterProduct`, a `DenseGradient` or an array, of shape (*batch, n, m).
+      matrix: a `LowRank`, an `OuterProduct`, a `DenseGradient` or an array, of shape `(*batch, n, m)`.
 
-    Example:
+    Returns:
+      One number for each entry of the batch axes.
+
+    The rounding error of a low-rank matrix's norm is relative to the product of its factors' norms. Of an
+    outer product of few tokens, N (n + m) <= n m, that of the squared norm is relative to the squares of the
+    norms of x and dy.
+
+    Examples:
       >>> import jax.numpy as jnp
       >>> from oplora_jax import LowRank, frobenius_norm
       >>> round(float(frobenius_norm(LowRank(jnp.ones((2, 1)), jnp.ones((1, 2)), scale=3.0))), 5)

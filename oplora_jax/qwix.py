@@ -26,24 +26,25 @@ _SAME_VALUES = ("convert_element_type", "copy", "pvary", "reshard", "sharding_co
 
 
 class LoraProvider(qwix.LoraProvider):
-    """`qwix.LoraProvider` with a `LowRank` as each LoRA parameter, so that the gradients can be exact.
+    """`qwix.LoraProvider` with a `LowRank` for each LoRA parameter, so that gradients can be exact.
 
     It takes the same arguments, rules of `qwix.LoraRule` too, and puts LoRA on the same weights: of dense
     layers, einsums and convolutions, NNX and linen, quantised or not, with Qwix's dropout and initialisers.
+    Take gradients by `oplora_jax.nnx.value_and_grad`, or for linen by `oplora_jax.value_and_grad`.
+
     The parameter of a module's weight "w" is "lora/w" beside it, in NNX an `nnx.LoRAParam`, of the scale
     alpha / rank, and laid out over a mesh as the weight is. `oplora_jax.to_low_rank` makes of all of them a
     dict by the weights' paths, for `oplora_jax.merge` and `oplora_jax.peft.save_adapter`.
 
-    The gradients are those of `oplora_jax.nnx.value_and_grad`, or for linen `oplora_jax.value_and_grad`. A
-    convolution has a second one beside it, with the increment, formed.
-
     Raises:
       ValueError: in the model's call, by the module's path: a rank above a side of a weight; an einsum that
-        is no product with a matrix; a weight that is not its module's parameter as it is, but transposed or
-        scaled, as merged weights would then compute something else; and LoRA in the model already that the
-        rules leave out, or give another rank or scale.
+        is no product with a matrix; a weight that is transposed or scaled before it is used, as merged
+        weights would then compute something else; and LoRA in the model already that the rules leave out, or
+        give another rank or scale.
 
-    Example:
+    A convolution is computed twice: once with its weight, once with the increment.
+
+    Examples:
       >>> import jax.numpy as jnp
       >>> import qwix
       >>> from flax import nnx

@@ -10,21 +10,26 @@ from oplora_jax.sharding import partition, under_auto_sharding
 
 
 def svd(terms: Terms, rank: int, scale: float | int = 1.0) -> LowRank:
-    r"""The best approximation of a sum of matrices by one of rank r, with balanced factors.
+    r"""The best approximation of a sum of matrices by one of rank r, by a truncated SVD.
 
-    The truncated singular value decomposition :math:`U S V^\top` of :math:`\sum_i c_i T_i`, as
-    :math:`a = U S^{1/2} s^{-1/2}` and :math:`b = s^{-1/2} S^{1/2} V^\top`. A sum whose factors are thin
-    together is not formed.
+    `lorsum` is the cheaper way. A sum whose factors are thin together is not formed here either.
 
     Args:
-      terms: pairs of a coefficient and a matrix of shape (*batch, n, m).
+      terms: pairs of a coefficient and a matrix (`LowRank`, `OuterProduct` or array) of shape
+        `(*batch, n, m)`.
       rank: r, at most min(n, m).
-      scale: the scale s of the result, a `LowRank` of the terms' type.
+      scale: the scale s of the result.
+
+    Returns:
+      A `LowRank` in the terms' type, with balanced factors: a^T a = b b^T.
 
     Raises:
       ValueError: no terms, shapes that differ, or a rank that is not between 1 and min(n, m).
 
-    Example:
+    Of the decomposition $U S V^\top$ of $\sum_i c_i T_i$, truncated, the factors are $a = U S^{1/2} s^{-1/2}$
+    and $b = s^{-1/2} S^{1/2} V^\top$.
+
+    Examples:
       >>> import jax.numpy as jnp
       >>> from oplora_jax import svd, to_dense
       >>> best = svd([(1.0, jnp.diag(jnp.array([3.0, 2.0, 1.0])))], rank=2)

@@ -20,29 +20,30 @@ from oplora_jax.nnx.gradients import value_and_grad
 
 
 class PeftTrainer(peft_trainer.PeftTrainer):
-    """`tunix.PeftTrainer`, whose steps take the exact gradients of the whole weights.
+    """`tunix.PeftTrainer` whose steps take the exact gradients of the full weights.
 
     The model has `LowRank` parameters, by `oplora_jax.qwix.LoraProvider` or `oplora_jax.nnx.loraize`; the
     optimizer is one of this package. Everything else is Tunix's: losses, hooks, metrics, evaluation, meshes
-    and checkpoints. The metric "grad_norm" is the norm of the whole weights' gradient.
-
-    With `gradient_accumulation_steps` k in the configuration, k batches are one step of one compiled program,
-    which runs the loss on one after the other. All must have the same shapes; a rest of fewer than k batches
-    is left out. A step's training hooks are called once for the k of them.
+    and checkpoints. The metric "grad_norm" is the norm of the full weights' gradient.
 
     Tunix's other trainers take exact gradients as `class Dpo(DPOTrainer, PeftTrainer)`, this one last.
 
     Args:
-      model, optimizer, training_config: as for Tunix's. To clip, `optax.chain` the optimizer behind
-        `oplora_jax.clip_by_global_norm`.
-      *args, **kwargs: Tunix's others.
-      gradient, moments: as for `oplora_jax.value_and_grad`; the second moments are for `scaled_oplora`.
+      model: as for Tunix's.
+      optimizer: as for Tunix's. To clip, `optax.chain` it behind `oplora_jax.clip_by_global_norm`.
+      training_config: as for Tunix's. With `gradient_accumulation_steps` k, k batches of the same shapes are
+        one step of one compiled program, which runs the loss on one after the other; a rest of fewer than k
+        batches is left out, and a step's training hooks are called once for the k of them.
+      *args: Tunix's others.
+      gradient: as for `oplora_jax.value_and_grad`.
+      moments: as for `oplora_jax.value_and_grad`: "diagonal" for `scaled_oplora`.
+      **kwargs: Tunix's others.
 
     Raises:
       ValueError: batches that are accumulated and differ in shape, or whose arrays differ in the size of
         their first axis, or that come from data hooks.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> from tunix.sft.peft_trainer import TrainingConfig
@@ -126,7 +127,10 @@ class PeftTrainer(peft_trainer.PeftTrainer):
 
 
 class CheckpointManager(checkpoint_manager.CheckpointManager):
-    """Tunix's, but each array is restored to where it lies: two factors of one parameter may lie apart."""
+    """Tunix's checkpoint manager, which restores each array to where it lies on the mesh.
+
+    `PeftTrainer` has it: the two factors of a LoRA parameter may lie apart.
+    """
 
     def maybe_restore(
         self,

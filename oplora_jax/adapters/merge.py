@@ -12,15 +12,27 @@ from oplora_jax.matrix import LowRank, check_factors
 def merge(params: Any, lora: dict[str, LowRank]) -> Any:
     """The model's parameters with the LoRA increments added to their kernels.
 
-    Inside a loss it is a use of the LoRA parameters that `value_and_grad` captures, as a dense gradient.
+    For a finished model; and in a loss, for a model whose source you do not want to touch: `value_and_grad`
+    takes exact gradients there too, as arrays.
 
     Args:
-      params: the tree that `init_lora` was given, or one with the same paths; the result is like it.
-      lora: LoRA parameters by path, each a matrix of its kernel's axes as `init_lora` makes them.
+      params: the tree that `init_lora` was given, or one with the same paths.
+      lora: LoRA parameters by path, as `init_lora` makes them.
+
+    Returns:
+      A tree like params, in its types.
 
     Raises:
-      ValueError: a path that params lacks, or a kernel of another size, or of a type that would lose the
-        increment, of integers or of float8.
+      ValueError: a path that params lacks; a kernel of another size, or of integers or float8, which would
+        lose the increment.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import oplora_jax
+      >>> params = {"dense": {"kernel": jnp.ones((4, 6)), "bias": jnp.zeros(6)}}
+      >>> lora = {"dense/kernel": oplora_jax.LowRank(jnp.ones((4, 1)), jnp.ones((1, 6)), scale=0.5)}
+      >>> float(oplora_jax.merge(params, lora)["dense"]["kernel"][0, 0])
+      1.5
     """
     missing = set(lora)
 

@@ -51,41 +51,42 @@ def pair_factors(
     batch_axes: int | Callable[[str], int | None] | None = None,
     stack_axis: int | Callable[[str], int | None] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""A LoRA optimizer for parameters of other libraries, whose factors a and b are two separate leaves.
+    """A LoRA optimizer for parameters of other libraries, whose factors a and b are two separate leaves.
 
-    Say `scale`, what the other library multiplies a b with: alpha / rank for Qwix and PEFT, 1 for
-    `flax.nnx.LoRA` and gemma.
-
-    The leaves are paired by path. The optimizer sees a tree {"paired": {name: `LowRank`}, "rest": {path:
-    leaf}}, with `LowRank` parameters and all other leaves in "rest", and the state is the optimizer's own.
-    Gradients are those of the factors (`jax.grad`), so that OPLoRA takes its Riemannian step; the exact one
-    needs `LowRank` parameters and `oplora_jax.value_and_grad`.
-
-    Recognised without a pattern are the names of `flax.nnx.LoRA` (lora_a, lora_b), Qwix (kernel_lora_a,
-    kernel_lora_b) and PyTorch (lora_A, lora_B), also with "/kernel" or "/weight" behind them, and gemma's
-    (lora/a, lora/b). A factor may have several input or output axes, such as heads: a is
-    (\*batch, \*inputs, r), b (\*batch, r, \*outputs). What the shapes leave open is asked for by an error.
+    For `flax.nnx.LoRA`, Qwix's own LoRA, gemma's, MaxText's and models ported from PyTorch. Gradients are
+    those of `jax.grad`; exact ones need `LowRank` parameters and `value_and_grad`. Say `scale`, what the
+    other library multiplies a b with: alpha / rank for Qwix and PEFT, 1 for `flax.nnx.LoRA` and gemma.
 
     Args:
       tx: any transformation that takes `LowRank` parameters, such as `oplora`.
       scale: the scale s of the increment s a b in the other library's forward pass; or a function from a
         pair's name, such as "encoder/query/kernel", to it. 1 if None, which Qwix's names do not allow.
-      pattern: how the paths of a and b end, such as ("down/kernel", "up/kernel"), instead of the names
-        above. An ending begins at the path's start or after "/", "." or "_".
-      transposed: whether the factors are laid out as PyTorch's, a (\*batch, r, n) and b (\*batch, m, r).
+      pattern: how the paths of a and b end, such as ("down/kernel", "up/kernel"). An ending begins at the
+        path's start or after "/", "." or "_". If None the names of `flax.nnx.LoRA` (lora_a, lora_b), Qwix
+        (kernel_lora_a, kernel_lora_b) and PyTorch (lora_A, lora_B) are found, also with "/kernel" or
+        "/weight" behind them, and gemma's (lora/a, lora/b).
+      transposed: whether the factors are laid out as PyTorch's, a `(*batch, r, n)` and b `(*batch, m, r)`. If
+        None the shapes decide, or an error asks.
       batch_axes: how many leading axes count the layers of a stack, the axis `stack_axis` among them, where
         the shapes leave it open: a (4, 16, 4) with b (4, 4, 8) may be a stack of four, or one layer with two
         axes on each side. Or a function from a pair's name to it, or to None.
-      stack_axis: the axis of both factors that stacks layers where it is not the first, such as 1 for
-        `nn.scan` with variable_axes={"params": 1} and for MaxText: a (n, layers, r), b (r, layers, m). It
-        comes first in the `LowRank`. Or a function from a pair's name to it, or to None.
+      stack_axis: the axis of both factors that stacks layers where it is not the first, such as 1 for MaxText
+        and for `nn.scan` with `variable_axes={"params": 1}`: a (n, layers, r), b (r, layers, m). Or a
+        function from a pair's name to it, or to None.
+
+    Returns:
+      An Optax transformation. The optimizer within sees a tree
+      `{"paired": {name: LowRank}, "rest": {path: leaf}}`, and the state is its own.
 
     Raises:
       ValueError: at init and update, for no pair at all, for a factor without the other one, for shapes that
         do not fit what is said (a rank above n or m, as of square layers of PyTorch without `transposed`) or
         allow several layouts, for Qwix's names without a scale, and for gradients of another shape.
 
-    Example:
+    A factor may have several axes of inputs or outputs, such as heads: a is `(*batch, *inputs, r)`, b
+    `(*batch, r, *outputs)`.
+
+    Examples:
       >>> import jax, jax.numpy as jnp, optax, oplora_jax
       >>> params = {"lora_a": jnp.ones((4, 2)), "lora_b": jnp.zeros((2, 3))}
       >>> tx = oplora_jax.pair_factors(oplora_jax.oplora(0.1))
@@ -123,17 +124,23 @@ def pair_factors(
 
 
 def to_low_rank(tree: Any, **layout: Any) -> dict[str, LowRank]:
-    """The LoRA parameters of a tree by name, whole ones or such whose two factors are separate leaves.
+    """All LoRA parameters of a tree in a dict by name, whatever library made them.
+
+    For `merge` and `oplora_jax.peft.save_adapter`, for example.
 
     Args:
-      tree: parameters as for `pair_factors`, or with `LowRank` nodes. The name of a node is the path of the
-        weight beside it: "query/kernel" of "query/lora", and "query/w" of "query/lora/w".
+      tree: parameters with `LowRank` nodes, or with factors in separate leaves as for `pair_factors`. The
+        name of a node is the path of the weight beside it: "query/kernel" of "query/lora", and "query/w" of
+        "query/lora/w".
       **layout: `scale`, `pattern`, `transposed`, `batch_axes` and `stack_axis`, as for `pair_factors`.
 
     Returns:
-      A dict from names to `LowRank` parameters, a (*batch, n, r) and b (*batch, r, m).
+      A dict from names to `LowRank` parameters, a `(*batch, n, r)` and b `(*batch, r, m)`.
 
-    Example:
+    Raises:
+      ValueError: as for `pair_factors`.
+
+    Examples:
       >>> import jax.numpy as jnp, oplora_jax
       >>> params = {"query": {"kernel_lora_a": jnp.ones((4, 2)), "kernel_lora_b": jnp.ones((2, 3, 5))}}
       >>> {name: p.shape for name, p in oplora_jax.to_low_rank(params, scale=2.0).items()}
@@ -145,21 +152,22 @@ def to_low_rank(tree: Any, **layout: Any) -> dict[str, LowRank]:
 
 
 def from_low_rank(lora: dict[str, LowRank], tree: Any, **layout: Any) -> Any:
-    """The tree with other LoRA parameters in it: the inverse of `to_low_rank`.
+    """A tree with other LoRA parameters in it: the inverse of `to_low_rank`.
 
-    Where a parameter's scale is not the tree's, its factors are rescaled, so that the matrix is the same.
+    Where a parameter's scale is not the tree's its factors are rescaled, so that the matrix is the same.
 
     Args:
-      lora: LoRA parameters by name; those that it lacks stay as they are.
-      tree, **layout: as for `to_low_rank`.
+      lora: LoRA parameters by name. Those of the tree that it lacks stay as they are.
+      tree: as for `to_low_rank`.
+      **layout: as for `to_low_rank`.
 
     Returns:
       A tree like the given one, in its types.
 
     Raises:
-      ValueError: as `pair_factors`, and for a name that the tree lacks, or factors of other shapes.
+      ValueError: as for `pair_factors`, and for a name that the tree lacks, or factors of other shapes.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, oplora_jax
       >>> params = {"query": {"lora_a": jnp.zeros((4, 2)), "lora_b": jnp.zeros((2, 3))}}
       >>> lora = {"query": oplora_jax.LowRank(jnp.ones((4, 2)), jnp.ones((2, 3)))}

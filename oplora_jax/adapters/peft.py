@@ -45,55 +45,52 @@ def save_adapter(
     fan_in_fan_out: bool = False,
     modules_to_save: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes LoRA parameters as a PEFT adapter, which `peft.PeftModel.from_pretrained` loads.
+    """LoRA parameters written as a PEFT adapter, which `peft.PeftModel.from_pretrained` loads.
 
-    The factors are written bit for bit; the `roles` of a kernel's axes are not. An embedding's LoRA parameter
-    is one whose path is ".../embedding" or ".../input_embedding", or whose module has a usual name, such as
-    embed_tokens, word_embeddings or wte. It is for the lookups alone: a tied output layer that is to have it
-    too takes p.T.
+    The factors are written bit for bit.
 
     Args:
       folder: made if need be; its adapter_model.safetensors and adapter_config.json are replaced.
       lora: LoRA parameters by path, as `init_lora` and `to_low_rank` return them, or any tree with `LowRank`
-        nodes, of any ranks and scales. Other leaves are not written, but for those under a key
-        "modules_to_save", where `load_adapter` puts them.
+        nodes, of any ranks and scales. Their `roles` are not written. Other leaves are not written either,
+        but for those under a key "modules_to_save", where `load_adapter` puts them.
       names: the PyTorch module of each path, a dict or a function of the path: "layer_0/query/kernel" may be
         "bert.encoder.layer.0.attention.self.query". For a parameter of stacked layers, (layers, n, m), one
         name per layer. By default "a/b/kernel" is the module "a.b", and so are "a/b/lora", "a/b/w",
         "a/b/weight" and "a/b/embedding".
-      base_model, task_type: for the config; PEFT's task types are "CAUSAL_LM", "SEQ_CLS" and so on. Those of
-        classification and of answering questions need the trained head.
+      base_model: the base model's name or folder, for the config.
+      task_type: for the config: "CAUSAL_LM", "SEQ_CLS" and PEFT's others. Those of classification and of
+        answering questions need the trained head.
       fan_in_fan_out: True where the modules are `Conv1D`, as GPT-2's; PEFT only warns without it.
-      modules_to_save: what is trained besides LoRA's parameters, by the PyTorch module's whole name: all the
-        parameters of a head or an embedding, {"classifier": {"kernel": (in, out), "bias": (out,)}}, deeper
-        where it has layers, {"classifier": {"dense": {...}, "out_proj": {...}}}; or a bias alone, of a
-        layer with LoRA or another, {"encoder.query": {"bias": (m,)}}. A dense layer's "kernel" is written
-        as its weight, transposed; "embedding", "scale" and "weight" as a weight laid out as in PyTorch,
-        which convolutions have to be; other names as they are.
+      modules_to_save: what is trained besides LoRA, by the PyTorch module's whole name: all the parameters of
+        a head or an embedding, `{"classifier": {"kernel": (in, out), "bias": (out,)}}`, deeper where it has
+        layers, `{"classifier": {"dense": {...}, "out_proj": {...}}}`; or a bias alone,
+        `{"encoder.query": {"bias": (m,)}}`. A dense layer's "kernel" is written as its weight, transposed;
+        "embedding", "scale" and "weight" as a weight laid out as in PyTorch, which convolutions have to be;
+        other names as they are.
 
     Raises:
       ValueError: no LoRA parameter, names that are missing, repeated or too few, factors that do not fit; a
         task without its head, a module in modules_to_save without parameters or with LoRA parameters inside.
 
-    Example:
+    An embedding's LoRA parameter is one whose path is ".../embedding" or ".../input_embedding", or whose
+    module has a usual name, such as embed_tokens, word_embeddings or wte. It is for the lookups alone: a tied
+    output layer that is to have it too takes `p.T`.
+
+    Examples:
       >>> import tempfile, jax.numpy as jnp
       >>> from oplora_jax import LowRank
       >>> from oplora_jax.peft import load_adapter, save_adapter
       >>> lora = {"query/kernel": LowRank(jnp.ones((4, 2)), jnp.ones((2, 6)), scale=4.0)}
       >>> names = {"query/kernel": "model.layers.0.self_attn.q_proj"}
-      >>> with tempfile.TemporaryDirectory() as folder:
-      ...   save_adapter(folder, lora, names=names, task_type="CAUSAL_LM")
-      ...   loaded = load_adapter(folder, names=names)["query/kernel"]
-      >>> loaded.shape, loaded.scale
-      ((4, 6), 4.0)
       >>> head = {"kernel": jnp.ones((6, 3)), "bias": jnp.zeros(3)}
       >>> with tempfile.TemporaryDirectory() as folder:
       ...   save_adapter(folder, lora, names=names, task_type="SEQ_CLS", modules_to_save={"score": head})
       ...   loaded = load_adapter(folder, names=names)
       >>> {name: z.shape for name, z in loaded.pop("modules_to_save")["score"].items()}
       {'bias': (3,), 'kernel': (6, 3)}
-      >>> list(loaded)
-      ['query/kernel']
+      >>> {path: (p.shape, p.scale) for path, p in loaded.items()}
+      {'query/kernel': ((4, 6), 4.0)}
     """
     modules: dict[str, LowRank] = {}
     embeddings = set()
@@ -138,33 +135,34 @@ def save_adapter(
 
 
 def load_adapter(folder: str | os.PathLike[str], *, names: Names | None = None) -> dict[str, Any]:
-    """Reads a PEFT adapter.
+    """The LoRA parameters of a PEFT adapter, and what was trained besides them.
 
     Args:
       folder: with adapter_model.safetensors and adapter_config.json.
       names: as for `save_adapter` if a dict, in which names that the adapter lacks are ignored; a function
-        takes the PyTorch module's name instead, and returns the path. By default the module "a.b" is the
-        path "a/b/kernel", or "a/b/embedding" if it is an embedding. Where a path has several names, their
-        layers are stacked.
+        takes the PyTorch module's name instead, and returns the path. By default the module "a.b" is the path
+        "a/b/kernel", or "a/b/embedding" if it is an embedding. Where a path has several names, their layers
+        are stacked.
 
     Returns:
       A dict from paths to `LowRank` parameters in the file's types, whose scale is lora_alpha / r, or
-      lora_alpha / sqrt(r) with use_rslora. `dataclasses.replace` gives one its `roles`, where need be.
-      An embedding's is (vocabulary, dim), as its weight is.
-      What the file has besides LoRA's parameters, if anything, is under the key "modules_to_save", by
-      module as `save_adapter` takes it: heads, embeddings, biases, and the weights of lm_head and of
-      embeddings with LoRA, which PEFT adds. Names and layouts are those that `save_adapter` was given. Of
-      PEFT's own files dense layers with LoRA, lm_head, and those of a classifier, score, qa_outputs or
-      classification_head have a "kernel", (in, out); a file does not tell what other modules are, and
-      their parameters keep PyTorch's names and layouts, a "weight" (out, in) for a dense layer.
+      lora_alpha / sqrt(r) with use_rslora. That of an embedding is (vocabulary, dim), as its weight is.
+      `dataclasses.replace` gives one its `roles`, where need be. What the file has besides, if anything, is
+      under the key "modules_to_save", by module as `save_adapter` takes it: heads, embeddings, biases, and
+      the weights of lm_head and of embeddings with LoRA, which PEFT adds.
 
     Raises:
       FileNotFoundError: a file that is missing.
       ValueError: anything besides plain LoRA of dense layers and embeddings and parameters as they are, which
-        would be left out otherwise; an r or lora_alpha that is no positive number, factors that do not fit,
-        a module without a name, or layers of a stack that do not match.
+        would be left out otherwise; an r or lora_alpha that is no positive number, factors that do not fit, a
+        module without a name, or layers of a stack that do not match.
 
-    Example:
+    Names and layouts under "modules_to_save" are those that `save_adapter` was given. Of PEFT's own files
+    dense layers with LoRA, lm_head, and those of a classifier, score, qa_outputs or classification_head have
+    a "kernel", (in, out). A file does not tell what other modules are: their parameters keep PyTorch's names
+    and layouts, a "weight" (out, in) for a dense layer.
+
+    Examples:
       >>> import tempfile, jax.numpy as jnp
       >>> from oplora_jax import LowRank
       >>> from oplora_jax.peft import load_adapter, save_adapter

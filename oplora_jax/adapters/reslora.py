@@ -25,20 +25,27 @@ SHORTCUTS = {
 def block_shortcut(
     x: Float[Array, "*tokens n"], kernel: Float[Array, "*batch n m"], loras: Sequence[LowRank]
 ) -> Float[Array, "*tokens m"]:
-    r"""A layer with its own LoRA increment and those before it, :math:`y = x W + \sum_i s_i (x a_i) b_i`.
+    r"""The outputs of a layer whose inputs go through its own LoRA increment and those of layers before it.
 
-    The gradient that `value_and_grad` takes at an increment adds up over the layers that use it: it is dense.
+    The exact gradient of an increment adds up over the layers that use it: it is an array.
 
     Args:
-      x: the layer's inputs, as for `lora_dot`; the outputs are in the promoted type of x and the kernel.
+      x: the layer's inputs, as for `lora_dot`.
       kernel: the frozen weight W.
       loras: the increments, all of the kernel's shape: at layer l of a stack, with shortcuts over k layers,
-        ``loras[max(0, l - k + 1) : l + 1]``.
+        `loras[max(0, l - k + 1) : l + 1]`.
+
+    Returns:
+      The outputs, in the promoted type of x and the kernel.
 
     Raises:
       ValueError: no increments, or shapes that do not fit.
 
-    Example:
+    It computes $y = x W + \sum_i s_i\,(x a_i)\,b_i$.
+
+    From [ResLoRA](https://arxiv.org/abs/2402.18039).
+
+    Examples:
       >>> import jax.numpy as jnp
       >>> from oplora_jax import LowRank
       >>> from oplora_jax.reslora import block_shortcut, merge_block
@@ -51,7 +58,15 @@ def block_shortcut(
 
 
 def merge_block(kernel: Float[Array, "*batch n m"], loras: Sequence[LowRank]) -> Float[Array, "*batch n m"]:
-    """The kernel of the plain layer that computes what `block_shortcut` with the same arguments does."""
+    """The kernel of the plain layer that computes what `block_shortcut` does.
+
+    Args:
+      kernel: as for `block_shortcut`.
+      loras: as for `block_shortcut`.
+
+    Raises:
+      ValueError: as for `block_shortcut`; a kernel of integers or float8.
+    """
     check(jnp.shape(kernel), loras)
     check_takes_increments(kernel)
     return (kernel + sum(map(to_dense, loras))).astype(kernel.dtype)
@@ -63,18 +78,27 @@ def input_shortcut(
     kernel: Float[Array, "*batch n m"],
     lora: LowRank,
 ) -> Float[Array, "*tokens m"]:
-    r"""A layer whose increment sees the previous layer's inputs too, :math:`y = x W + s\,((x + x') a)\,b`.
+    r"""The outputs of a layer whose LoRA increment sees the previous layer's inputs too.
 
-    It has no merged form: y is no function of x alone.
+    No plain layer computes the same: it is not a function of x alone, and cannot be merged.
 
     Args:
-      x, previous_x: the inputs of the layer, and of the layer before it, of one shape.
-      kernel, lora: the frozen weight W, and the layer's increment.
+      x: the layer's inputs.
+      previous_x: the inputs of the layer before it, of the same shape.
+      kernel: the frozen weight W.
+      lora: the layer's increment.
+
+    Returns:
+      The outputs, in the promoted type of x and the kernel.
 
     Raises:
       ValueError: shapes that do not fit.
 
-    Example:
+    It computes $y = x W + s\,((x + x')\,a)\,b$, where $x'$ are the previous layer's inputs.
+
+    From [ResLoRA](https://arxiv.org/abs/2402.18039).
+
+    Examples:
       >>> import jax.numpy as jnp
       >>> from oplora_jax import LowRank
       >>> from oplora_jax.reslora import input_shortcut

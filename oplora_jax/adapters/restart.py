@@ -16,26 +16,29 @@ from oplora_jax.matrix import LowRank, is_low_rank
 def merge_and_restart(
     key: PRNGKeyArray, params: Any, lora: dict[str, LowRank]
 ) -> tuple[Any, dict[str, LowRank]]:
-    r"""Merges LoRA parameters into the kernels they belong to, and starts fresh ones of the same rank.
+    """Chain of LoRA: the increments added to their kernels, and fresh LoRA parameters in their place.
 
-    :math:`W \leftarrow W + s\,a\,b`, then a new a and b = 0: the model computes what it did, to the rounding
-    of the kernels' type (a bfloat16 kernel takes on nothing below 1/512 of its entries). After k rounds the
-    weights have moved by rank up to k r.
+    The model computes what it did, to the rounding of the kernels' type: a bfloat16 kernel takes on nothing
+    below 1/512 of its entries. After k rounds the weights have moved by a matrix of rank up to k r.
 
-    The optimizer's state is the caller's: ``tx.init(lora)`` begins anew, its schedule too, as Chain of LoRA
-    does (https://arxiv.org/abs/2401.04151); kept, it suits a momentum of the full weight, such as `oplora`'s.
+    The optimizer's state is yours: `tx.init(lora)` begins anew, its schedule too, as the paper does; kept, it
+    suits a momentum of the full weight, such as that of `oplora`.
 
     Args:
       key: a random key, another one for each restart, such as `jax.random.fold_in(key, step)`.
-      params, lora: the model's parameters and the LoRA parameters by path, as for `merge`.
+      params: the model's parameters, as for `merge`.
+      lora: the LoRA parameters by path, as for `merge`.
 
     Returns:
-      The merged params and the fresh LoRA parameters, of the arguments' structure and types (`jax.lax.cond`).
+      The merged params and the fresh LoRA parameters, of the arguments' structure and types, as
+      `jax.lax.cond` needs.
 
     Raises:
       ValueError: as for `merge`.
 
-    Example:
+    From [Chain of LoRA](https://arxiv.org/abs/2401.04151).
+
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> import oplora_jax
       >>> params = {"dense": {"kernel": jnp.ones((4, 6))}}
@@ -55,16 +58,20 @@ def merge_and_restart(
 def merge_and_restart_layers(key: PRNGKeyArray, params: Any) -> Any:
     """`merge_and_restart` for a tree in which each LoRA parameter, `lora`, stands beside its `kernel`.
 
+    Such are the parameters of models with layers of `oplora_jax.linen`. For `oplora_jax.nnx` it is
+    `nnx.update(model, merge_and_restart_layers(key, nnx.state(model)))`.
+
     Args:
       key: a random key, another one for each restart.
-      params: a tree with kernels, LoRA parameters and whatever else; the result is like it. Such are the
-        parameters of a model with layers of `oplora_jax.linen`, and for those of `oplora_jax.nnx`
-        ``nnx.update(model, merge_and_restart_layers(key, nnx.state(model)))``.
+      params: a tree with kernels, LoRA parameters and whatever else.
+
+    Returns:
+      A tree like params.
 
     Raises:
       ValueError: no LoRA parameter, one without a kernel of its size beside it, or one of a ResLoRA layer.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> import oplora_jax
       >>> layer = {"kernel": jnp.ones((4, 6)), "lora": oplora_jax.LowRank(jnp.ones((4, 1)), jnp.ones((1, 6)))}

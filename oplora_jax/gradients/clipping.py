@@ -17,9 +17,12 @@ def global_norm(updates: Any) -> Float[Array, ""]:
 
     Args:
       updates: a tree of arrays, `OuterProduct`, `DenseGradient` and `LowRank` nodes. The last are pairs of
-        factor gradients and count as such.
+        factor gradients, and both count.
 
-    Example:
+    Returns:
+      A scalar, in float32 at least.
+
+    Examples:
       >>> import jax.numpy as jnp
       >>> from oplora_jax import OuterProduct, global_norm
       >>> gradient = OuterProduct(x=jnp.ones((1, 2)), dy=jnp.ones((1, 2)))
@@ -32,17 +35,26 @@ def global_norm(updates: Any) -> Float[Array, ""]:
 
 
 def clip_by_global_norm(max_norm: Any) -> optax.GradientTransformationExtraArgs:
-    """`optax.clip_by_global_norm` for trees that hold `OuterProduct` and `DenseGradient` nodes.
+    """`optax.clip_by_global_norm` for exact gradients.
 
-    Every gradient is scaled by one factor: an outer product in one side, a dense one with its moments.
+    Optax's own takes the norm of x and dy of an `OuterProduct`; this one that of the matrix. Chain it in
+    front of the optimizer.
 
     Args:
-      max_norm: the largest `global_norm` that passes unchanged.
+      max_norm: the largest `global_norm` that passes unchanged. Of a larger one all gradients are scaled down
+        by one number.
 
-    Example:
-      >>> import optax
+    Returns:
+      An Optax transformation without state.
+
+    Examples:
+      >>> import jax.numpy as jnp
       >>> import oplora_jax
-      >>> tx = optax.chain(oplora_jax.clip_by_global_norm(1.0), oplora_jax.oplora(0.1))
+      >>> tx = oplora_jax.clip_by_global_norm(1.0)
+      >>> gradient = oplora_jax.OuterProduct(x=jnp.ones((1, 2)), dy=jnp.ones((1, 2)))  # of norm 2
+      >>> clipped, _ = tx.update({"lora": gradient}, tx.init(None))
+      >>> oplora_jax.to_dense(clipped["lora"]).tolist()
+      [[0.5, 0.5], [0.5, 0.5]]
     """
 
     def clip(updates, params):

@@ -21,18 +21,15 @@ def lora_dot(
     precision: Any = None,
     out_sharding: NamedSharding | PartitionSpec | None = None,
 ) -> Float[Array, "*tokens m"]:
-    r"""A dense layer with LoRA, :math:`x\,(W + s\,a\,b)`.
+    """The outputs x (W + s a b) of a dense layer with LoRA.
 
-    Here `value_and_grad` captures the exact gradient of the whole weight; plain `jax.grad` gives the factors'
-    gradients as usual. It multiplies in the order of the fewest operations, forward and backward, after
-    RunLoRA, https://arxiv.org/abs/2312.03415: with N > n m / (n + m) tokens, under `jax.vmap` those of one
-    example, the weights are merged first. In less than float32 they never are, nor on a mesh with explicit
-    axes.
+    Use it in the place of x @ kernel in a model of your own. `value_and_grad` takes the exact gradient of the
+    whole weight here; `jax.grad` gives the gradients of the factors, as usual.
 
     Args:
-      x: inputs with any number of leading axes, which begin with the batch axes of the kernel, if any.
+      x: inputs, with any number of leading axes. They begin with the batch axes of the kernel, if it has any.
       kernel: the frozen weight W.
-      lora: the increment, a `LowRank` of the kernel's shape. It is cast to the type of x @ kernel.
+      lora: the increment s a b, of the kernel's shape. It is cast to the type of x @ kernel.
       precision: of all products, forward and backward, as for `jnp.dot`.
       out_sharding: of the result, as for `jnp.dot`. A mesh with explicit axes asks for it where x @ kernel
         contracts an axis that is sharded in both. The factors may be sharded in any way.
@@ -43,7 +40,13 @@ def lora_dot(
     Raises:
       ValueError: shapes that do not fit.
 
-    Example:
+    It multiplies in the order of the fewest operations: with more than n m / (n + m) tokens (under `jax.vmap`
+    those of one example) the increment is added to the weight first. In less than float32, and on a mesh with
+    explicit axes, it never is.
+
+    After [RunLoRA](https://arxiv.org/abs/2312.03415).
+
+    Examples:
       >>> import jax.numpy as jnp
       >>> from oplora_jax import LowRank, lora_dot
       >>> lora = LowRank(jnp.ones((3, 1)), jnp.ones((1, 2)), scale=0.5)

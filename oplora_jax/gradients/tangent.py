@@ -14,33 +14,40 @@ from oplora_jax.together import together
 
 
 def tangent_gradient(param: LowRank, factor_gradients: LowRank) -> LowRank:
-    r"""The projection of the full gradient on the tangent space at s a b, from plain factor gradients.
+    r"""What the gradients of the factors tell of the gradient of the full weight, as a matrix of rank 2 r.
 
-    With :math:`P_a = a (a^\top a)^+ a^\top` and :math:`P_b = b^\top (b b^\top)^+ b` the projection is
-    :math:`P_a G + G P_b - P_a G P_b`, which :math:`\partial a = s\,G b^\top` and
-    :math:`\partial b = s\,a^\top G` determine. It is exact to first order: a step along it is a Riemannian
-    gradient step.
+    It is the part of the full gradient G that a small change of both factors can follow. Where there is no
+    exact gradient, but that of `jax.grad`, the optimizers that need G take this in its place.
 
     Args:
-      param: the LoRA parameter, a (*batch, n, r) and b (*batch, r, m).
+      param: the LoRA parameter, a `(*batch, n, r)` and b `(*batch, r, m)`.
       factor_gradients: what `jax.grad` returns at it.
 
     Returns:
-      A matrix of rank 2r: a `LowRank` with factors (*batch, n, 2r) and (*batch, 2r, m), in float32 at least.
+      A `LowRank` with factors `(*batch, n, 2r)` and `(*batch, 2r, m)`, in float32 at least.
 
     Raises:
       ValueError: shapes that do not fit.
 
-    Example:
+    With $P_a = a (a^\top a)^+ a^\top$ and $P_b = b^\top (b b^\top)^+ b$, which project on the columns of a
+    and on the rows of b, it is
+
+    $$
+    P_a G + G P_b - P_a G P_b,
+    $$
+
+    the projection of G on the tangent space of the matrices of rank r at a b. The gradients
+    $\partial a = s\,G b^\top$ and $\partial b = s\,a^\top G$ determine it.
+
+    From [Riemannian optimization on fixed-rank matrices](https://arxiv.org/abs/1209.3834), section 2.
+
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from oplora_jax import LowRank, tangent_gradient, to_dense
       >>> param = LowRank(jnp.array([[1.0], [0.0]]), jnp.array([[0.0, 2.0]]))
       >>> gradients = jax.grad(lambda p: to_dense(p).sum())(param)
       >>> jnp.round(to_dense(tangent_gradient(param, gradients)), 4).tolist()
       [[1.0, 1.0], [0.0, 1.0]]
-
-    References:
-      Riemannian optimization on fixed-rank matrices, https://arxiv.org/abs/1209.3834, section 2.
     """
     check_factors(param, "param")
     shapes = [(jnp.shape(z.a), jnp.shape(z.b)) for z in (param, factor_gradients)]
@@ -63,13 +70,25 @@ def _projection(param: LowRank, gradients: LowRank) -> LowRank:
 
 
 def full_gradient(param: LowRank, gradient: Matrix) -> Matrix:
-    """The gradient of the full weight, from what stands at a LoRA parameter in a tree of gradients.
+    """The gradient of the full weight, from any kind of gradient of a LoRA parameter.
 
-    An exact one as it is; of factor gradients (`jax.grad`) their `tangent_gradient`.
+    For optimizers of your own: an exact gradient is returned as it is, and of those of `jax.grad` their
+    `tangent_gradient`.
 
     Args:
       param: the LoRA parameter.
-      gradient: an `OuterProduct`, a `DenseGradient` or an array, or the `LowRank` of factor gradients.
+      gradient: an `OuterProduct`, a `DenseGradient`, an array, or the `LowRank` of factor gradients.
+
+    Returns:
+      A matrix of the parameter's shape, of any kind; `to_dense` makes an array of it.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from oplora_jax import LowRank, full_gradient, to_dense
+      >>> param = LowRank(jnp.array([[1.0], [0.0]]), jnp.array([[0.0, 1.0]]))
+      >>> factors = LowRank(jnp.array([[2.0], [3.0]]), jnp.array([[5.0, 2.0]]))
+      >>> to_dense(full_gradient(param, factors)).tolist()
+      [[5.0, 2.0], [0.0, 3.0]]
     """
     return tangent_gradient(param, gradient) if isinstance(gradient, LowRank) else gradient
 
@@ -106,14 +125,28 @@ def of_full_gradients(step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def factor_gradients(param: LowRank, gradient: Matrix) -> LowRank:
-    r"""The gradients of the factors, from what stands at a LoRA parameter in a tree of gradients.
+    r"""The gradients of the factors, from any kind of gradient of a LoRA parameter.
 
-    Those of `jax.grad` as they are; of an exact one G what `jax.grad` would return,
-    :math:`\partial a = s\,G b^\top` and :math:`\partial b = s\,a^\top G`, in float32 at least.
+    For optimizers of your own: those of `jax.grad` are returned as they are, and of an exact one what
+    `jax.grad` would have returned.
 
     Args:
       param: the LoRA parameter.
-      gradient: an `OuterProduct`, a `DenseGradient` or an array, or the `LowRank` of factor gradients.
+      gradient: an `OuterProduct`, a `DenseGradient`, an array, or the `LowRank` of factor gradients.
+
+    Returns:
+      A `LowRank` of the two gradients, in float32 at least where they are computed here.
+
+    With $G$ the gradient of the full weight they are $\partial a = s\,G b^\top$ and
+    $\partial b = s\,a^\top G$.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from oplora_jax import LowRank, factor_gradients
+      >>> param = LowRank(jnp.array([[1.0], [2.0]]), jnp.array([[3.0, 4.0]]), scale=2.0)
+      >>> gradients = factor_gradients(param, jnp.ones((2, 2)))
+      >>> gradients.a.tolist(), gradients.b.tolist()
+      ([[14.0], [14.0]], [[6.0, 6.0]])
     """
     if isinstance(gradient, LowRank):
         return gradient

@@ -30,46 +30,48 @@ def value_and_grad(
     microbatches: int | None = None,
     weight: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """Like `jax.value_and_grad` by the first argument, but exact at LoRA parameters.
+    """`jax.value_and_grad` whose gradient at a LoRA parameter is the exact one of the full weight.
 
-    At a `LowRank` node of the parameters the gradient is that of the whole weight W + s a b, as an
-    `OuterProduct` or as an array, and not the pair of factor gradients; elsewhere it is what JAX gives. It
-    works under `jax.jit`, `jax.vmap`, `nn.scan` and `nn.remat`. The loss must use its LoRA parameters through
-    `lora_dot`, `merge` or `to_dense`, whole or in parts: p[i] of a stack, the transposed p.T, a cast, a node
-    made anew of the same factors. A use that would be missed is refused. The loss is traced once.
+    In the place of a `LowRank` parameter it returns the gradient of the whole weight W + s a b: an
+    `OuterProduct`, or an array of the weight's shape. Elsewhere it is what JAX gives. It works under
+    `jax.jit`, `jax.vmap`, `jax.checkpoint`, `jax.lax.scan`, `nn.scan` and `nn.remat`.
+
+    The loss must use its LoRA parameters through `lora_dot`, `merge` or `to_dense`: whole or in parts, `p[i]`
+    of stacked layers, transposed, cast, or put together again from the same factors. Another use, whose
+    gradient would be missed, is an error.
 
     Args:
-      loss_fn: a function of (params, *args, **kwargs) that returns a scalar loss, or with `has_aux` a pair
-        of the loss and anything else.
-      gradient: what stands at LoRA parameters.
-
-        - "outer": x and dy of the layer's N tokens, 'OuterProduct'. The parameter must be used once per
-          forward pass, through `lora_dot`.
-        - "dense": the n x m gradient. It adds up over all uses.
-        - "auto": for each parameter the kind that takes, with the optimizer's step, less arithmetic,
-          8 N r (n + m) against 2 N n m + 8 n m r; dense where outer is not possible.
+      loss_fn: a function of `(params, *args, **kwargs)` that returns a scalar loss, or with `has_aux` a pair
+        of the loss and auxiliary data. It is traced once.
+      gradient: what stands at LoRA parameters. "outer": an `OuterProduct`, x and dy of the layer's N tokens,
+        for parameters that are used once per forward pass, through `lora_dot`. "dense": an array, which adds
+        up over all uses. "auto": for each parameter the kind that takes less arithmetic; dense where outer is
+        not possible.
       has_aux: whether the loss returns auxiliary data.
-      moments: with "diagonal" or "dense" a dense gradient is a `DenseGradient`, with the second moments of x
-        and dy that `scaled_oplora` measures with. The parameter must be used through `lora_dot` alone.
-      microbatches: k, to run the loss on one k-th of the batch after the other and keep the activations of
-        one alone. The batch is all arrays in the positional arguments behind params: they have one size of
-        their first axis, a multiple of k, and microbatch i takes the rows i, i + k, i + 2 k, ... Keyword
-        arguments are passed whole. Value and gradients are those of the mean over the microbatches;
-        auxiliary data, arrays, are stacked along a new first axis.
-      weight: of a microbatch in that mean, for a loss that is a mean over what counts, such as the tokens of
-        a mask: a function of the loss's arguments behind params that returns their number, such as
-        ``lambda x, y, mask: mask.sum()``. Value and gradients are then those of the whole batch, and a
-        microbatch in which nothing counts adds nothing. By default all weigh the same.
+      moments: with "diagonal" or "dense" a dense gradient is a `DenseGradient`, with the second moments that
+        `scaled_oplora` takes. The parameter must then be used through `lora_dot` alone. None leaves them out.
+      microbatches: k, to run the loss on one k-th of the batch after the other, with the activations of one
+        in memory. The batch is all arrays in the positional arguments after params, whose first axes have one
+        size, a multiple of k; microbatch i takes the rows i, i + k, i + 2 k and so on. Keyword arguments are
+        passed whole. Value and gradients are those of the mean over the microbatches; auxiliary data are
+        stacked along a new first axis. None runs the whole batch at once.
+      weight: what a microbatch counts for in that mean: a function of the loss's arguments after params, such
+        as `lambda x, y, mask: mask.sum()` for a loss that is a mean over the tokens of a mask. Value and
+        gradients are then those of the whole batch. By default all count the same.
 
     Returns:
-      A function with the arguments of `loss_fn` that returns (value, gradients).
+      A function with the arguments of `loss_fn` that returns (value, gradients), or ((value, aux),
+      gradients).
 
     Raises:
       ValueError: an unknown `gradient` or `moments`; a parameter, named by its path, that is used in a way
-        whose exact gradient, or moments, cannot be taken, or that is no array of floating-point numbers; a
+        whose exact gradient or moments cannot be taken, or that is no array of floating-point numbers; a
         batch that does not make k microbatches.
 
-    Example:
+    With N tokens, rank r and an n x m weight, "auto" compares the arithmetic with the optimizer's step: 8 N r
+    (n + m) for an outer product, 2 N n m + 8 n m r for an array.
+
+    Examples:
       >>> import jax.numpy as jnp
       >>> import oplora_jax
       >>> params = {"lora": oplora_jax.LowRank(jnp.ones((3, 1)), jnp.zeros((1, 2)))}
@@ -90,7 +92,7 @@ def value_and_grad(
     differentiate = stateful_value_and_grad(loss_and_state, gradient, moments, microbatches, weight)
 
     @functools.wraps(loss_fn)
-    def value_and_grad_fn(params: Any, *args: Any, **kwargs: Any) -> Any:
+    def value_and_grad_fn(params: Any, /, *args: Any, **kwargs: Any) -> Any:
         value, (aux, _), grads = differentiate(params, None, args, kwargs)
         return ((value, aux) if has_aux else value), grads
 
@@ -147,9 +149,25 @@ def grad(
     microbatches: int | None = None,
     weight: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """Like `jax.grad`, but exact at LoRA parameters: `value_and_grad` without the value.
+    """`jax.grad` whose gradient at a LoRA parameter is the exact one of the full weight.
 
-    Example:
+    `value_and_grad` without the value.
+
+    Args:
+      loss_fn: as for `value_and_grad`.
+      gradient: as for `value_and_grad`.
+      has_aux: whether the loss returns a pair of the loss and auxiliary data.
+      moments: as for `value_and_grad`.
+      microbatches: as for `value_and_grad`.
+      weight: as for `value_and_grad`.
+
+    Returns:
+      A function with the arguments of `loss_fn` that returns the gradients, or (gradients, aux).
+
+    Raises:
+      ValueError: as for `value_and_grad`.
+
+    Examples:
       >>> import jax.numpy as jnp
       >>> from oplora_jax import LowRank, grad, to_dense
       >>> lora = LowRank(jnp.ones((3, 1)), jnp.zeros((1, 2)))

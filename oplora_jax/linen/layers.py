@@ -23,16 +23,18 @@ class _Layer(WithLoRA, kw_only=True):
 
 @no_type_check
 class LoRADense(_Layer, nn.Dense):
-    """`flax.linen.Dense` with a LoRA increment: y = x (kernel + alpha / rank * a b) + bias.
+    """`flax.linen.Dense` with LoRA: y = x (kernel + alpha / rank * a b) + bias.
 
-    Its parameters are `kernel` (n, m), `bias` (m,) and `lora`, a `LowRank` of shape (n, m). Which of them
-    train is the optimizer's business, see `optax.partition`. Attributes besides these two are Flax's.
+    Its parameters are `kernel` (n, m), `bias` (m,) and `lora`, a `LowRank` of shape (n, m). To train LoRA
+    alone take `optax.partition`.
 
     Attributes:
       rank: r, from 1 to min(n, m); others raise ValueError when the layer is initialised.
-      alpha: the scale is alpha / rank; 1 when alpha is None.
+      alpha: the scale is alpha / rank, or 1 if alpha is None.
 
-    Example:
+    All other attributes are Flax's.
+
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from oplora_jax.linen import LoRADense
       >>> layer = LoRADense(features=6, rank=2)
@@ -44,12 +46,13 @@ class LoRADense(_Layer, nn.Dense):
 
 @no_type_check
 class LoRADenseGeneral(_Layer, nn.DenseGeneral):
-    """`flax.linen.DenseGeneral` with a LoRA increment.
+    """`flax.linen.DenseGeneral` with LoRA.
 
-    The contracted axes of the kernel together are n, those of the features m; `batch_dims` give each of
-    their entries factors of its own. `rank` and `alpha` are as for `LoRADense`.
+    The contracted axes of the kernel together are the n inputs of the `LowRank`, those of the features its m
+    outputs; `batch_dims` give each of their entries factors of its own. `rank` and `alpha` are as for
+    `LoRADense`.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from oplora_jax.linen import LoRADenseGeneral
       >>> layer = LoRADenseGeneral(features=(4, 5), axis=(1, -1), rank=2)
@@ -61,14 +64,18 @@ class LoRADenseGeneral(_Layer, nn.DenseGeneral):
 
 @no_type_check
 class LoRAEinsum(_Layer, nn.Einsum):
-    """`flax.linen.Einsum` with a LoRA increment.
+    """`flax.linen.Einsum` with LoRA.
 
-    Of the kernel's axes those that the inputs alone have are together n, those that the outputs alone have m;
-    those that both have are batch axes. In another order than this the `roles` of the LoRA parameter say what
-    each axis is. An einsum that is no product of inputs and a matrix, or of other roles when it is called
-    than when it was initialised, raises ValueError. `rank` and `alpha` are as for `LoRADense`.
+    The kernel's axes that only the inputs have are together the n inputs of the `LowRank`, those that only
+    the outputs have its m outputs, and those that both have are batch axes. In another order than batch,
+    inputs, outputs `roles` of the `LowRank` says what each axis is. `rank` and `alpha` are as for
+    `LoRADense`.
 
-    Example:
+    Raises:
+      ValueError: an einsum that is no product of inputs and a matrix, or of other roles when the layer is
+        called than when it was initialised.
+
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from oplora_jax.linen import LoRAEinsum
       >>> layer = LoRAEinsum((2, 8, 3), "btd,ndh->btnh", rank=2)
@@ -80,12 +87,12 @@ class LoRAEinsum(_Layer, nn.Einsum):
 
 @no_type_check
 class LoRAConv(_Layer, nn.Conv):
-    """`flax.linen.Conv` with a LoRA increment: one convolution with the kernel and a b added up.
+    """`flax.linen.Conv` with LoRA: one convolution with the kernel and the increment added up.
 
-    The kernel (*kernel_size, in_features / groups, features) is the matrix of all its axes but the last by
-    the last. The gradient of that matrix is captured dense. `rank` and `alpha` are as for `LoRADense`.
+    The kernel `(*kernel_size, in_features / groups, features)` is the matrix of all its axes but the last by
+    the last. Its exact gradient is an array. `rank` and `alpha` are as for `LoRADense`.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from oplora_jax.linen import LoRAConv
       >>> layer = LoRAConv(8, (5, 5), padding="VALID", rank=4)
@@ -97,4 +104,4 @@ class LoRAConv(_Layer, nn.Conv):
 
 @no_type_check
 class LoRAConvTranspose(_Layer, nn.ConvTranspose):
-    """`flax.linen.ConvTranspose` with a LoRA increment; attributes and matrix are as for `LoRAConv`."""
+    """`flax.linen.ConvTranspose` with LoRA, as `LoRAConv`."""

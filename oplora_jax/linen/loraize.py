@@ -25,28 +25,34 @@ def loraize(
     alpha: Alpha = None,
     dtype: Any = None,
 ) -> nn.Module:
-    """A model with a LoRA increment on the layers of another whose path matches a pattern.
+    """Any linen model with LoRA on the layers whose paths match a pattern; its source stays as it is.
 
     A chosen `nn.Dense`, `nn.DenseGeneral`, `nn.Einsum`, `nn.Conv` or `nn.ConvTranspose` gets a parameter
-    `lora`, a `LowRank`, beside its `kernel`; `nn.scan`, `nn.vmap` and `nn.remat` treat it as they do that.
-    The rest of the tree is the model's own, so its pretrained parameters fit: `add_lora` adds the LoRA
-    parameters to them, `merge` makes plain ones again.
-
-    Convolutions, and layers of a subclass with methods of its own, run with merged weights.
+    `lora`, a `LowRank`, beside its `kernel`; `nn.scan`, `nn.vmap` and `nn.remat` treat it as they do the
+    kernel. The rest of the tree is the model's own, so that pretrained parameters fit: `add_lora` adds the
+    LoRA parameters to them, `merge` makes plain ones again.
 
     Args:
       model: any linen module.
-      rank, targets, alpha, dtype: as for `oplora_jax.init_lora`; a path is written as in the tree of
-        parameters, like "encoder/layers_0/attention/query".
+      rank: r, at most either side of every kernel chosen.
+      targets: one pattern or several, as for `oplora_jax.init_lora`, for the paths of layers as in the tree
+        of parameters, such as "encoder/layers_0/attention/query".
+      alpha: a positive number; the scale is alpha / rank, or 1 if alpha is None.
+      dtype: the LoRA parameters' type, as for `oplora_jax.init_lora`; that of each kernel if None.
 
     Returns:
       A module to call, apply and bind as the model, with the same methods and attributes: `method="encode"`
-        or `method=Model.encode`. For layers of several ranks, loraize it again. Its `init` raises ValueError
-        for a pattern that matches no layer, or one of a class that has no LoRA, such as `nn.Embed`; for a
-        layer that has LoRA already, a kernel that is too small for the rank, or one that is computed from the
-        parameter, as by `nn.WeightNorm`; for `nn.map_variables` of your own its `apply` does.
+      or `method=Model.encode`. For layers of several ranks, loraize it again.
 
-    Example:
+    Raises:
+      ValueError: a rank or alpha that is no such number. When the result is initialised: a pattern that
+        matches no layer, or one of a class that has no LoRA, such as `nn.Embed`; a layer that has LoRA
+        already; a kernel that is too small for the rank, or that is computed from the parameter, as by
+        `nn.WeightNorm`. For `nn.map_variables` of your own it comes when the result is applied.
+
+    Convolutions, and layers of a subclass with methods of its own, run with merged weights.
+
+    Examples:
       >>> import flax.linen as nn
       >>> import jax, jax.numpy as jnp
       >>> from oplora_jax.linen import loraize

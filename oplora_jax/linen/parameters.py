@@ -20,17 +20,19 @@ def add_lora(model: nn.Module, rngs: Any, params: Any, *args: Any, **kwargs: Any
 
     Args:
       model: a model with LoRA layers, as from `loraize`. It is traced for its shapes alone.
-      params: the pretrained parameters: the tree of the model's, without LoRA.
-      rngs, *args, **kwargs: as for `model.init`; example inputs may be of `jax.ShapeDtypeStruct`.
+      rngs: as for `model.init`.
+      params: the pretrained parameters, a tree as the model's without LoRA.
+      *args: example inputs, as for `model.init`; they may be of `jax.ShapeDtypeStruct`.
+      **kwargs: likewise.
 
     Returns:
       A tree of dicts, with the arrays of params as they are, and new ones where params has none: the LoRA
-        parameters, on a mesh sharded as the rows and the columns of their kernels, and a new head, say.
+      parameters, on a mesh sharded as the rows and the columns of their kernels, and a new head, say.
 
     Raises:
       ValueError: params has an array that the model lacks, or one of another shape; no layer matched.
 
-    Example:
+    Examples:
       >>> import flax.linen as nn
       >>> import jax, jax.numpy as jnp
       >>> from oplora_jax.linen import add_lora, loraize
@@ -92,16 +94,19 @@ def map_layers(function: Callable[[dict[str, Any], str], Any], tree: Any, path: 
 
 
 def merge(params: Any) -> Any:
-    """The parameters of the plain model, which computes the same, to rounding: increments added to kernels.
+    """The parameters of the plain model, with the LoRA increments added to its kernels.
 
     Args:
       params: the parameters of a model with LoRA layers, or all its variables.
+
+    Returns:
+      A tree of dicts without LoRA parameters, with which the plain model computes the same, to rounding.
 
     Raises:
       ValueError: there is no LoRA parameter, or one without a kernel of its size, or one of a layer with a
         shortcut: see `merge_shortcuts`.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from oplora_jax.linen import LoRADense, merge
       >>> params = LoRADense(6, rank=2).init(jax.random.key(0), jnp.ones((1, 4)))["params"]

@@ -20,20 +20,24 @@ from oplora_jax.matrix import LowRank
 
 @no_type_check
 class BlockShortcutDense(WithLoRA, nn.Dense, kw_only=True):
-    """`LoRADense` whose inputs go through the increments of layers before it too.
+    r"""`LoRADense` whose inputs go through the LoRA increments of layers before it too, while it trains.
 
-    y = x (kernel + sum_i s_i a_i b_i) + bias, over the previous layers' increments and its own, `block_lora`.
-    Their exact gradient, which adds up over layers, is dense.
+    Its own LoRA parameter is `block_lora`. The exact gradient of an increment adds up over the layers that
+    use it: it is an array. Other attributes are those of `LoRADense`.
 
     Attributes:
-      rank, alpha: as for `LoRADense`.
       previous: the layers whose increments it shares, of shape (n, m), called before it in the same model: at
-        layer l of a stack, with shortcuts over k layers, ``layers[max(0, l - k + 1) : l]``.
+        layer l of a stack, with shortcuts over k layers, `layers[max(0, l - k + 1) : l]`.
 
     Raises:
       ValueError: a previous layer without an increment, or with one of another shape; a rank out of range.
 
-    Example:
+    It computes $y = x\,(W + \sum_i s_i\,a_i b_i) + \text{bias}$, over the previous layers' increments and its
+    own.
+
+    From [ResLoRA](https://arxiv.org/abs/2402.18039).
+
+    Examples:
       >>> import flax.linen as nn
       >>> import jax, jax.numpy as jnp
       >>> from oplora_jax.linen import BlockShortcutDense, LoRADense
@@ -56,12 +60,16 @@ class BlockShortcutDense(WithLoRA, nn.Dense, kw_only=True):
 
 @no_type_check
 class InputShortcutDense(WithLoRA, nn.Dense):
-    """`LoRADense` whose increment, `input_lora`, sees the previous layer's inputs too.
+    r"""`LoRADense` whose LoRA increment sees the previous layer's inputs too, while it trains.
 
-    y = x kernel + s ((x + previous_x) a) b + bias, called as ``layer(x, previous_x)`` with two arrays
-    (..., n) of one shape. No plain layer computes this: `merge` and `merge_shortcuts` refuse it.
+    It is called as `layer(x, previous_x)` with two arrays (..., n) of one shape. Its LoRA parameter is
+    `input_lora`. No plain layer computes the same: `merge` and `merge_shortcuts` refuse it.
 
-    Example:
+    It computes $y = x W + s\,((x + x')\,a)\,b + \text{bias}$, where $x'$ are the previous layer's inputs.
+
+    From [ResLoRA](https://arxiv.org/abs/2402.18039).
+
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from oplora_jax.linen import InputShortcutDense
       >>> layer, x = InputShortcutDense(3, rank=2), jnp.ones((5, 4))
@@ -81,13 +89,18 @@ def merge_shortcuts(model: nn.Module, params: Any, *args: Any, **kwargs: Any) ->
     """`merge` for a model with `BlockShortcutDense` layers, whose place `nn.Dense` takes.
 
     Args:
-      model, params: the model and its parameters.
-      *args, **kwargs: as for `add_lora`, to trace whose increments a layer shares.
+      model: the model.
+      params: its parameters.
+      *args: example inputs, as for `model.init`, to trace whose increments a layer shares.
+      **kwargs: likewise.
+
+    Returns:
+      A tree of dicts without LoRA parameters.
 
     Raises:
-      ValueError: as for `merge`; an `InputShortcutDense`, which has no merged form.
+      ValueError: as for `merge`; an `InputShortcutDense`, of which there is no plain layer.
 
-    Example:
+    Examples:
       >>> import flax.linen as nn
       >>> import jax, jax.numpy as jnp
       >>> from oplora_jax.linen import BlockShortcutDense, LoRADense, merge_shortcuts

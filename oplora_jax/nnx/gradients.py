@@ -23,21 +23,28 @@ def value_and_grad(
 ) -> Callable[..., Any]:
     """`oplora_jax.value_and_grad` for a loss of an NNX module.
 
-    Other state that the loss changes is updated, in the module, such as batch statistics, and in all NNX
-    objects among the other arguments, such as random streams, metrics or a teacher: by each microbatch, which
-    sees all of them, as only arrays outside of NNX objects are the batch.
+    Other state that the loss changes is updated as by `flax.nnx.value_and_grad`: batch statistics of the
+    model, and random streams, metrics or a teacher among the other arguments.
 
     Args:
-      loss_fn: a function of (model, *args, **kwargs) that returns a scalar loss, or with `has_aux` a pair.
+      loss_fn: a function of `(model, *args, **kwargs)` that returns a scalar loss, or with `has_aux` a pair.
         Any argument may be an NNX object, or hold some in containers.
+      gradient: as for `oplora_jax.value_and_grad`.
+      has_aux: whether the loss returns a pair of the loss and auxiliary data.
       wrt: an NNX filter, the model's variables to differentiate by; the same as the optimizer's.
-      gradient, has_aux, moments, microbatches, weight: as for `oplora_jax.value_and_grad`.
+      moments: as for `oplora_jax.value_and_grad`.
+      microbatches: as for `oplora_jax.value_and_grad`. The arrays outside of NNX objects are the batch; each
+        microbatch sees, and updates, all NNX objects.
+      weight: as for `oplora_jax.value_and_grad`.
 
     Returns:
-      A function of (model, *args, **kwargs) that returns (value, gradients), the latter an `nnx.State` for
-        `nnx.Optimizer.update(model, gradients)`.
+      A function of `(model, *args, **kwargs)` that returns (value, gradients), the latter an `nnx.State` for
+      `nnx.Optimizer.update(model, gradients)`.
 
-    Example:
+    Raises:
+      ValueError: as for `oplora_jax.value_and_grad`; with microbatches, a loss that makes new variables.
+
+    Examples:
       >>> import jax.numpy as jnp, optax
       >>> from flax import nnx
       >>> import oplora_jax
@@ -55,7 +62,7 @@ def value_and_grad(
     in_model = lambda path, value: path[0] == 0 and is_wrt(path[1:], value)
 
     @functools.wraps(loss_fn)
-    def value_and_grad_fn(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
+    def value_and_grad_fn(model: nnx.Module, /, *args: Any, **kwargs: Any) -> Any:
         leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=_is_object)
         # All at once: they may share variables with the model, and with each other.
         objects = (model, *filter(_is_object, leaves))

@@ -113,19 +113,23 @@ class Dense(WithLoRA):
 
 
 class LoRALinear(Split, Dense, nnx.Linear):
-    """`flax.nnx.Linear` with a LoRA increment: y = x (kernel + alpha / rank * a b) + bias.
+    """`flax.nnx.Linear` with LoRA: y = x (kernel + alpha / rank * a b) + bias.
 
     `kernel` and `bias` are `nnx.Param`; `lora` is an `nnx.LoRAParam` that holds a `LowRank`, so
-    `nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)` trains the LoRA parameters alone.
+    `nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)` trains LoRA alone.
 
     Args:
-      in_features, out_features: n and m.
-      rank: r, from 1 to min(n, m); others raise ValueError.
-      alpha: the scale is alpha / rank; 1 when alpha is None.
+      in_features: n.
+      out_features: m.
+      rank: r, from 1 to min(n, m).
+      alpha: the scale is alpha / rank, or 1 if alpha is None.
       rngs: random number streams; "params" is used.
       **options: those of Flax's layer.
 
-    Example:
+    Raises:
+      ValueError: a rank that is not between 1 and min(n, m).
+
+    Examples:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> from oplora_jax.nnx import LoRALinear
@@ -136,12 +140,13 @@ class LoRALinear(Split, Dense, nnx.Linear):
 
 
 class LoRALinearGeneral(Split, Dense, nnx.LinearGeneral):
-    """`flax.nnx.LinearGeneral` with a LoRA increment.
+    """`flax.nnx.LinearGeneral` with LoRA.
 
-    The contracted axes of the kernel, of sizes in_features, together are n, those of the outputs m; a
-    `batch_axis` gives each of its entries factors of its own. The rest is as for `LoRALinear`.
+    The contracted axes of the kernel, of sizes in_features, together are the n inputs of the `LowRank`, those
+    of the outputs its m outputs; a `batch_axis` gives each of its entries factors of its own. The rest is as
+    for `LoRALinear`.
 
-    Example:
+    Examples:
       >>> from flax import nnx
       >>> from oplora_jax.nnx import LoRALinearGeneral
       >>> layer = LoRALinearGeneral((2, 3), (4, 5), rank=2, axis=(1, -1), rngs=nnx.Rngs(0))
@@ -151,13 +156,17 @@ class LoRALinearGeneral(Split, Dense, nnx.LinearGeneral):
 
 
 class LoRAEinsum(Split, nnx.Einsum):
-    """`flax.nnx.Einsum` with a LoRA increment.
+    """`flax.nnx.Einsum` with LoRA.
 
-    Of the kernel's axes those that the inputs alone have are together n, those that the outputs alone have m;
-    those that both have are batch axes. An einsum that is no product of inputs and a matrix raises
-    ValueError. The rest is as for `LoRALinear`.
+    The kernel's axes that only the inputs have are together the n inputs of the `LowRank`, those that only
+    the outputs have its m outputs, and those that both have are batch axes. In another order than batch,
+    inputs, outputs `roles` of the `LowRank` says what each axis is. The rest is as for `LoRALinear`.
 
-    Example:
+    Raises:
+      ValueError: an einsum that is no product of inputs and a matrix, or of other roles when the layer is
+        called.
+
+    Examples:
       >>> from flax import nnx
       >>> from oplora_jax.nnx import LoRAEinsum
       >>> lora = LoRAEinsum("btd,ndh->btnh", (2, 8, 3), rank=2, rngs=nnx.Rngs(0)).lora.get_value()
@@ -189,12 +198,12 @@ class _Convolution(Merged):
 
 
 class LoRAConv(_Convolution, nnx.Conv):
-    """`flax.nnx.Conv` with a LoRA increment: one convolution with the kernel and a b added up.
+    """`flax.nnx.Conv` with LoRA: one convolution with the kernel and the increment added up.
 
-    The kernel (*kernel_size, in_features / groups, out_features) is the matrix of all its axes but the last
-    by the last. The gradient of that matrix is captured dense. The rest is as for `LoRALinear`.
+    The kernel `(*kernel_size, in_features / groups, out_features)` is the matrix of all its axes but the last
+    by the last. Its exact gradient is an array. The rest is as for `LoRALinear`.
 
-    Example:
+    Examples:
       >>> from flax import nnx
       >>> from oplora_jax.nnx import LoRAConv
       >>> layer = LoRAConv(3, 8, (5, 5), rank=4, padding="VALID", rngs=nnx.Rngs(0))
@@ -204,4 +213,4 @@ class LoRAConv(_Convolution, nnx.Conv):
 
 
 class LoRAConvTranspose(_Convolution, nnx.ConvTranspose):
-    """`flax.nnx.ConvTranspose` with a LoRA increment; its arguments and its matrix are as for `LoRAConv`."""
+    """`flax.nnx.ConvTranspose` with LoRA, as `LoRAConv`."""

@@ -33,26 +33,33 @@ def loraize(
     dtype: Any = None,
     rngs: nnx.Rngs,
 ) -> list[str]:
-    """Gives the layers whose path matches a pattern a LoRA increment, in place, and returns their paths.
+    """LoRA on the layers of any NNX model whose paths match a pattern, in place.
 
     Each chosen `nnx.Linear`, `nnx.LinearGeneral`, `nnx.Einsum`, `nnx.Conv` or `nnx.ConvTranspose` becomes the
     LoRA layer of that name: the same object, with its kernel, its bias and all its options, and a `lora`
-    besides. The model computes what it did, since the increments start at zero. Layers that `nnx.vmap` has
-    stacked get stacked factors. A layer of a subclass stays one of that class; if that has a `__call__` of
-    its own, it runs with merged weights.
+    besides. The model computes what it did, since the increments start at zero.
 
     Args:
       model: any module.
-      rank, targets, alpha, dtype: as for `oplora_jax.init_lora`, the sharding too; a path is written like
-        "encoder/layers/0/attention/query", that of the model itself is "".
+      rank: r, at most either side of every kernel chosen.
+      targets: one pattern or several, as for `oplora_jax.init_lora`, for the paths of layers, such as
+        "encoder/layers/0/attention/query". That of the model itself is "".
+      alpha: a positive number; the scale is alpha / rank, or 1 if alpha is None.
+      dtype: the LoRA parameters' type, as for `oplora_jax.init_lora`; that of each kernel if None.
       rngs: random number streams; "params" is used.
+
+    Returns:
+      The chosen layers' paths.
 
     Raises:
       ValueError: a pattern that matches no layer, or one of a class that has no LoRA, such as `nnx.Embed`; a
         layer that has LoRA already, or whose kernel is too small for the rank, or computed by an
         `nnx.WeightNorm` or `nnx.SpectralNorm` around it. The model is then as it was.
 
-    Example:
+    Layers that `nnx.vmap` has stacked get stacked factors. A layer of a subclass stays one of that class; if
+    that has a `__call__` of its own, it runs with merged weights.
+
+    Examples:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> from oplora_jax.nnx import loraize
@@ -97,17 +104,20 @@ def loraize(
 
 
 def merge(model: Model) -> Model:
-    """A model of plain layers, with the LoRA increments added to their kernels.
+    """A copy of a model with plain layers, with the LoRA increments added to their kernels.
 
     Args:
-      model: any module with LoRA layers, which stays as it is: the result is a copy that computes the same,
-        to rounding, and is of the classes that `loraize` found.
+      model: any module with LoRA layers; it stays as it is.
+
+    Returns:
+      A model of the classes that `loraize` found. It computes the same, to rounding.
 
     Raises:
-      ValueError: the model has no LoRA layer, or one of a class with a `__call__` of its own, or one that has
-        no merged form: an `InputShortcutLinear`, or a layer within an `nnx.WeightNorm` or `nnx.SpectralNorm`.
+      ValueError: the model has no LoRA layer, or one of a class with a `__call__` of its own, or one of which
+        there is no plain layer: an `InputShortcutLinear`, or a layer within an `nnx.WeightNorm` or
+        `nnx.SpectralNorm`.
 
-    Example:
+    Examples:
       >>> from flax import nnx
       >>> from oplora_jax.nnx import LoRALinear, merge
       >>> layer = LoRALinear(4, 6, rank=2, rngs=nnx.Rngs(0))

@@ -11,20 +11,28 @@ from oplora_jax.nnx.layers import Dense, promoted
 
 
 class BlockShortcutLinear(Dense, nnx.Linear):
-    """`LoRALinear` whose inputs go through the increments of layers before it too.
+    r"""`LoRALinear` whose inputs go through the LoRA increments of layers before it too, while it trains.
 
-    y = x (kernel + sum_i s_i a_i b_i) + bias, over the previous layers' increments and its own, `block_lora`.
-    Their exact gradient, which adds up over layers, is dense.
+    Its own LoRA parameter is `block_lora`. The exact gradient of an increment adds up over the layers that
+    use it: it is an array.
 
     Args:
-      in_features, out_features, rank, alpha, rngs, **options: as for `LoRALinear`.
+      in_features: n.
+      out_features: m.
+      rank: r, from 1 to min(n, m).
       previous: a sequence of the layers whose increments it shares, each of shape (n, m): at layer l of a
-        stack, with shortcuts over k layers, ``layers[max(0, l - k + 1) : l]``.
+        stack, with shortcuts over k layers, `layers[max(0, l - k + 1) : l]`.
+      **options: `alpha`, `rngs` and Flax's, as for `LoRALinear`.
 
     Raises:
       ValueError: a rank that is not between 1 and min(n, m), or an increment of another shape.
 
-    Example:
+    It computes $y = x\,(W + \sum_i s_i\,a_i b_i) + \text{bias}$, over the previous layers' increments and its
+    own.
+
+    From [ResLoRA](https://arxiv.org/abs/2402.18039).
+
+    Examples:
       >>> from flax import nnx
       >>> from oplora_jax.nnx import BlockShortcutLinear, LoRALinear, merge
       >>> rngs = nnx.Rngs(0)
@@ -55,12 +63,17 @@ class BlockShortcutLinear(Dense, nnx.Linear):
 
 
 class InputShortcutLinear(Dense, nnx.Linear):
-    """`LoRALinear` whose increment, `input_lora`, sees the previous layer's inputs too.
+    r"""`LoRALinear` whose LoRA increment sees the previous layer's inputs too, while it trains.
 
-    y = x kernel + s ((x + previous_x) a) b + bias, called as ``layer(x, previous_x)`` with two arrays
-    (..., n) of one shape. No plain layer computes this: `merge` refuses it. The arguments are `LoRALinear`'s.
+    It is called as `layer(x, previous_x)` with two arrays (..., n) of one shape. Its LoRA parameter is
+    `input_lora`. No plain layer computes the same: `merge` refuses it. The arguments are those of
+    `LoRALinear`.
 
-    Example:
+    It computes $y = x W + s\,((x + x')\,a)\,b + \text{bias}$, where $x'$ are the previous layer's inputs.
+
+    From [ResLoRA](https://arxiv.org/abs/2402.18039).
+
+    Examples:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> from oplora_jax.nnx import InputShortcutLinear, LoRALinear

@@ -42,38 +42,38 @@ def lora_optimizer(
     joint: str | None = None,
     seed: Any = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""A LoRA optimizer from its formula: a step of the LoRA parameters, lifted to trees.
+    """An Optax optimizer from the formula for a step of LoRA parameters: all there is to write.
 
-    The rest is done here, once: the walk over the tree and its checks; types, with parameters and states in
-    float32 at least within the step and rounded once behind it; a step that is not finite, which is not taken
-    and is counted in `skipped`; meshes.
+    Done here are the walk over the tree and its checks; types, with parameters and states in float32 at least
+    within the step and rounded once behind it; steps that are not finite, which are left out and counted in
+    `skipped` of the state; and meshes.
 
     Args:
-      init: (param, key) -> state, a NamedTuple of arrays, of `LowRank` matrices and of None: the same for
-        every parameter, as one of shape (1, 1) shows. For `value_and_update` its arrays begin with the batch
-        axes of the parameter, (*batch, ...). What is made from the parameter's own arrays, by `zeros_like`
-        for example, is sharded as they are.
+      init: (param, key) -> state, of one LoRA parameter: a NamedTuple of arrays, `LowRank` matrices and None,
+        of the same structure for every parameter, as one of shape (1, 1) shows. For `value_and_update` its
+        arrays begin with the batch axes of the parameter. What is made from the parameter's own arrays, by
+        `jnp.zeros_like` for example, lies on a mesh as they do.
       step: (params, gradients, states, count) -> (new params, new states), lists with one entry for each LoRA
-        parameter; `each` makes it from a step of one. A gradient is what stands at the parameter in the
-        updates: `full_gradient` and `factor_gradients` make of any kind what a formula needs. count is the
-        number of steps before this one, int32, which schedules are evaluated at.
-      others: for the leaves that are no LoRA parameters.
-      state_dtype: that the `LowRank` matrices of the states are kept in; as `init` makes them if None. Steps,
-        of `others` too, are computed in this type if it is wider than the parameters'.
+        parameter; `each` makes it from a step of one. A gradient is of any kind: `full_gradient` and
+        `factor_gradients` make of each what a formula needs. count is the number of steps before this one, an
+        int32 to evaluate schedules at.
+      others: the optimizer of the leaves that are no LoRA parameters.
+      state_dtype: the type that the `LowRank` matrices of the states are kept in; as `init` makes them if
+        None. Steps, of `others` too, are computed in this type if it is wider than the parameters'.
       check: (param, gradient) -> what is wrong with them, or None: raised with the parameter's path.
-      joint: what ties the parameters' steps together, as "max_norm is 1.0", if anything does:
-        `value_and_update`, which steps one parameter at a time, then refuses with these words.
+      joint: None where each parameter steps by itself. Otherwise what ties them together, such as "max_norm
+        is 1.0": `value_and_update`, which steps one parameter at a time, refuses with these words.
       seed: of the keys that `init` is given.
 
     Returns:
-      An Optax transformation for any kind of gradient, whose state has the states as a NamedTuple of trees,
-      each with one entry at every LoRA parameter: ``optax.tree.get(state, "momentum")``.
+      An Optax transformation that takes every kind of gradient. Its state has the fields of your NamedTuple
+      as trees with one entry at every LoRA parameter: ``optax.tree.get(state, "momentum")``.
 
     Raises:
       ValueError: a state_dtype that is not of floating point; at init and at update, what does not fit, with
         the parameter's path.
 
-    Example:
+    Examples:
       Sign descent with momentum, on the factors:
 
       >>> from typing import Any, NamedTuple
@@ -179,10 +179,13 @@ def lora_transformation(
 def each(
     step_of_one: Callable[..., tuple[LowRank, Any]],
 ) -> Callable[..., tuple[Sequence[LowRank], Sequence[Any]]]:
-    """The step of `lora_optimizer` from one of a single parameter.
+    """The step that `lora_optimizer` takes, of a list of LoRA parameters, from the step of one.
 
     Args:
       step_of_one: (param, gradient, state, count) -> (new param, new state).
+
+    Returns:
+      The function (params, gradients, states, count) -> (new params, new states), of lists.
     """
 
     def step(params, gradients, states, count):
@@ -193,10 +196,19 @@ def each(
 
 
 def at_step(learning_rate: optax.ScalarOrSchedule, count: Array) -> Array:
-    """The learning rate of a step, a float32 scalar at least.
+    """The learning rate at a step, from a number or a schedule: a scalar in float32 at least.
+
+    Args:
+      learning_rate: a scalar or a schedule.
+      count: the number of steps before this one.
 
     Raises:
       ValueError: a learning rate that is not a scalar, or a schedule of others.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, oplora_jax
+      >>> float(oplora_jax.at_step(optax.linear_schedule(1.0, 0.0, 4), jnp.int32(1)))
+      0.75
     """
     value = learning_rate(count) if callable(learning_rate) else learning_rate
     # A Python float, as which NumPy's float64 passes, takes on the type of what it is multiplied with.

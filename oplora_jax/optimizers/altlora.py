@@ -33,41 +33,47 @@ def altlora(
     weight_decay: Any = 0.0,
     others: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""AltLoRA: projections of the gradient, and of the momentum, on one factor after the other.
-
-    With :math:`C = (b b^\top + \delta I)^{-1}`, and then :math:`D = (a^\top a + \delta I)^{-1}` of the new a,
-
-    .. math::
-      m_a &\leftarrow \beta_1\, m_a\, (b' b^\top)\, C + (1 - \beta_1)\, \partial a\, C, \qquad
-      a \leftarrow a - \eta\, (m_a / (1 - \beta_1^t) + w a) \\
-      m_b &\leftarrow \beta_1\, D\, (a^\top a')\, m_b + (1 - \beta_1)\, D\, \partial b, \qquad
-      b \leftarrow b - \eta\, (m_b / (1 - \beta_1^t) + w b),
-
-    where a' and b' are the factors that stood in D and C a step before: a momentum is carried over to the
-    factor it now multiplies. The path of a b is the same for every split into factors (a R, R^-1 b) with
-    orthogonal R, and without regularization with any R.
+    r"""AltLoRA: SGD with momentum on the full weight, by a least-squares step of a and then one of b.
 
     Args:
-      learning_rate: eta, a scalar or a schedule, of SGD's size in the full weight, but at scale s of the LoRA
-        parameter the increment s a b moves s^2 times as far.
+      learning_rate: a scalar or a schedule, of the size of full training's by SGD where the scale s of the
+        LoRA parameter is 1; in general the increment s a b moves s^2 times as far.
       b1: decay of the momentum.
-      regularization: delta, of the solves, in the units of the squared factors.
-      weight_decay: w, decoupled, of the factors, multiplied by the learning rate.
-      others: for the leaves that are no LoRA parameters; SGD on `optax.ema` with the same settings if None.
+      regularization: of the least-squares solves, in the units of the squared factors.
+      weight_decay: decoupled, of the factors, multiplied by the learning rate.
+      others: the optimizer of the leaves that are no LoRA parameters; SGD on `optax.ema` with the same
+        settings if None.
 
     Returns:
-      An Optax transformation for any kind of gradient; its state is twice the size of the LoRA parameters.
+      An Optax transformation that takes exact gradients and those of `jax.grad` alike. Its state is twice the
+      size of the LoRA parameters.
 
-    Example:
+    With $\partial a$, $\partial b$ the gradients of the factors, as of `jax.grad`,
+    $C = (b b^\top + \delta I)^{-1}$, and then $D = (a^\top a + \delta I)^{-1}$ of the new a, a step is
+
+    $$
+    \begin{aligned}
+    m_a &\leftarrow \beta_1\, m_a\, (b' b^\top)\, C + (1 - \beta_1)\, \partial a\, C, \qquad
+    a \leftarrow a - \eta\, (m_a / (1 - \beta_1^t) + w a) \\
+    m_b &\leftarrow \beta_1\, D\, (a^\top a')\, m_b + (1 - \beta_1)\, D\, \partial b, \qquad
+    b \leftarrow b - \eta\, (m_b / (1 - \beta_1^t) + w b)
+    \end{aligned}
+    $$
+
+    for the learning rate $\eta$, the regularization $\delta$ and the weight decay $w$. The factors $a'$ and
+    $b'$ are those that stood in $D$ and $C$ a step before: a momentum is carried over to the factor that it
+    now multiplies. The product a b takes the same path from a R, R^-1 b for every orthogonal R, and without
+    regularization for every invertible R.
+
+    From [AltLoRA](https://arxiv.org/abs/2505.12455).
+
+    Examples:
       >>> import jax.numpy as jnp, oplora_jax
       >>> params = oplora_jax.LowRank(jnp.ones((3, 1)), jnp.zeros((1, 2)))
       >>> tx = oplora_jax.altlora(0.5, regularization=0.0)
       >>> updates, state = tx.update(jnp.ones((3, 2)), tx.init(params), params)
       >>> bool(jnp.allclose(updates.a, 0) and jnp.allclose(updates.b, -0.5))  # b is zero: a waits
       True
-
-    References:
-      AltLoRA, https://arxiv.org/abs/2505.12455.
     """
     decay = optax.identity() if is_zero(weight_decay) else optax.add_decayed_weights(weight_decay)
     plain = optax.chain(optax.ema(b1), decay, optax.scale_by_learning_rate(learning_rate))
@@ -86,26 +92,33 @@ def altlora_plus(
     weight_decay: Any = 0.0,
     others: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""AltLoRA+: `altlora` with a second moment of each entry.
-
-    .. math::
-      v_a \leftarrow \beta_2\, v_a + (1 - \beta_2)\, (\partial a\, C)^2, \qquad
-      a \leftarrow a - \eta\, \left(\frac{m_a}{(1 - \beta_1^t)(\sqrt{v_a} + \epsilon)} + w a\right),
-
-    with C and m_a of `altlora` (the authors' code carries m_a over for one step only), and b likewise. v is
-    not bias-corrected: the first step is :math:`1 / \sqrt{1 - \beta_2}` times as long as Adam's.
+    r"""AltLoRA+: `altlora` whose steps are divided by second moments of each entry, as Adam's are.
 
     Args:
-      learning_rate: eta, a scalar or a schedule, of Adam's size in the factors.
-      b1, b2: decays of the momentum and of the second moment.
+      learning_rate: a scalar or a schedule, of the size of Adam's on the factors.
+      b1: decay of the momentum.
+      b2: decay of the second moment.
       eps: added to the root of the second moment.
-      regularization, weight_decay: as for `altlora`.
-      others: for the leaves that are no LoRA parameters; AdamW with the same settings if None.
+      regularization: of the least-squares solves, in the units of the squared factors.
+      weight_decay: decoupled, of the factors, multiplied by the learning rate.
+      others: the optimizer of the leaves that are no LoRA parameters; AdamW with the same settings if None.
 
     Returns:
-      An Optax transformation for any kind of gradient; its state is three times the LoRA parameters' size.
+      An Optax transformation that takes exact gradients and those of `jax.grad` alike. Its state is three
+      times the size of the LoRA parameters.
 
-    Example:
+    With $C$ and $m_a$ of `altlora` (the authors' code carries $m_a$ over for one step only), and b likewise,
+
+    $$
+    v_a \leftarrow \beta_2\, v_a + (1 - \beta_2)\, (\partial a\, C)^2, \qquad
+    a \leftarrow a - \eta\, \left(\frac{m_a}{(1 - \beta_1^t)(\sqrt{v_a} + \epsilon)} + w a\right).
+    $$
+
+    $v$ is not corrected for its start: the first step is $1 / \sqrt{1 - \beta_2}$ times as long as Adam's.
+
+    From [AltLoRA](https://arxiv.org/abs/2505.12455).
+
+    Examples:
       >>> import jax.numpy as jnp, oplora_jax
       >>> params = oplora_jax.LowRank(jnp.ones((3, 1)), jnp.ones((1, 2)))
       >>> tx = oplora_jax.altlora_plus(0.1, b2=0.0)

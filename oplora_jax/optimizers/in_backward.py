@@ -17,25 +17,28 @@ from oplora_jax.optimizers._trees import owners, update_part
 def value_and_update(
     loss_fn: Callable[..., Any], tx: optax.GradientTransformation, has_aux: bool = False
 ) -> Callable[..., Any]:
-    r"""`value_and_grad` and `tx.update` in one: each LoRA parameter takes its step in the backward pass.
+    """`value_and_grad` and `tx.update` in one: each LoRA parameter steps within the backward pass.
 
-    The same step as with exact gradients, but a gradient is gone as soon as its layer is done: the memory of
-    a `jax.lax.scan` over layers is that of one. What needs all gradients at once is not possible: clipping by
-    a global norm, microbatches, `optax.chain` (or such a base of `svdlora`, `reflora` or `lora_plus`: that is
-    not checked). In a scan a step that is not finite is left out, and counted, by layer. A parameter that the
-    backward pass does not reach, as in a branch that is not taken, is left alone.
+    For memory: the step is that with exact gradients, but a gradient is gone as soon as its layer is done,
+    and a `jax.lax.scan` over layers holds that of one. What needs all gradients at once is not possible:
+    clipping by a global norm, microbatches, `optax.chain` (or such a base of `svdlora`, `reflora` or
+    `lora_plus`: that is not checked).
 
     Args:
-      loss_fn, has_aux: as for `value_and_grad`. The loss uses each LoRA parameter once, through `lora_dot`.
+      loss_fn: as for `value_and_grad`. It uses each LoRA parameter once, through `lora_dot`.
       tx: one of this package's optimizers, or of `lora_optimizer`, by itself.
+      has_aux: whether the loss returns a pair of the loss and auxiliary data.
 
     Returns:
-      A function of (params, state, *args, **kwargs) that returns (value, updates, state).
+      A function of `(params, state, *args, **kwargs)` that returns (value, updates, state), with `has_aux`
+      the value with the auxiliary data. In a scan a step that is not finite is left out, and counted, by
+      layer. A parameter that the backward pass does not reach, as in a branch that is not taken, is left
+      alone.
 
     Raises:
       ValueError: another optimizer's state, or a LoRA parameter that the loss merges, casts or uses twice.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, optax, oplora_jax
       >>> kernels = jnp.ones((5, 4, 4)) / 4
       >>> layers = oplora_jax.LowRank(jnp.ones((5, 4, 1)), jnp.zeros((5, 1, 4)))
@@ -52,7 +55,7 @@ def value_and_update(
       True
     """
 
-    def value_and_update_fn(params: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
+    def value_and_update_fn(params: Any, state: Any, /, *args: Any, **kwargs: Any) -> Any:
         paths_and_nodes, treedef = jax.tree.flatten_with_path(params, is_leaf=is_low_rank)
         names, nodes = [name_of(path) for path, _ in paths_and_nodes], [node for _, node in paths_and_nodes]
         kept, structure = jax.tree.flatten(state)

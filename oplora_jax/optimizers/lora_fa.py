@@ -23,36 +23,41 @@ def lora_fa(
 ) -> optax.GradientTransformationExtraArgs:
     r"""LoRA-FA: AdamW on the right factor b alone, with the left factor a frozen.
 
-    The gradient that AdamW takes is
-
-    .. math::
-      g_b = s^{-2} (a^\top a)^{-1} \partial b = s^{-1} (a^\top a)^{-1} a^\top G,
-
-    whose step s a g_b in the full weight is the full gradient projected on the columns of a. Where a is
-    rank-deficient the inverse is the pseudo-inverse.
-
-    The backward pass keeps x a of a layer's inputs, r numbers a token in the place of n, if the gradient and
-    the update are compiled together. Where the gradient is compiled on its own, freeze a inside the loss:
-    ``LowRank(jax.lax.stop_gradient(p.a), p.b, p.scale)``.
+    It takes the least memory: about half of AdamW's state, and the backward pass keeps x a of a layer's
+    inputs x, r numbers a token in the place of n, if the gradient and the update are compiled together. Where
+    the gradient is compiled on its own, freeze a inside the loss:
+    `LowRank(jax.lax.stop_gradient(p.a), p.b, p.scale)`.
 
     Args:
-      learning_rate: a scalar or a schedule, of Adam's size in b.
-      b1, b2, eps, weight_decay: as for `optax.adamw`.
-      others: for the leaves that are no LoRA parameters; AdamW with the same settings if None.
+      learning_rate: a scalar or a schedule, of the size of Adam's on b.
+      b1: as for `optax.adamw`.
+      b2: as for `optax.adamw`.
+      eps: as for `optax.adamw`.
+      weight_decay: as for `optax.adamw`, of b.
+      others: the optimizer of the leaves that are no LoRA parameters; AdamW with the same settings if None.
 
     Returns:
-      An Optax transformation for any kind of gradient. Its state is AdamW's for b alone.
+      An Optax transformation that takes exact gradients and those of `jax.grad` alike. Its state is AdamW's
+      for b.
 
-    Example:
+    With $\partial b$ the gradient of b, as of `jax.grad`, and $G$ that of the full weight, AdamW is given
+
+    $$
+    g_b = s^{-2}\, (a^\top a)^{-1}\, \partial b = s^{-1}\, (a^\top a)^{-1}\, a^\top G.
+    $$
+
+    Its step in the full weight, $s\,a\,g_b$, is the full gradient projected on the columns of a. Where these
+    are linearly dependent the inverse is the pseudo-inverse.
+
+    From [LoRA-FA](https://arxiv.org/abs/2308.03303).
+
+    Examples:
       >>> import jax.numpy as jnp, oplora_jax
       >>> params = oplora_jax.LowRank(jnp.ones((3, 1)), jnp.zeros((1, 2)))
       >>> tx = oplora_jax.lora_fa(0.5)
       >>> updates, state = tx.update(jnp.ones((3, 2)), tx.init(params), params)
       >>> jnp.round(updates.b, 4).tolist(), bool((updates.a == 0).all())
       ([[-0.5, -0.5]], True)
-
-    References:
-      LoRA-FA, https://arxiv.org/abs/2308.03303.
     """
     plain = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
     lora = optax.chain(preconditioned(_within_columns), on_factor(plain, "b"))

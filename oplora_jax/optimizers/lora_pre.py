@@ -37,39 +37,47 @@ def lora_pre(
     others: optax.GradientTransformation | None = None,
     seed: Any = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""LoRA-Pre: Adam's step in the full weight, from low-rank moments, brought back to rank r by `lorsum`.
+    r"""LoRA-Pre: Adam's steps on the full weight, with both moments kept as matrices of rank r.
 
-    With G the gradient of the full weight, the moment M = a b of rank r is an average of it by one online
-    least-squares step of each factor, a with the new b, :math:`\gamma = 1 - \beta_1^{1/2}`:
-
-    .. math::
-      b \leftarrow (1 - \gamma)\,b + \gamma\,(a^\top a)^{-1} a^\top G, \qquad
-      a \leftarrow (1 - \gamma)\,a + \gamma\,G b^\top (b b^\top)^{-1}.
-
-    N averages |G| likewise, with :math:`\gamma = 1 - \beta_2^{1/4}`, and its elementwise square is Adam's
-    second moment. At step t
-
-    .. math::
-      P \leftarrow \mathrm{LoRSum}\Big[(1 - \eta w, P), \Big(-\eta,
-      \frac{M / (1 - \beta_1^t)}{|N| / (1 - \beta_2^{t/2}) + \epsilon}\Big)\Big].
+    The state is as large as that of Adam on the factors. The gradient and the step are formed, n m numbers
+    for one parameter at a time.
 
     Args:
-      learning_rate: eta, a scalar or a schedule, of Adam's size in the full weight.
-      b1, b2: decays of the first and the second moment.
-      eps: added to the root of the second moment. N, of rank r, may be near zero where |G| is not, and there
-        the step has no bound: if training diverges, take a tenth of the size of the gradient's entries.
-      num_iters: alternating iterations of the LoRSum; 0 is the Jacobi step.
-      regularization: of the LoRSum's solves; multiplied by the learning rate.
-      weight_decay: w, decoupled, multiplied by the learning rate.
-      others: for the leaves that are no LoRA parameters; AdamW with the same settings if None.
+      learning_rate: a scalar or a schedule, of the size of Adam's in full training.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the root of the second moment. That root has rank r, and may be near zero where the
+        gradient is not: steps have no bound there. If training diverges take a tenth of the size of a
+        gradient's entries.
+      num_iters: alternating iterations of `lorsum`; with 0 both factors step from the old ones.
+      regularization: of the least-squares solves; it is multiplied by the learning rate.
+      weight_decay: decoupled, as in `optax.adamw`: multiplied by the learning rate.
+      others: the optimizer of the leaves that are no LoRA parameters; AdamW with the same settings if None.
       seed: of the random start of the moments' left factors.
 
     Returns:
-      An Optax transformation for any kind of gradient; factor gradients (`jax.grad`) stand for their
-      projection on the tangent space. The state is two low-rank matrices, `momentum` and `magnitude`; G and
-      the step are formed, n m numbers for one parameter at a time.
+      An Optax transformation. It takes exact gradients; of those of `jax.grad` it uses what
+      `tangent_gradient` makes of them. Its state is two `LowRank` matrices, `momentum` and `magnitude`.
 
-    Example:
+    With $G$ the gradient of the full weight, the first moment $M = a\,b$ of rank r averages it by one
+    least-squares step of each factor, a with the new b, for $\gamma = 1 - \beta_1^{1/2}$:
+
+    $$
+    b \leftarrow (1 - \gamma)\,b + \gamma\,(a^\top a)^{-1} a^\top G, \qquad
+    a \leftarrow (1 - \gamma)\,a + \gamma\,G b^\top (b b^\top)^{-1}.
+    $$
+
+    $N$ averages $|G|$ likewise, with $\gamma = 1 - \beta_2^{1/4}$; squared elementwise it is Adam's second
+    moment. With $P$ the increment, $\eta$ the learning rate and $w$ the weight decay, step $t$ is
+
+    $$
+    P \leftarrow \mathrm{LoRSum}\,\Big[(1 - \eta w)\,P -
+    \eta\,\frac{M / (1 - \beta_1^t)}{|N| / (1 - \beta_2^{t/2}) + \epsilon}\Big].
+    $$
+
+    From [Taming Momentum (LoRA-Pre)](https://arxiv.org/abs/2602.24283).
+
+    Examples:
       >>> import jax, jax.numpy as jnp, optax, oplora_jax
       >>> loss_fn = lambda p: jnp.sum((oplora_jax.to_dense(p) - jnp.outer(jnp.arange(3.0), jnp.ones(2))) ** 2)
       >>> params = oplora_jax.LowRank(jnp.ones((3, 1)), jnp.zeros((1, 2)))
@@ -81,9 +89,6 @@ def lora_pre(
       ...   params = optax.apply_updates(params, updates)
       >>> bool(loss_fn(params) < 1e-3)
       True
-
-    References:
-      Taming Momentum (LoRA-Pre), https://arxiv.org/abs/2602.24283.
     """
 
     def init(param, key):

@@ -28,26 +28,33 @@ def lora_pro(
     weight_decay: Any = 0.0,
     others: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""LoRA-Pro with AdamW: Adam on the equivalent gradient, brought back to the factors.
+    r"""LoRA-Pro with AdamW: the factors follow dense Adam on the full weight as closely as they can.
 
-    The equivalent gradient :math:`\tilde G = P_a G + G P_b - P_a G P_b` is as much of the full gradient as a
-    step of both factors can follow. Dense Adam makes a step of it, and the factors follow that step as they
-    follow the gradient in `lora_pro_sgd`, with the same invariance.
+    Its state is as large as that of full training by Adam.
 
     Args:
-      learning_rate: a scalar or a schedule, of Adam's size in the full weight.
+      learning_rate: a scalar or a schedule, of the size of Adam's in full training.
       x_mode: as for `lora_pro_sgd`.
-      b1, b2, eps, weight_decay: as for `optax.adamw`; the decay is of the factors.
-      others: for the leaves that are no LoRA parameters; AdamW with the same settings if None.
+      b1: as for `optax.adamw`.
+      b2: as for `optax.adamw`.
+      eps: as for `optax.adamw`.
+      weight_decay: decoupled, of the factors, multiplied by the learning rate.
+      others: the optimizer of the leaves that are no LoRA parameters; AdamW with the same settings if None.
 
     Returns:
-      An Optax transformation for any kind of gradient; all kinds give the same step. The state is Adam's on
-      the full weight, 2 n m numbers for each LoRA parameter in float32 at least.
+      An Optax transformation that takes exact gradients and those of `jax.grad` alike. Its state is Adam's on
+      the full weight, 2 n m numbers for each LoRA parameter, in float32 at least.
 
     Raises:
       ValueError: an unknown x_mode.
 
-    Example:
+    Adam is given the part of the full gradient $G$ that a small step of both factors can follow,
+    $\tilde G = P_a G + G P_b - P_a G P_b$, where $P_a$ and $P_b$ project on the columns of a and on the rows
+    of b. The factors follow Adam's step as they follow the gradient in `lora_pro_sgd`.
+
+    From [LoRA-Pro](https://arxiv.org/abs/2407.18242).
+
+    Examples:
       >>> import jax.numpy as jnp, optax, oplora_jax
       >>> params = oplora_jax.LowRank(jnp.ones((3, 1)), jnp.zeros((1, 2)))
       >>> tx = oplora_jax.lora_pro(0.1)
@@ -82,39 +89,43 @@ def lora_pro_sgd(
 ) -> optax.GradientTransformationExtraArgs:
     r"""LoRA-Pro with SGD: steps of the factors that follow the full gradient as closely as they can.
 
-    .. math::
-      g_a &= s^{-2}\, \partial a\, (b b^\top)^{-1} + a X \\
-      g_b &= s^{-2}\, (a^\top a)^{-1}\, \partial b\, (I - P_b) - X b, \qquad
-      P_b = b^\top (b b^\top)^{-1} b.
-
-    Whatever X, the increment moves along the projection of the gradient on the tangent space,
-    :math:`s\,(g_a b + a g_b) = P_a G + G P_b - P_a G P_b`. The inverses are pseudo-inverses: where b is zero,
-    a waits. The increment s a b takes the same path for every split of the scale, and for every split into
-    factors (a R, R^-1 b) with orthogonal R, with x_mode="zero" with any invertible R.
-
     Args:
-      learning_rate: a scalar or a schedule, of SGD's size in the full weight.
-      x_mode: "zero", X = 0, or "sylvester", the paper's choice, the X for which the pair is closest to the
-        derivatives: :math:`a^\top a\, X + X\, b b^\top = -s^{-2}\, a^\top \partial a\, (b b^\top)^{-1}`.
+      learning_rate: a scalar or a schedule, of the size of full training's by SGD.
+      x_mode: which of the pairs of factor steps with the same effect is taken, X below. "sylvester", the
+        paper's choice, takes the one closest to the factors' gradients, "zero" the one with X = 0.
       weight_decay: decoupled, of the factors, multiplied by the learning rate.
-      others: for the leaves that are no LoRA parameters; SGD with the same settings if None.
+      others: the optimizer of the leaves that are no LoRA parameters; SGD with the same settings if None.
 
     Returns:
-      An Optax transformation for any kind of gradient, without state; all kinds give the same step.
+      An Optax transformation without state, that takes exact gradients and those of `jax.grad` alike.
 
     Raises:
       ValueError: an unknown x_mode.
 
-    Example:
+    With $\partial a$, $\partial b$ the gradients of the factors, as of `jax.grad`, SGD steps along
+
+    $$
+    \begin{aligned}
+    g_a &= s^{-2}\, \partial a\, (b b^\top)^{-1} + a X \\
+    g_b &= s^{-2}\, (a^\top a)^{-1}\, \partial b\, (I - P_b) - X b, \qquad P_b = b^\top (b b^\top)^{-1} b
+    \end{aligned}
+    $$
+
+    For every $X$ the increment moves, to first order, along $s\,(g_a b + a g_b) = P_a G + G P_b - P_a G P_b$,
+    the part of the full gradient $G$ that the factors can follow. "sylvester" solves
+    $a^\top a\, X + X\, b b^\top = -s^{-2}\, a^\top \partial a\, (b b^\top)^{-1}$. The inverses are
+    pseudo-inverses: where b is zero, a waits. The increment takes the same path from a R, R^-1 b for every
+    orthogonal R, and with `x_mode="zero"` for every invertible R.
+
+    From [LoRA-Pro](https://arxiv.org/abs/2407.18242).
+
+    Examples:
       >>> import jax.numpy as jnp, optax, oplora_jax
       >>> params = oplora_jax.LowRank(jnp.ones((3, 1)), jnp.zeros((1, 2)))
       >>> tx = oplora_jax.lora_pro_sgd(0.1)
       >>> updates, _ = tx.update(jnp.ones((3, 2)), tx.init(params), params)
       >>> bool(jnp.allclose(oplora_jax.to_dense(optax.apply_updates(params, updates)), -0.1))
       True
-
-    References:
-      LoRA-Pro, https://arxiv.org/abs/2407.18242.
     """
     closest = partial(closest_gradients, x_mode=_check_x_mode(x_mode))
     plain = _decayed_step(learning_rate, weight_decay)

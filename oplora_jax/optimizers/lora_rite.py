@@ -39,46 +39,53 @@ def lora_rite(
     weight_decay: Any = 0.0,
     others: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""LoRA-RITE: Adam with a matrix second moment, the same for every split of a b into factors.
-
-    For a, with the decomposition :math:`b^\top = Q R` (and for b likewise with that of a, both of the old
-    factors):
-
-    .. math::
-      U &= \partial a\, R^{-1} = s\, G Q, \qquad T = Q_{old}^\top Q \\
-      V &\leftarrow \beta_2(t)\, T^\top V T + (1 - \beta_2(t))\, U^\top U / n \\
-      M &\leftarrow \beta_1(t)\, M T + (1 - \beta_1(t))\, U\, (V^{1/2} + \epsilon I)^{-1} \\
-      a &\leftarrow a - \eta\, (M R^{-\top} + w a),
-
-    with the bias correction in the decays, :math:`\beta(t) = \beta\, (1 - \beta^{t-1}) / (1 - \beta^t)`. U is
-    the gradient without the magnitude of b.
-
-    The steps of both factors move a b by :math:`\eta^2 M_a (a b)^+ M_b` besides, which has no bound where a b
-    is short, as it is in some directions while gradients have a rank below r. So the inverse is a
-    pseudo-inverse, and a waits in directions in which a b is shorter than half a step of b,
-    :math:`\eta \sqrt m / 2`. Where a has fewer directions than b, as if it starts at zero, b waits.
-
-    The scale s cancels but for eps, `skip_threshold` and `max_norm`: the factors step as at scale 1, and the
-    increment s a b moves s times as far.
+    r"""LoRA-RITE: Adam whose steps do not depend on how the increment is split into factors.
 
     Args:
-      learning_rate: eta, a scalar or a schedule, of Adam's size; about 3e-4 in the paper.
-      b1, b2: decays of the moments M and V.
-      eps: added to the roots of the eigenvalues of V.
-      skip_threshold: the root mean square above which a U counts as zero; none if None (1.0 in the authors'
-        code). What stays above it does not move: `above_threshold` of the state counts those steps.
-      max_norm: to which the joint norm of all U is scaled down; none if None. A gradient that is not finite
-        does not count in it.
-      escaped_mass: whether to make up for what V loses when a basis turns, by adding an average of it to the
-        eigenvalues: the smaller of the largest drop of an eigenvalue and the drop of the trace.
-      weight_decay: w, decoupled, of the factors, multiplied by the learning rate.
-      others: for the leaves that are no LoRA parameters; AdamW with the same settings if None.
+      learning_rate: a scalar or a schedule, of the size of Adam's; about 3e-4 in the paper.
+      b1: decay of the momentum.
+      b2: decay of the second moment.
+      eps: added to the roots of the second moment's eigenvalues.
+      skip_threshold: the root mean square above which a gradient (U below) counts as zero; no limit if None
+        (1.0 in the authors' code). What stays above it does not train: `above_threshold` of the state counts
+        such steps.
+      max_norm: what the joint norm of all U is scaled down to; no limit if None. A gradient that is not
+        finite does not count in it.
+      escaped_mass: whether to make up for what the second moment loses when the factors' directions turn: an
+        average of the smaller of the largest drop of an eigenvalue and the drop of the trace is added to the
+        eigenvalues.
+      weight_decay: decoupled, of the factors, multiplied by the learning rate.
+      others: the optimizer of the leaves that are no LoRA parameters; AdamW with the same settings if None.
 
     Returns:
-      An Optax transformation for any kind of gradient; its state is twice the size of the LoRA parameters,
-      and 2 r^2 numbers for each.
+      An Optax transformation that takes exact gradients and those of `jax.grad` alike. Its state is twice the
+      size of the LoRA parameters, and 2 r^2 numbers for each.
 
-    Example:
+    For a, with $\partial a$ its gradient, as of `jax.grad`, and the decomposition $b^\top = Q R$ into
+    orthonormal columns and a triangle, a step is
+
+    $$
+    \begin{aligned}
+    U &= \partial a\, R^{-1} = s\, G Q, \qquad T = Q_{old}^\top Q \\
+    V &\leftarrow \beta_2(t)\, T^\top V T + (1 - \beta_2(t))\, U^\top U / n \\
+    M &\leftarrow \beta_1(t)\, M T + (1 - \beta_1(t))\, U\, (V^{1/2} + \epsilon I)^{-1} \\
+    a &\leftarrow a - \eta\, (M R^{-\top} + w a)
+    \end{aligned}
+    $$
+
+    for the learning rate $\eta$ and the weight decay $w$, with Adam's bias correction in the decays,
+    $\beta(t) = \beta\, (1 - \beta^{t-1}) / (1 - \beta^t)$; and for b likewise, from the old a. $U$ is the
+    gradient without the size of b.
+
+    Both factors step at once, so a b moves by the product of their steps too, $\eta^2 M_a (a b)^+ M_b$ with
+    the pseudo-inverse of a b, which has no bound where a b is short. Therefore a waits in directions in which
+    a b is shorter than half a step of b, $\eta \sqrt m / 2$, and where a has fewer directions than b, as if
+    it starts at zero, b waits. The scale s cancels but for `eps`, `skip_threshold` and `max_norm`: the
+    increment s a b moves s times as far as at scale 1.
+
+    From [LoRA Done RITE](https://arxiv.org/abs/2410.20625).
+
+    Examples:
       >>> import jax.numpy as jnp, oplora_jax
       >>> params = oplora_jax.LowRank(jnp.full((3, 1), 5.0), jnp.ones((1, 2)))
       >>> tx = oplora_jax.lora_rite(0.1)
@@ -86,9 +93,6 @@ def lora_rite(
       >>> step = oplora_jax.LowRank(updates.a, params.b)  # lr times a matrix of orthonormal rows and columns
       >>> round(float(oplora_jax.frobenius_norm(step)), 3)  # 0.1 sqrt(n)
       0.173
-
-    References:
-      LoRA Done RITE, https://arxiv.org/abs/2410.20625.
     """
 
     def init(param, _):

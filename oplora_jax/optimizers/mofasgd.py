@@ -32,31 +32,42 @@ def mofasgd(
     momentum: Any = 0.95,
     others: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""MoFaSGD: a momentum M = U S V^T of rank r, and steps of spectral norm eta along U V^T.
+    r"""MoFaSGD: every direction of a rank-r momentum moves the full weight by the learning rate, as in Muon.
 
-    With G the gradient of the full weight, :math:`P_U = U U^\top` and :math:`P_V = V V^\top`,
-
-    .. math::
-      M &\leftarrow \mathrm{SVD}_r[\beta M + P_U G + G P_V - P_U G P_V] \\
-      P &\leftarrow \mathrm{SVD}_r[P - \eta\, U V^\top].
-
-    Both sums are exact before they are truncated, and nothing n x m is formed. Every direction of the
-    momentum moves by eta, and those whose singular value is rounding error by nothing. The first momentum is
-    the gradient, of rank r at most or close to its truncated SVD.
+    In this project's experiments it was among the best on small networks, at a learning rate of 0.01.
 
     Args:
-      learning_rate: eta, a scalar or a schedule, the spectral norm of a step in the full weight.
-      momentum: beta. The gradient enters whole, not with a share of 1 - beta.
-      others: for the leaves that are no LoRA parameters; `optax.adam` at the same learning rate if None.
+      learning_rate: a scalar or a schedule, the largest singular value of a step in the full weight.
+      momentum: decay of the momentum. A gradient enters whole, not with a share of 1 - momentum.
+      others: the optimizer of the leaves that are no LoRA parameters; `optax.adam` at the same learning rate
+        if None.
 
     Returns:
-      An Optax transformation for any kind of gradient; factor gradients (`jax.grad`) stand for their
-      projection on the tangent space. Its state is U, S and V. After a step a^T a = b b^T.
+      An Optax transformation. It takes exact gradients; of those of `jax.grad` it uses what
+      `tangent_gradient` makes of them. Its state is the truncated SVD of the momentum, about the size of the
+      LoRA parameters.
 
     Raises:
       ValueError: at the first update, a parameter whose rank is larger than n or m.
 
-    Example:
+    With $G$ the gradient of the full weight, $M = U S V^\top$ the momentum, $P$ the increment,
+    $P_U = U U^\top$ and $P_V = V V^\top$, a step is
+
+    $$
+    \begin{aligned}
+    M &\leftarrow \mathrm{SVD}_r\,[\beta M + P_U G + G P_V - P_U G P_V] \\
+    P &\leftarrow \mathrm{SVD}_r\,[P - \eta\, U V^\top]
+    \end{aligned}
+    $$
+
+    for the learning rate $\eta$ and the momentum $\beta$. $\mathrm{SVD}_r$ is the best approximation of rank
+    r; the sums in it are exact, and nothing n x m is formed. Directions whose singular value is rounding
+    error do not move. The first momentum is the gradient, of rank r at most or close to its truncated SVD.
+    After a step the factors are balanced, a^T a = b b^T.
+
+    From [Low-rank momentum factorization (MoFaSGD)](https://arxiv.org/abs/2507.08091).
+
+    Examples:
       >>> import jax.numpy as jnp, optax, oplora_jax
       >>> params = oplora_jax.LowRank(jnp.ones((3, 1)), jnp.zeros((1, 2)))
       >>> tx = oplora_jax.mofasgd(0.1)
@@ -64,9 +75,6 @@ def mofasgd(
       >>> step = oplora_jax.to_dense(optax.apply_updates(params, updates))
       >>> round(float(jnp.linalg.norm(step, 2)), 4)  # the largest singular value
       0.1
-
-    References:
-      Low-rank momentum factorization (MoFaSGD), https://arxiv.org/abs/2507.08091.
     """
 
     def init(param, _):

@@ -40,47 +40,59 @@ def oplora(
     others: optax.GradientTransformation | None = None,
     seed: Any = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""OPLoRA: each step is the full heavy-ball step, brought back to rank r by `lorsum`.
+    r"""OPLoRA: SGD with momentum as on the full weight, with a state as small as the LoRA parameters.
 
-    With P = s a b the increment, G the gradient of the full weight and M the low-rank momentum,
-
-    .. math::
-      P &\leftarrow \mathrm{LoRSum}[(1 - \eta w, P), (-\eta (1 - d), G), (-\eta \mu, M)] \\
-      M &\leftarrow \mathrm{LoRSum}[(\mu, M), (1 - d, G)],
-
-    both in one pass over G: an `OuterProduct` or an array (`oplora_jax.value_and_grad`, exact), or the
-    `LowRank` of factor gradients (`jax.grad`; the step is then the Riemannian one).
+    Each step is the gradient step of full training, brought back to rank r by `lorsum`, without an SVD. For
+    well-scaled problems without a transformer; on language models take `scaled_oplora`.
 
     Args:
-      learning_rate: eta, a scalar or a schedule, of SGD's size in the full weight.
-      momentum: mu. With 0 or None no momentum is kept.
-      dampening: d.
-      num_iters: alternating iterations of each LoRSum; 0 is the Jacobi step of the weights, preconditioned
-        LoRA, which near full rank goes up to twice as far. The momentum takes one iteration at least.
-      regularization: of the solves for the weights; multiplied by the learning rate.
-      momentum_regularization: of the solves for the momentum, likewise; as `regularization` if None.
-      momentum_rank: k, the rank of the momentum; the parameter's if None.
-      momentum_kind: "low_rank" as above; "projected" keeps the products of the gradients with the factors'
-        pseudo-inverses and carries them from one pair of factors to the next; "extrapolated" is
-        heavy-ball extrapolation, Z = LoRSum[(1 - eta w, P), (-eta (1 - d), G)] and then
-        P = LoRSum[(1 + mu, Z), (-mu, Z_old)].
-      weight_decay: w, decoupled, multiplied by the learning rate.
-      state_dtype: of the momentum; the parameters' if None. float32 for bfloat16 parameters computes the
-        step in float32 and rounds it once; bfloat16 for float32 parameters halves the state. "extrapolated"
-        keeps the last weights there, which a type narrower than the parameters' would round at every step.
-      others: for the leaves that are no LoRA parameters; SGD with the same settings if None.
-        `optax.set_to_zero()` freezes them.
+      learning_rate: a scalar or a schedule, of the size of full training's by SGD, usually larger than
+        Adam's.
+      momentum: decay of the momentum. With 0 or None no momentum is kept.
+      dampening: the gradient counts for a share 1 - dampening in the momentum and in the step.
+      num_iters: alternating iterations of each `lorsum`. With 0 both factors of the weights step from the old
+        ones, as in `scaled_gd`, which near full rank goes up to twice as far; the momentum takes one at
+        least.
+      regularization: of the least-squares solves for the weights; it is multiplied by the learning rate.
+      momentum_regularization: the same for the momentum; `regularization` if None.
+      momentum_rank: the rank of the momentum; the parameter's if None.
+      momentum_kind: "low_rank" is the formula below. "projected" keeps what the factors of the weights need
+        to know of the momentum, and carries it from each pair of factors to the next. "extrapolated" keeps
+        the last weights, and goes on in the direction from them to the new ones.
+      weight_decay: decoupled, as in `optax.adamw`: multiplied by the learning rate.
+      state_dtype: the type that the momentum is kept in; the parameters' if None. `jnp.bfloat16` halves the
+        state; `jnp.float32` beside bfloat16 parameters computes the step in float32 and rounds it once.
+        "extrapolated" keeps weights in it, which a type narrower than theirs would round at every step.
+      others: the optimizer of the leaves that are no LoRA parameters, such as a head; SGD with the same
+        settings if None. `optax.set_to_zero()` freezes them.
       seed: of the random start of the momentum's left factor.
 
     Returns:
-      An Optax transformation, whose state is a `LowRank` at each LoRA parameter, `momentum` for
-      `optax.tree.get` and `optax.tree.set`. (Under `optax.inject_hyperparams` a hyperparameter has the same
-      name: pass static_args="momentum", and "momentum_rank" and "state_dtype" if they are given.)
+      An Optax transformation. It takes exact gradients (`value_and_grad`); of those of `jax.grad` it uses
+      what `tangent_gradient` makes of them. Its state has a `LowRank` at each LoRA parameter,
+      ``optax.tree.get(state, "momentum")``. (Under `optax.inject_hyperparams` a setting has the same name:
+      pass `static_args="momentum"`, and "momentum_rank" and "state_dtype" if they are given.)
 
     Raises:
       ValueError: an argument out of range.
 
-    Example:
+    With $P = s\,a\,b$ the increment of a weight, $G$ the gradient of the whole weight and $M$ the momentum, a
+    matrix of low rank, a step is
+
+    $$
+    \begin{aligned}
+    P &\leftarrow \mathrm{LoRSum}\,[(1 - \eta w)\,P - \eta (1 - d)\,G - \eta \mu\,M] \\
+    M &\leftarrow \mathrm{LoRSum}\,[\mu\,M + (1 - d)\,G]
+    \end{aligned}
+    $$
+
+    for the learning rate $\eta$, the momentum $\mu$, the dampening $d$ and the weight decay $w$; both lines
+    take the old $P$ and $M$. "extrapolated" is $Z = \mathrm{LoRSum}\,[(1 - \eta w)\,P - \eta (1 - d)\,G]$ and
+    then $P = \mathrm{LoRSum}\,[(1 + \mu)\,Z - \mu\,Z_{old}]$.
+
+    From [OPLoRA](https://arxiv.org/abs/2509.19977).
+
+    Examples:
       >>> import jax.numpy as jnp, optax, oplora_jax
       >>> loss_fn = lambda p: jnp.sum((oplora_jax.to_dense(p) - jnp.outer(jnp.arange(3.0), jnp.ones(2))) ** 2)
       >>> params = oplora_jax.LowRank(jnp.ones((3, 1)), jnp.zeros((1, 2)))
@@ -91,9 +103,6 @@ def oplora(
       ...   params = optax.apply_updates(params, updates)
       >>> bool(loss_fn(params) < 1e-6)
       True
-
-    References:
-      OPLoRA, https://arxiv.org/abs/2509.19977.
     """
     if momentum_kind not in ("low_rank", "projected", "extrapolated"):
         raise ValueError(

@@ -29,41 +29,43 @@ def reflora(
     warmup_steps: Any = 100,
     others: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""RefLoRA: any optimizer, on factor gradients that are rebalanced between the factors.
+    r"""RefLoRA: any optimizer, on gradients that are rebalanced between the factors.
 
-    With S the symmetric positive solution of :math:`S\, a^\top a\, S = b b^\top`, the base is given
-
-    .. math::
-      \partial a\, S^{-1}, \qquad S\, \partial b.
-
-    To first order that is a step of the base at the split (a S^(1/2), S^(-1/2) b), where the two factors are
-    equally large in every direction, taken back to (a, b). With SGD as the base the increment s a b
-    therefore does not depend on how it is split into factors; an elementwise base such as Adam does.
-
-    The derivatives are those of `jax.grad`, the scale s in them. Where a or b has not full rank, as at LoRA's
-    start, there is no S, and they pass unchanged.
+    Each factor gets the gradient that it would have if both were equally large.
 
     Args:
-      base: any Optax transformation of factor gradients, learning rate included: `optax.adamw(1e-4)`.
-      warmup_steps: in how many steps the derivatives pass unchanged at first; an integer, not negative.
-      others: for the leaves that are no LoRA parameters; `base` if None.
+      base: an Optax transformation of factor gradients, learning rate included, such as `optax.adamw(1e-4)`.
+      warmup_steps: how many steps pass the gradients on unchanged at first.
+      others: the optimizer of the leaves that are no LoRA parameters; `base` if None.
 
     Returns:
-      An Optax transformation for any kind of gradient, with the state of the base and a counter.
+      An Optax transformation that takes exact gradients and those of `jax.grad` alike. Its state is that of
+      the base and a counter.
 
     Raises:
       ValueError: a negative warmup_steps.
 
-    Example:
+    With $\partial a$, $\partial b$ the gradients of the factors, as of `jax.grad`, and $S$ the symmetric
+    positive solution of $S\, a^\top a\, S = b b^\top$, the base is given
+
+    $$
+    \partial a\, S^{-1}, \qquad S\, \partial b.
+    $$
+
+    To first order that is a step of the base on a S^(1/2) and S^(-1/2) b, which are equally large in every
+    direction, taken back to a and b. With SGD as the base the increment therefore does not depend on how it
+    is split into factors; with an elementwise base such as Adam it does. Where a or b has not full rank, as
+    at LoRA's start, there is no S, and the gradients pass unchanged.
+
+    From [RefLoRA](https://arxiv.org/abs/2505.18877).
+
+    Examples:
       >>> import jax.numpy as jnp, optax, oplora_jax
       >>> params = oplora_jax.LowRank(jnp.ones((2, 1)), jnp.full((1, 2), 4.0))  # S = 4
       >>> tx = oplora_jax.reflora(optax.sgd(0.1), warmup_steps=0)
       >>> updates, _ = tx.update(jnp.ones((2, 2)), tx.init(params), params)
       >>> bool(jnp.allclose(updates.a, -0.2) and jnp.allclose(updates.b, -0.8))  # not -0.8 and -0.2
       True
-
-    References:
-      RefLoRA, https://arxiv.org/abs/2505.18877.
     """
     if isinstance(warmup_steps, int) and warmup_steps < 0:
         raise ValueError(f"warmup_steps is {warmup_steps}; expected 0 or more")

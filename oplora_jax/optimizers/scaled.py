@@ -24,36 +24,40 @@ def scaled_gd(
     weight_decay: Any = 0.0,
     others: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""ScaledGD, preconditioned LoRA with SGD: `oplora` with num_iters=0 and no momentum.
+    r"""ScaledGD: SGD where each factor's gradient is divided by the Gram matrix of the other factor.
 
-    Both factors step from the old ones, written for scale 1,
+    It steps as `oplora` with `num_iters=0` and no momentum.
 
-    .. math::
-      a \leftarrow a - \eta\,G b^\top (b b^\top + \lambda I)^{-1}, \qquad
-      b \leftarrow b - \eta\,(a^\top a + \lambda I)^{-1} a^\top G.
+    Args:
+      learning_rate: a scalar or a schedule, of the size of full training's by SGD.
+      momentum: decay of a momentum of the preconditioned gradients; none if None.
+      regularization: of the solves. Unlike that of `oplora` it is not multiplied by the learning rate.
+      weight_decay: decoupled, of the factors, multiplied by the learning rate.
+      others: the optimizer of the leaves that are no LoRA parameters; SGD with the same settings if None.
+
+    Returns:
+      An Optax transformation that takes exact gradients and those of `jax.grad` alike, without state if there
+      is no momentum.
+
+    Both factors step from the old ones. At scale s = 1, with the learning rate $\eta$, the regularization
+    $\lambda$ and $G$ the gradient of the full weight,
+
+    $$
+    a \leftarrow a - \eta\,G b^\top (b b^\top + \lambda I)^{-1}, \qquad
+    b \leftarrow b - \eta\,(a^\top a + \lambda I)^{-1} a^\top G.
+    $$
 
     With another scale the increment s a b takes the same path.
 
-    Args:
-      learning_rate: eta, a scalar or a schedule, of SGD's size in the full weight.
-      momentum: of a heavy ball on the preconditioned gradients; none if None.
-      regularization: lambda, of the solves. Unlike that of `oplora` it is not multiplied by eta.
-      weight_decay: decoupled, of the factors, multiplied by the learning rate.
-      others: for the leaves that are no LoRA parameters; SGD with the same settings if None.
+    From [Riemannian preconditioned LoRA](https://arxiv.org/abs/2402.02347).
 
-    Returns:
-      An Optax transformation for any kind of gradient, without state if there is no momentum.
-
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, oplora_jax
       >>> params = oplora_jax.LowRank(jnp.ones((3, 1)), jnp.ones((1, 2)))
       >>> tx = oplora_jax.scaled_gd(0.1, regularization=0.0)
       >>> updates, _ = tx.update(jnp.ones((3, 2)), tx.init(params), params)
       >>> bool(jnp.allclose(updates.a, -0.1))
       True
-
-    References:
-      Riemannian preconditioned LoRA, https://arxiv.org/abs/2402.02347.
     """
     heavy_ball = optax.identity() if momentum is None else optax.trace(momentum)
     decay = optax.identity() if is_zero(weight_decay) else optax.add_decayed_weights(weight_decay)
@@ -75,15 +79,20 @@ def scaled_adamw(
     """Preconditioned LoRA with AdamW: AdamW on the gradients that `scaled_gd` steps along.
 
     Args:
-      learning_rate: a scalar or a schedule, of Adam's size in the factors.
-      b1, b2, eps, weight_decay: as for `optax.adamw`; the decay is of the factors.
+      learning_rate: a scalar or a schedule, of the size of Adam's on the factors.
+      b1: as for `optax.adamw`.
+      b2: as for `optax.adamw`.
+      eps: as for `optax.adamw`.
       regularization: of the solves, as for `scaled_gd`.
-      others: for the leaves that are no LoRA parameters; AdamW with the same settings if None.
+      weight_decay: decoupled, of the factors, multiplied by the learning rate.
+      others: the optimizer of the leaves that are no LoRA parameters; AdamW with the same settings if None.
 
     Returns:
-      An Optax transformation for any kind of gradient, with AdamW's state.
+      An Optax transformation that takes exact gradients and those of `jax.grad` alike. Its state is AdamW's.
 
-    Example:
+    From [Riemannian preconditioned LoRA](https://arxiv.org/abs/2402.02347).
+
+    Examples:
       >>> import jax.numpy as jnp, oplora_jax
       >>> params = oplora_jax.LowRank(jnp.ones((3, 1)), jnp.ones((1, 2)))
       >>> tx = oplora_jax.scaled_adamw(0.5)

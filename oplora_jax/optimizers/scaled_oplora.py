@@ -77,70 +77,84 @@ def scaled_oplora(
     others_learning_rate: optax.ScalarOrSchedule = 1e-3,
     seed: Any = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Scaled OPLoRA: the full step in a metric of the layer's two sides, brought back to the factors.
+    r"""Scaled OPLoRA: preconditioned steps of the full weight, with little more than half of Adam's state.
 
-    What a learning rate means does not change with the units of the loss or of a layer's inputs, and little
-    with the rank and the batch: it is the root mean square of a step's entries in the full weight, for inputs
-    whose typical entry is 1 (and the smaller the larger they are), as that of Adam in full training is. Best
-    in the project's sweeps were 1e-4 for a language model and 1e-4 to 3e-4 for small networks.
+    The one to begin with on language models: `scaled_oplora(1e-4)`, with gradients of
+    `value_and_grad(loss_fn, moments="diagonal")`. Second moments of a layer's inputs, and of the gradients at
+    its outputs, precondition each step.
+
+    A learning rate means the same whatever the units of the loss and of a layer's inputs are, and changes
+    little with the rank and the batch. It is the root mean square of the entries of a step in the full
+    weight, where the inputs' is 1, and less where they are larger. In this project's experiments the best
+    were 1e-4 for a language model and 1e-4 to 3e-4 for small networks.
 
     Args:
-      learning_rate: a scalar or a schedule.
+      learning_rate: a scalar or a schedule, of the size of Adam's in full training.
       b1: decay of the momentum; 0.8 if None. With 0 none is kept.
       b2: decay of the second moments.
-      num_iters: of a low-rank momentum's LoRSums, as for `oplora`; 1 if None.
-      regularization: of the solves, a share of the mean eigenvalue of their Gram matrix; 0.1 if None.
-      damping: added to the second moments, a share of their mean; 1e-3 if None.
-      power: p, of the second moments. 0 is the Frobenius norm, and 1 the whole preconditioner.
-      hold: how long a waits at its start: until b is longer than the root of so many steps. A gradient of few
-        tokens is mostly noise, and so are the directions that a would take from it.
-      units: "relative" as written here; "absolute" is the paper's optimizer, below.
-      momentum_kind: "factors" averages G b^T and a^T G, all that a step needs to know of G; both factors
-        then take their least-squares steps from the old ones. "low_rank" keeps a matrix of rank r by
-        `lorsum`, which forgets what is not among its r directions, and steps by LoRSum. "factors" if None.
-      metric: the second moments. "kfac", x^T x / N and N dy^T dy over the N tokens, needs them in the
-        gradient: an `OuterProduct`, or a `DenseGradient` (`value_and_grad(..., moments=structure)`).
-        "shampoo", N G G^T and N G^T G, takes any gradient, and does not know the size of the inputs, which
-        counts as 1. A plain array does not tell N, and factor gradients (`jax.grad`) stand for their
-        projection on the tangent space: for both N counts as 1.
-      structure: of the metric: the diagonals of both moments, or the whole matrices.
-      loss_reduction: of the loss over tokens: with "sum" the moments are dy^T dy / N, G G^T / N, G^T G / N.
-      metric_every: the steps between two decompositions of a dense metric; its moments are averaged at
-        every step all the same.
-      bias_correction: whether the averages are those of the moments alone, without a start at 1; True if
-        None, and always with relative units.
-      state_dtype: of the momentum, as for `oplora`; the metric stays in float32 at least.
-      others: for the leaves that are no LoRA parameters; AdamW with the same b1, b2 and state_dtype if None.
+      num_iters: alternating iterations of `lorsum`, for `momentum_kind="low_rank"` alone; 1 if None.
+      regularization: of the least-squares solves, as a share of the mean eigenvalue of the r x r matrix that
+        is inverted; 0.1 if None.
+      damping: added to the second moments, as a share of their mean; 1e-3 if None.
+      power: of the second moments: 0.5 takes their root, as Adam does; 0 leaves the gradient as it is, and 1
+        divides by all of them.
+      hold: how long a waits at the start, when b is zero: until b is longer than the root of so many steps.
+        Early gradients of few tokens are mostly noise. With 0 it does not wait.
+      units: "relative" as written here; "absolute" is the paper's optimizer, see below.
+      momentum_kind: "factors" averages the two products of the gradient with the factors, all that a step
+        needs to know of it, and is the usual one. "low_rank" keeps the momentum as a matrix of rank r and
+        steps by `lorsum`, as `oplora` does. None takes "factors" with relative units and "low_rank" with
+        absolute ones.
+      metric: where the second moments come from. "kfac": the layer's inputs and the gradients at its outputs,
+        which an `OuterProduct` holds and a `DenseGradient` (`value_and_grad(..., moments=structure)`)
+        measures. "shampoo": G G^T and G^T G, of any gradient G; it does not know the size of the inputs,
+        which counts as 1, nor of an array or of factor gradients the number of tokens, which counts as 1 too.
+      structure: "diagonal", one number for each input and each output; or "dense", whole matrices.
+      loss_reduction: whether the loss is a "mean" or a "sum" over tokens.
+      metric_every: with dense structure, the steps between two decompositions of the second moments; their
+        averages take in every step.
+      bias_correction: whether averages are corrected for their start, as Adam's are. True if None, and always
+        with relative units; False with absolute ones.
+      state_dtype: the type that the momentum is kept in; the parameters' if None. Second moments are kept in
+        float32 at least.
+      others: the optimizer of the leaves that are no LoRA parameters, such as a head; AdamW with the same b1,
+        b2 and state_dtype if None.
       others_learning_rate: of that AdamW, a scalar or a schedule.
       seed: of the random start of a low-rank momentum's left factor.
 
-    With :math:`D = (E + \delta I)^p` of the averaged moments E of both sides, each over its mean, and
-    averages :math:`g_a, g_b` of :math:`G b^\top, a^\top G` that are corrected for their start, the step is
-
-    .. math::
-      a &\leftarrow a - c\,D_{in}^{-1} g_a (b D_{out} b^\top + \lambda_b I + h\,l^2 / \alpha\,I)^{-1} \\
-      b &\leftarrow b - c\,(a^\top D_{in} a + \lambda_a I)^{-1} g_b D_{out}^{-1}
-
-    with :math:`l = \eta \sqrt{n m} / x` for inputs of the typical size x (0.1 at least), :math:`\alpha` the
-    mean eigenvalue of :math:`a^\top D_{in} a`, and c such that the step of b along a usual gradient, measured
-    in the metric, has the length l. In the factors' averages a gradient along which a factor's step
-    would be more than twice as long as usual counts for twice the usual.
-
-    With units="absolute" this is PSI-LoRA, the step
-    :math:`P \leftarrow \mathrm{LoRSum}_D[(1, P), (-\eta (1 - \beta_1), G), (-\eta \beta_1, M)]` with a
-    low-rank momentum M, moments that start at 1, damping as it is, and a regularization multiplied by the
-    learning rate, 1e-5 at least. None stands for the paper's values there: b1 0.9, regularization 1e-2,
-    damping 1e-5, no bias correction.
-
     Returns:
-      An Optax transformation. Its state is two factors a parameter, `momentum`, and beside them n + m numbers
-      for a diagonal metric or 3 (n^2 + m^2) for a dense one: little more than half of Adam's.
+      An Optax transformation. Its state has, for a weight of n inputs and m outputs, two factors of momentum,
+      ``optax.tree.get(state, "momentum")``, and n + m numbers, or 3 (n^2 + m^2) with dense structure.
 
     Raises:
       ValueError: an unknown name, arguments that do not go together; at the first update, a gradient whose
         second moments are not known, with the parameter's path.
 
-    Example:
+    With $E$ the averaged second moments of either side, each over its mean, $D = (E + \delta I)^p$, and
+    $g_a$, $g_b$ the averages of $G b^\top$ and $a^\top G$, corrected for their start, a step is
+
+    $$
+    \begin{aligned}
+    a &\leftarrow a - c\,D_{in}^{-1}\,g_a\,(b\,D_{out}\,b^\top + \lambda_b I + (h\,l^2 / \alpha)\,I)^{-1} \\
+    b &\leftarrow b - c\,(a^\top D_{in}\,a + \lambda_a I)^{-1}\,g_b\,D_{out}^{-1}
+    \end{aligned}
+    $$
+
+    for the damping $\delta$, the power $p$, the regularization as $\lambda_a$ and $\lambda_b$, and $h$ the
+    argument `hold`. A step's length in the full weight is $l = \eta \sqrt{n m} / x$, with $\eta$ the learning
+    rate and $x$ the root mean square of the inputs, 0.1 at least; $c$ is such that a step of b along a usual
+    gradient has this length, and $\alpha$ is the mean eigenvalue of $a^\top D_{in}\,a$. A gradient that would
+    move a factor more than twice as far as usual counts for twice the usual.
+
+    With `units="absolute"` the step is PSI-LoRA's,
+    $P \leftarrow \mathrm{LoRSum}_D\,[P - \eta (1 - b_1)\,G - \eta\,b_1\,M]$, `lorsum` in the metric $D$ with
+    a low-rank momentum $M$. Moments start at 1, damping is added as it is, regularization is multiplied by
+    the learning rate (1e-5 at least), and None stands for the paper's values: b1 0.9, regularization 1e-2,
+    damping 1e-5, no bias correction.
+
+    From [PSI-LoRA](https://arxiv.org/abs/2602.16456).
+
+    Examples:
       >>> import jax, jax.numpy as jnp, optax, oplora_jax
       >>> x, y = jnp.eye(3), jnp.outer(jnp.arange(3.0), jnp.ones(2))
       >>> loss_fn = lambda p: jnp.mean((oplora_jax.lora_dot(x, jnp.zeros((3, 2)), p) - y) ** 2)
@@ -154,9 +168,6 @@ def scaled_oplora(
       ...   params = optax.apply_updates(params, updates)
       >>> bool(loss_fn(params) < 1e-3)
       True
-
-    References:
-      PSI-LoRA, https://arxiv.org/abs/2602.16456.
     """
     known = {
         "units": (units, ("relative", "absolute")),

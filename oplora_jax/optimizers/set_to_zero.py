@@ -6,12 +6,15 @@ import optax
 
 
 def set_to_zero() -> optax.GradientTransformationExtraArgs:
-    """`optax.set_to_zero` for any kind of gradient: the updates look like the parameters.
+    """Frozen LoRA parameters: `optax.set_to_zero` that takes every kind of gradient.
 
-    Freezes LoRA parameters under `optax.partition`, where the zeros of an `OuterProduct` would not be
-    increments of the factors.
+    For `optax.partition`. Optax's own would make zeros like the gradient, and the zeros of an exact one
+    (`OuterProduct`) are no increments of the factors; these updates look like the parameters.
 
-    Example:
+    Returns:
+      An Optax transformation without state.
+
+    Examples:
       >>> import jax.numpy as jnp, oplora_jax
       >>> params = oplora_jax.LowRank(jnp.ones((3, 1)), jnp.ones((1, 2)))
       >>> tx = oplora_jax.set_to_zero()

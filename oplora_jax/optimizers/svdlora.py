@@ -20,32 +20,35 @@ def svdlora(
     *,
     others: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """SVDLoRA: steps of any optimizer on the dense increment, truncated by an SVD after each.
+    """SVDLoRA: any optimizer on the full increment, truncated to rank r by an SVD after each step.
 
-    It forms every n x m matrix and decomposes it: for comparison, not for large models.
+    The step that `oplora` approximates. It forms and decomposes every n x m matrix: for comparison, not for
+    large models.
 
     Args:
-      base: the full step, such as `optax.sgd(0.1, momentum=0.9)`, learning rate included.
+      base: the optimizer of the full increment, learning rate included, such as
+        `optax.sgd(0.1, momentum=0.9)`.
       rank: the rank after each step, at most that of the parameter; the parameter's if None.
-      others: for the leaves that are no LoRA parameters; `base` if None.
+      others: the optimizer of the leaves that are no LoRA parameters; `base` if None.
 
     Returns:
-      An Optax transformation for any kind of gradient, with the dense state of the base. After a step the
-      factors are balanced, a^T a = b b^T.
+      An Optax transformation. It takes exact gradients; of those of `jax.grad` it uses what
+      `tangent_gradient` makes of them. Its state is the base's for n x m matrices. After a step the factors
+      are balanced, a^T a = b b^T.
 
     Raises:
-      ValueError: a rank larger than a parameter's; a base whose state mixes parameters, as `optax.flatten`'s.
+      ValueError: a rank larger than a parameter's; a base whose state mixes parameters, as that of
+        `optax.flatten`.
 
-    Example:
+    From [OPLoRA](https://arxiv.org/abs/2509.19977), section 2.
+
+    Examples:
       >>> import jax.numpy as jnp, optax, oplora_jax
       >>> params = oplora_jax.LowRank(jnp.ones((3, 1)), jnp.zeros((1, 2)))
       >>> tx = oplora_jax.svdlora(optax.sgd(1.0))
       >>> updates, state = tx.update(-jnp.ones((3, 2)), tx.init(params), params)
       >>> bool(jnp.allclose(oplora_jax.to_dense(optax.apply_updates(params, updates)), 1, atol=1e-5))
       True
-
-    References:
-      OPLoRA, https://arxiv.org/abs/2509.19977, section 2.
     """
     dense_base = optax.with_extra_args_support(base)
 

@@ -14,7 +14,7 @@ from benchmarks.tunix import Tunix
 ROOT = pathlib.Path(__file__).parents[2]
 COMMANDS = [
     command
-    for path in (ROOT / "README.md", ROOT / "benchmarks" / "PERFORMANCE.md")
+    for path in (ROOT / "docs" / "experiments.md", ROOT / "benchmarks" / "PERFORMANCE.md")
     for command in re.findall(r"python -m benchmarks ([^`\n]+)", path.read_text())
 ]
 

@@ -134,7 +134,7 @@ def test_sweep(tmp_path, capsys, monkeypatch):
 def test_sweep_by_default_half_a_decade_apart(tmp_path, monkeypatch):
     tried = []
     monkeypatch.setattr(
-        "experiments.__main__._train", lambda command, configs: tried.extend(configs) or 1 / 0
+        "experiments.__main__._train", lambda command, configs, *_: tried.extend(configs) or 1 / 0
     )
     with pytest.raises(ZeroDivisionError):
         main(["compare", *LINEAR, "--method", "oplora", "--sweep", "--output", str(tmp_path)])
@@ -258,7 +258,7 @@ def test_no_option_has_two_meanings():
 def test_one_run_is_trained_once(tmp_path, monkeypatch):
     trained = []
     monkeypatch.setattr(
-        "experiments.__main__._train", lambda command, configs: trained.extend(configs) or 1 / 0
+        "experiments.__main__._train", lambda command, configs, *_: trained.extend(configs) or 1 / 0
     )
     same = ["--method", "oplora", "all", "--method", "oplora", "--num-iters", "1", "2", "--seeds", "0"]
     with pytest.raises(ZeroDivisionError):
@@ -296,13 +296,6 @@ def test_output_that_is_no_folder(tmp_path, capsys):
     (tmp_path / "file").touch()
     assert main(["run", *LINEAR, "--method", "svdlora", "--output", str(tmp_path / "file")]) == 1
     assert "error: " in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("command", ["run", "compare"])
-def test_unknown_option(command, capsys):
-    with pytest.raises(SystemExit):
-        main([command, *LINEAR, "--method", "svdlora", "--num-iters", "2"])
-    assert "--num-iters" in capsys.readouterr().err
 
 
 def test_help(capsys):

@@ -28,7 +28,7 @@ def commands(path):
 
 
 RESULTS = commands(ROOT / "experiments" / "RESULTS.md")
-OTHERS = [z for name in ("README.md", "Makefile") for z in commands(ROOT / name)]
+OTHERS = [z for name in ("docs/experiments.md", "Makefile") for z in commands(ROOT / name)]
 
 
 def configs(command, output):

@@ -300,6 +300,18 @@ def test_aux_extra_arguments_and_trees_without_lora():
     chex.assert_trees_all_equal(oplora_jax.grad(plain)({"w": x}), jax.grad(plain)({"w": x}))
 
 
+def test_keyword_arguments_of_any_name():
+    """Those of the function's own arguments too."""
+    loss = lambda lora, *, params, state: summed(lora_dot(params, kernel(), lora)) * state
+    x = normal(3, TOKENS, N)
+    value, _ = oplora_jax.value_and_grad(loss)(low_rank(), params=x, state=2.0)
+    np.testing.assert_allclose(value, loss(low_rank(), params=x, state=2.0), rtol=1e-6)
+    tx = oplora_jax.oplora(0.1)
+    step = oplora_jax.value_and_update(loss, tx)
+    value, *_ = step(low_rank(), tx.init(low_rank()), params=x, state=2.0)
+    np.testing.assert_allclose(value, loss(low_rank(), params=x, state=2.0), rtol=1e-6)
+
+
 def test_an_unused_parameter_has_a_zero_gradient():
     params = {"used": low_rank(), "unused": low_rank()}
     for kind in ONCE:

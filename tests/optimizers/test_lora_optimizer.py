@@ -62,9 +62,9 @@ def test_the_toy_is_small_and_in_the_table():
     assert "toy" in OURS and CASES["toy"].kinds == KINDS
 
 
-def test_the_guide_for_contributors_shows_the_toy():
-    guide = pathlib.Path(__file__).parents[2] / "CONTRIBUTING.md"
-    assert f"```python\n{SOURCES[0]}\n\n{SOURCES[1]}```\n" in guide.read_text()
+def test_the_page_on_writing_one_shows_the_toy():
+    page = pathlib.Path(__file__).parents[2] / "docs" / "write-an-optimizer.md"
+    assert f"```python\n{SOURCES[0]}\n{SOURCES[1]}```\n" in page.read_text()
 
 
 @pytest.mark.parametrize("rate", [0.06, paths.schedule], ids=["constant", "schedule"])
