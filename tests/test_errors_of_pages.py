@@ -85,8 +85,11 @@ def linen_step(tx, value_and_grad, without_leaf=False, penalty=False, **settings
         of_all = sum(jnp.sum(z**2) for z in jax.tree.leaves(params)) if penalty else 0.0
         return jnp.mean(model.apply({"params": params}, X) ** 2) + of_all
 
-    _, gradients = value_and_grad(loss_fn, **settings)(params)
-    tx.update(gradients, tx.init(params), params)
+    def step(params):
+        _, gradients = value_and_grad(loss_fn, **settings)(params)
+        return tx.update(gradients, tx.init(params), params)
+
+    jax.eval_shape(step, params)
 
 
 def nnx_model(targets="hidden/*", times=1, model=None):
