@@ -65,6 +65,8 @@ def check_patterns(patterns: Sequence[str | re.Pattern], paths: Sequence[str], w
         text, hint, some = pattern, "", "the paths are"
         if isinstance(pattern, re.Pattern):
             text = pattern.pattern
+        elif any(_matches(path, f"*/{pattern}") for path in paths):
+            hint = f"a glob is for the whole path: {f'*/{pattern}'!r} would; "
         elif _is_regular_expression(pattern, paths):
             hint = f"as a regular expression it would: re.compile({pattern!r}); "
         if len(paths) > 10:

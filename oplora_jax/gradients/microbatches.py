@@ -98,6 +98,10 @@ def split(args: Any, microbatches: int) -> tuple[Any, Callable[[Any], Any]]:
     listed = ", ".join(f"{name}: {size or 'no axis'}" for name, size in sizes.items())
     batch = "the arrays in the positional arguments behind the parameters"
     whole = "pass what is no part of the batch by keyword, it is not split"
+    if any(leaf.ndim == 0 and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for _, leaf in arrays):
+        whole += (
+            "; a random key would be the same in each part: pass jax.random.split(key, rows), one key a row"
+        )
     error = None
     if not sizes:
         error = f", but there is nothing to split: {batch} are the batch"

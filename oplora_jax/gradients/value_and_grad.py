@@ -53,7 +53,8 @@ def value_and_grad(
       microbatches: k, to run the loss on one k-th of the batch after the other, with the activations of one
         in memory. The batch is all arrays in the positional arguments after params, whose first axes have one
         size, a multiple of k; microbatch i takes the rows i, i + k, i + 2 k and so on. Keyword arguments are
-        passed whole. Value and gradients are those of the mean over the microbatches; auxiliary data are
+        passed whole: for dropout pass one random key a row in the batch, as a key by keyword is the same in
+        all microbatches. Value and gradients are those of the mean over the microbatches; auxiliary data are
         stacked along a new first axis. None runs the whole batch at once.
       weight: what a microbatch counts for in that mean: a function of the loss's arguments after params, such
         as `lambda x, y, mask: mask.sum()` for a loss that is a mean over the tokens of a mask. Value and

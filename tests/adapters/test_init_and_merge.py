@@ -93,6 +93,8 @@ def test_every_pattern_matches_something():
     assert "value" not in str(error.value)
     with pytest.raises(ValueError, match=r"'layers_7/valeu'; .*closest are: 'layers_7/value'"):
         init_lora(jax.random.key(0), params, 1, "layers_7/valeu")
+    with pytest.raises(ValueError, match=r"'quer\*'; a glob is for the whole path: '\*/quer\*' would; "):
+        init_lora(jax.random.key(0), params, 1, "quer*")
     with pytest.raises(ValueError, match=r"'query\|value'; as a regular .*: re.compile\('query\|value'\)"):
         init_lora(jax.random.key(0), params, 1, ["query", "query|value"])
     with pytest.raises(ValueError, match=r"no kernel matches re.compile\('Query'\).*'layers_\d+/query'"):

@@ -252,8 +252,12 @@ ERRORS = {
         {},
         r"must agree; they are argument 1\['x'\]: 8, argument 2: 6; pass .* by keyword",
     ),
-    "a scalar": ((normal(5, 8, N), jnp.ones(())), {}, r"argument 1: 8, argument 2: no axis; pass"),
-    "a random key": ((normal(5, 8, N), jax.random.key(0)), {}, r"argument 2: no axis; pass .* by keyword"),
+    "a scalar": (
+        (normal(5, 8, N), jnp.ones(())),
+        {},
+        r"argument 1: 8, argument 2: no axis; pass .* is not split$",
+    ),
+    "a random key": ((normal(5, 8, N), jax.random.key(0)), {}, r"argument 2: no axis; pass .*one key a row$"),
     "nothing to split": ((), {"x": normal(5, 8, N)}, "nothing to split: the arrays in the positional"),
     "nothing but numbers": ((1.0, "mean"), {}, "nothing to split"),
 }
