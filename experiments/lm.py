@@ -83,15 +83,7 @@ class Lm(Task):
 
     def load(self, seed: int) -> tuple[tuple[np.ndarray], dict[str, np.ndarray]]:
         """(the windows to train on, at random places; those for validation and test, evenly spread)."""
-        for name in ("steps", "length", "batch_size", "rank"):
-            if getattr(self, name) < 1:
-                raise ExperimentError(
-                    f"{name.replace('_', '-')} is {getattr(self, name)}; expected 1 or more"
-                )
-        if not self.targets:
-            raise ExperimentError(f"targets has no projection; expected some of {', '.join(TARGETS)}")
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise ExperimentError(f"clip-norm is {self.clip_norm}; expected a positive number")
+        self._check()
         config, _ = _pretrained(self._weights, self.dtype)
         tokenizer = tokens.load_tokenizer(self._weights)
         tokens.check_vocabulary(tokenizer, config.vocab_size, self._weights)
@@ -113,6 +105,7 @@ class Lm(Task):
 
     def init(self, seed: Any, full: bool) -> tuple[Trainable, dict[str, Any]]:
         """(what is trained, what is frozen), by path."""
+        self._check()
         config, params = _pretrained(self._weights, self.dtype)
         pretrained = flatten_dict(params, sep="/")
 
@@ -122,7 +115,10 @@ class Lm(Task):
             flat = flatten_dict(start, sep="/")
             return {path: leaf for path, leaf in flat.items() if path not in pretrained}
 
-        flat = {**pretrained, **new(jax.random.key(seed))}
+        try:
+            flat = {**pretrained, **new(jax.random.key(seed))}
+        except ValueError as error:  # loraize's, about rank and alpha
+            raise ExperimentError(str(error)) from error
         leaves = tuple(f"{TARGETS[name]}/{'kernel' if full else 'lora'}" for name in self.targets)
         return divide(flat, lambda path: path.endswith(leaves), lambda path: False)
 
@@ -154,6 +150,17 @@ class Lm(Task):
             return model
         targets = [TARGETS[name] for name in self.targets]
         return loraize(model, self.rank, targets, alpha=self.alpha, dtype=jnp.float32)
+
+    def _check(self) -> None:
+        for name in ("steps", "length", "batch_size", "rank"):
+            if getattr(self, name) < 1:
+                raise ExperimentError(
+                    f"{name.replace('_', '-')} is {getattr(self, name)}; expected 1 or more"
+                )
+        if not self.targets:
+            raise ExperimentError(f"targets has no projection; expected some of {', '.join(TARGETS)}")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ExperimentError(f"clip-norm is {self.clip_norm}; expected a positive number")
 
     @property
     def _weights(self) -> Path:

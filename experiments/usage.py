@@ -80,7 +80,8 @@ def check(
             raise ExperimentError(f"{places[1]!r} stands behind the task; methods stand behind --method")
         takers.append(tasks[task])
         line += f" {task}"
-    known = ["method", *(name for taker in takers for name in inspect.signature(taker).parameters)]
+    parameters = [name for taker in takers for name in inspect.signature(taker).parameters]
+    known = ["method", *(name for name in parameters if name != "task")]  # which stands by its name alone
     for word in words:
         name = word[2:].replace("-", "_").removeprefix("no_")
         if word.startswith("--") and name not in known:

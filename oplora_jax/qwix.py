@@ -281,14 +281,14 @@ def _is_stored(weight: Any, stored: Any) -> bool:
 def _origin(array: Any) -> Any:
     """The array whose values a traced one has: under derivatives and vmap too, as far as there are traces."""
     while isinstance(array, Tracer):
-        if not hasattr(array, "parent"):  # of a derivative, or of vmap
-            inner = getattr(array, "primal", getattr(array, "val", array))
-        elif array.parent is None:
+        made = getattr(array, "parent", getattr(array, "recipe", None))  # a recipe in the scans of linen
+        if hasattr(made, "primitive"):
+            inner = made.in_tracers[0] if made.primitive.name in _SAME_VALUES and made.in_tracers else array
+        elif hasattr(array, "parent"):
             inner = array.get_const()  # what the traced function closes over, if it is that
             inner = array if inner is None else inner
-        else:
-            made = array.parent
-            inner = made.in_tracers[0] if made.primitive.name in _SAME_VALUES and made.in_tracers else array
+        else:  # of a derivative, or of vmap
+            inner = getattr(array, "primal", getattr(array, "val", array))
         if inner is array:
             break
         array = inner

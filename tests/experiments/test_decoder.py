@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
+import qwix
 from flax import traverse_util
 from safetensors.numpy import save_file
 
@@ -19,6 +20,7 @@ from experiments.models.decoder_checkpoints import bundled_decoder, load_decoder
 from oplora_jax import is_low_rank
 from oplora_jax.linen import add_lora, loraize
 from oplora_jax.matrix import left_product
+from oplora_jax.qwix import LoraProvider
 from tests.experiments.decoders import LLAMA, QWEN2, random_tensors, write_gguf
 from tests.experiments.encoders import write
 
@@ -392,7 +394,7 @@ BAD_FILES = {
     "c.gguf": (b"", r"c\.gguf is no GGUF file, or not all of one"),
     "d.gguf": (300, r"d\.gguf is no GGUF file, or not all of one"),
     "e.gguf": (-100, r"e\.gguf is no GGUF file, or not all of one"),
-    "folder": (None, r"no folder .*folder; expected one with config\.json and model\.safetensors$"),
+    "folder": (None, r"no folder .*folder; expected one with config\.json and model\.safetensors, which `hf"),
 }
 
 
@@ -405,6 +407,32 @@ def test_bad_files(tmp_path, name):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ExperimentError, match=message):
         load_decoder(tmp_path / name)
+
+
+def test_an_adapter_is_no_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ExperimentError, match=r"no config\.json; .* It is an adapter of PEFT"):
+        load_decoder(str(tmp_path))
+
+
+def test_dropout_of_lora(tmp_path):
+    """Qwix's, of the increments' inputs, in each layer of the scan; in bfloat16 too."""
+    write(tmp_path, LLAMA, random_tensors(LLAMA))
+    config, params = load_decoder(str(tmp_path))
+    provider = LoraProvider(module_path="layers/.*", rank=2, alpha=4, dropout=0.5)
+    model = qwix.apply_lora_to_model(Decoder(config, jnp.bfloat16), provider)
+    keys = jax.random.split(jax.random.key(0), 3)
+    with_lora = lambda fill: jax.tree.map(
+        lambda p: p.with_factors(*(jnp.full(z.shape, fill) for z in (p.a, p.b))) if is_low_rank(p) else p,
+        add_lora(model, {"params": keys[0], "dropout": keys[0]}, params, TOKENS),
+        is_leaf=is_low_rank,
+    )
+    logits = lambda fill, key: model.apply({"params": with_lora(fill)}, TOKENS, rngs={"dropout": key})
+    plain = Decoder(config, jnp.bfloat16).apply({"params": params}, TOKENS)
+    np.testing.assert_array_equal(logits(0.0, keys[1]), plain)
+    same, other = logits(0.1, keys[1]), logits(0.1, keys[2])
+    np.testing.assert_array_equal(logits(0.1, keys[1]), same)
+    assert jnp.abs(same - other).max() > 0.1
 
 
 def test_type_that_gguf_does_not_read(tmp_path, monkeypatch):

@@ -282,6 +282,19 @@ def test_bad_settings(task, changes, message):
         dataclasses.replace(task, **changes).load(0)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank": 0}, "rank is 0; expected 1 or more"),
+        ({"rank": 999}, "query.*: rank is 999; a kernel .* takes 1 to "),
+        ({"alpha": -1.0}, "alpha is -1.0; expected a positive number"),
+    ],
+)
+def test_bad_settings_of_lora(task, changes, message):
+    with pytest.raises(ExperimentError, match=message):
+        dataclasses.replace(task, **changes).init(0, full=False)
+
+
 def test_texts_that_cannot_be_read(task, text, tmp_path):
     read = lambda path: dataclasses.replace(task, data=path).load(0)
     with pytest.raises(ExperimentError, match=r"none.txt is missing; expected a text file"):

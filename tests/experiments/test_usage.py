@@ -39,6 +39,7 @@ def test_overview(capsys):
         ("run linear --method oplora --seeds 1", "no option --seeds; did you mean --seed?"),
         ("compare text --epoch=2 --method oplora", "no option --epoch; did you mean --epochs?\n"),
         ("run lm --method oplora --no-rmat", "no option --no-rmat.*\n.*\nall options: .* run lm --help"),
+        ("run linear --method oplora --rank 9", "no option --rank\noplora has the settings"),
         ("report --outptu x", "no option --outptu; did you mean --output?\nall options: .* report --help"),
         (
             "run linear --method oplora --num-iter 2",

@@ -294,6 +294,48 @@ def test_layers_of_a_scan(axis, remat, x64):
     np.testing.assert_allclose(gradient.reshape(by_kernel.shape), by_kernel, rtol=1e-10, atol=1e-12)
 
 
+def test_casts_in_a_scan():
+    """A bfloat16 layer, whose parameters are float32: the weight is cast inside the scan."""
+
+    class Cast(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.Dense(8, dtype=jnp.bfloat16, name="dense")(x), None
+
+    class Stack(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            scan = nn.scan(Cast, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+            return scan(name="layers")(x, None)[0]
+
+    plain, x = Stack(), normal(0, 5, 8, dtype=jnp.bfloat16)
+    params = plain.init(jax.random.key(0), x)["params"]
+    model = qwix.apply_lora_to_model(plain, by_provider(module_path=".*dense"))
+    with_lora = linen.add_lora(model, jax.random.key(1), params, x)
+    y = model.apply({"params": with_lora}, x)
+    np.testing.assert_array_equal(y, plain.apply({"params": params}, x))
+    lora, put = take(with_lora)
+    with_lora = put(normal_like(2, lora))
+    y, expected = (
+        net.apply({"params": weights}, x).astype(jnp.float32)
+        for net, weights in ((model, with_lora), (plain, linen.merge(with_lora)))
+    )
+    # Three layers, whose weights and products have 8 bits.
+    np.testing.assert_allclose(y, expected, atol=0.03 * jnp.abs(expected).max())
+
+
+def test_pretrained_weights_of_a_quantised_model():
+    model = qwix.apply_lora_to_model(nn.Dense(4), by_provider("int8", ".*"))
+    x, given = normal(0, 6, 8, dtype=jnp.float32), {"kernel": jnp.ones((8, 4)), "bias": jnp.zeros(4)}
+    with pytest.raises(ValueError, match=r"kernel: .*quantise this one too, by qwix.quantize_params"):
+        linen.add_lora(model, jax.random.key(0), given, x)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
+    params = linen.add_lora(model, jax.random.key(0), qwix.quantize_params(given, shapes), x)
+    # Qwix's scale of int8 is the largest number / 127.5, so that ones become 127 / 127.5.
+    y = model.apply({"params": params}, x)
+    np.testing.assert_allclose(y, x @ jnp.ones((8, 4)), rtol=4e-3, atol=1e-6)
+
+
 def test_on_a_mesh():
     """Factors lie as the axes of their weights; quantised ones too."""
     mesh = jax.make_mesh((4, 2), ("data", "model"))

@@ -14,9 +14,9 @@ import pytest
 
 from tests.sources import programs
 
-pytest.importorskip("torch")
-pytest.importorskip("peft")
-pytest.importorskip("transformers")
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
 
 pytestmark = [
     pytest.mark.parity,
@@ -80,3 +80,37 @@ def test_the_columns(tmp_path, monkeypatch):
     # float32 through two layers, logits of about 10.
     np.testing.assert_allclose(ours["logits"], of_theirs, atol=2e-4)
     np.testing.assert_allclose(theirs["logits"].numpy(), of_ours, atol=2e-4)
+
+
+def test_the_classifier(tmp_path, monkeypatch):
+    """An adapter with its head that PEFT has trained: the same logits here, and back there merged."""
+    monkeypatch.chdir(tmp_path)
+    sizes = {"vocab_size": 30, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 12}
+    torch.manual_seed(0)
+    base = transformers.BertForSequenceClassification(
+        transformers.BertConfig(**sizes, num_hidden_layers=2, initializer_range=0.5)
+    )
+    base.save_pretrained("bert")
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=["query", "value"])
+    model = peft.get_peft_model(base, config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    model.save_pretrained("bert_adapter")
+    tokens, scope = np.arange(14).reshape(2, 7), Losses()
+    inputs = tokens, np.ones(tokens.shape, bool), np.zeros_like(tokens)
+    with torch.no_grad():
+        expected = model(input_ids=torch.from_numpy(tokens)).logits.numpy()
+    [program] = (program for program in RIGHT if "def load_bert" in program)
+    run([program], scope)
+    here, params = scope["load_bert"]("bert", "bert_adapter", *inputs)
+    # float32 through two layers of width 8.
+    np.testing.assert_allclose(here.apply({"params": params}, *inputs), expected, rtol=1e-4, atol=1e-4)
+
+    scope["save_bert"]("back", params, 2)
+    base = transformers.BertForSequenceClassification.from_pretrained("bert")
+    merged = peft.PeftModel.from_pretrained(base, "back").merge_and_unload().eval()
+    with torch.no_grad():
+        logits = merged(input_ids=torch.from_numpy(tokens)).logits.numpy()
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
