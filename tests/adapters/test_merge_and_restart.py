@@ -178,11 +178,12 @@ def test_a_loraized_nnx_model():
     """Einsum kernels that reshaping does not make a matrix: one of them is square."""
     rngs = nnx.Rngs(0)
     stack = nnx.vmap(lambda rngs: nnx.Einsum("btd,hd->bth", (6, 6), rngs=rngs), in_axes=0, out_axes=0)
+    stack = nnx.split_rngs(splits=2)(stack)
     layers = [
         nnx.Einsum("btd,ndh->btnh", (3, 4, 2), rngs=rngs),
         nnx.LinearGeneral((3, 2), 6, axis=(-2, -1), rngs=rngs),
         nnx.ConvTranspose(6, 6, (2,), transpose_kernel=True, rngs=rngs),
-        stack(rngs.split(2)),
+        stack(rngs),
     ]
     model = nnx.List(layers)
     oplora_jax.nnx.loraize(model, 2, "*", rngs=rngs)
