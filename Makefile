@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-# Tests of what is not installed with the library.
-ABOVE_THE_LIBRARY := benchmarks experiments parity test_notebooks.py
+# Tests of what stands on the library, and of messages and numbers that its pages show of current versions.
+ABOVE_THE_LIBRARY := benchmarks experiments parity test_api_pages.py test_errors_of_pages.py test_notebooks.py test_site.py
 
 .DEFAULT_GOAL := help
 .PHONY: help test test-lowest parity demo demo-text demo-lm docs docs-serve dist lint clean
