@@ -23,7 +23,7 @@ jaxtyping.install_import_hook("oplora_jax", "beartype.beartype")
 import oplora_jax  # noqa: F401
 
 # Every new shape is compiled: few examples, no deadline, and the same ones each time.
-hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_examples=25)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_examples=15)
 hypothesis.settings.load_profile("ci")
 
 

@@ -1,8 +1,8 @@
-"""One compiled step of an optimizer on stacked parameters, on two cores, as a process of its own.
+"""One compiled step of each optimizer on stacked parameters, on two cores, as a process of its own.
 
-python stacked_step.py NAME SECONDS
+python stacked_step.py SECONDS NAME ...
 
-The process ends with an error and a traceback if it takes longer than that.
+The process ends with an error and a traceback if one of them takes longer than that.
 """
 
 import faulthandler
@@ -36,5 +36,7 @@ def main(name):
 
 
 if __name__ == "__main__":
-    faulthandler.dump_traceback_later(float(sys.argv[2]), exit=True)
-    main(sys.argv[1])
+    for name in sys.argv[2:]:
+        faulthandler.dump_traceback_later(float(sys.argv[1]), exit=True)
+        main(name)
+        print(name, "has ended", flush=True)

@@ -138,6 +138,13 @@ def qwix_model(model=None, path="hidden/.*", rank=4, which=(0, 1), **rule):
     return qwix.apply_lora_to_model(model or Nnx(), provider, X, which, rngs=nnx.Rngs(1))
 
 
+def not_quantised():
+    plain = nn.Sequential([nn.Dense(64)])
+    pretrained = plain.init(KEY, X)["params"]
+    provider = LoraProvider(module_path="layers_0", rank=4, alpha=8, weight_qtype="int8")
+    linen.add_lora(qwix.apply_lora_to_model(plain, provider), KEY, pretrained, X)
+
+
 def merged_codes():
     model = qwix_model(weight_qtype="int8")
     lora = oplora_jax.to_low_rank(nnx.state(model, nnx.LoRAParam))
@@ -217,6 +224,7 @@ CASES = {  # in the order of each page
     "qwix-tunix": [
         lambda: qwix_model(path=".*"),
         merged_codes,
+        not_quantised,
         lambda: qwix_model(qwix_model(), rank=2),
         lambda: qwix_model(which=(1,))(X),
     ],

@@ -17,7 +17,7 @@ import oplora_jax
 from oplora_jax import LowRank, lora_dot, to_dense
 from tests.arrays import normal
 
-SIZE, LAYERS, RANK, PROGRAMS, PER_TEST = 3, 2, 2, 240, 24
+SIZE, LAYERS, RANK, PROGRAMS, PER_TEST = 3, 2, 2, 160, 16
 swap = lambda z: jnp.swapaxes(z, -1, -2)
 
 # What a program does with a parameter p of one layer, or of a stack.

@@ -162,7 +162,7 @@ def lora_of(trainer):
 OPTIMIZERS = {
     "oplora": (oplora_jax.oplora(0.3), {}),
     "clipped": (optax.chain(oplora_jax.clip_by_global_norm(0.5), oplora_jax.oplora(0.3)), {}),
-    "scaled": (oplora_jax.scaled_oplora(0.02), {"gradient": "dense", "moments": "diagonal"}),
+    "scaled": (oplora_jax.scaled_oplora(3e-3), {"gradient": "dense", "moments": "diagonal"}),
     "scheduled": (optax.inject_hyperparams(oplora_jax.oplora)(optax.linear_schedule(0.3, 0.1, 20)), {}),
     "lora_rite": (oplora_jax.lora_rite(3e-3), {}),
 }
